@@ -1,0 +1,94 @@
+"""What the scripts share: how they start, log, fail and name their arguments.
+
+`run(main)` turns the user's mistakes into one line and exit code 2, and leaves tracebacks to bugs. Logs and bars go to
+stderr; stdout carries results only.
+"""
+
+import argparse
+import errno
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lance_quant.errors import InputError
+
+log = logging.getLogger("lance_quant")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# The environment's fault, not ours: no space, quota, read-only or forbidden place, not a folder.
+_USER_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main` and end the process: 0 done, 2 the user's mistake, 130 interrupted."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    try:
+        main()
+    except InputError as error:
+        sys.exit(_complain(str(error)))
+    except OSError as error:
+        if error.errno not in _USER_ERRNO:
+            raise
+        sys.exit(_complain(f"{error.strerror}: {error.filename or 'while writing'}; nothing was left half written"))
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left half written", file=sys.stderr)
+        sys.exit(130)
+
+
+def _complain(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help is the script's docstring and shows every default."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    return argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
+
+
+def add_device(to: argparse.ArgumentParser, dtype: bool = True) -> None:
+    """--device and, where the model runs, --dtype."""
+    to.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps; auto takes the fastest there is")
+    if dtype:
+        to.add_argument("--dtype", choices=["auto", *DTYPES], default="auto",
+                        help="compute dtype; auto is bfloat16 on a GPU (as the official code), float32 on the CPU")
+
+
+def device_of(name: str) -> torch.device:
+    """The device a --device flag means; InputError if this machine has none such."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name!r} is no torch device: use cpu, cuda, cuda:N, mps or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: this torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: this torch sees no Apple GPU; use --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name!r} is not supported: use cpu, cuda, cuda:N, mps or auto")
+    return device
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype a --dtype flag means on a device."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES[name]
+
+
+def require_file(path: Path, what: str) -> Path:
+    """`path` if it is a file, else InputError."""
+    if not path.is_file():
+        raise InputError(f"{what} not found: {path}")
+    return path

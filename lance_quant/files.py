@@ -1,0 +1,78 @@
+"""Outputs that appear whole or not at all.
+
+A file or folder is written under a temporary name beside its final one and renamed when it is complete, so that a
+kill, an error or a full disk never leaves something that looks finished.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lance_quant.errors import InputError
+
+
+def require_free(path: Path) -> None:
+    """Raise InputError unless `path` can be created: absent, or an empty folder."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path} exists already and is never overwritten: remove it or choose another output path")
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; rename it to `path` when the block ends well, remove it otherwise.
+
+    Raises:
+        InputError: `path` exists already.
+    """
+    require_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder; rename it to `path` when the block ends well, remove it otherwise.
+
+    Raises:
+        InputError: `path` exists already and is not an empty folder.
+    """
+    require_free(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Parse a JSON file; `what` names it in the InputError for a missing or malformed one."""
+    if not path.is_file():
+        raise InputError(f"{what} not found: {path}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} {path} is not valid JSON: {error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON (inside a block of `whole_file` or `whole_folder`)."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

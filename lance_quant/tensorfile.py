@@ -1,0 +1,269 @@
+"""safetensors files read and written by offsets, one tensor at a time.
+
+The safetensors package maps a whole file into memory, which a machine with less memory than the file refuses
+(28.4 GB for Lance_3B_Video), and saves only dicts that are complete in memory. Here a reader takes the header and
+then `pread`s what is asked for, converted piece by piece, and a writer is told every name, dtype and shape first and
+then takes the tensors in any order. What the writer makes is byte for byte what `safetensors.torch.save_file` makes.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lance_quant.errors import InputError
+from lance_quant.files import read_json
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+# The order in which safetensors lays tensors out: widest alignment first, then this order, then the name.
+_ORDER = ["I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]
+_PIECE = 1 << 24  # bytes read at once: converting a 1.2 GB table needs 16 MB beside its result
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor is before it exists: enough to plan a file to the byte."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Entry(NamedTuple):
+    spec: TensorSpec
+    start: int  # absolute offset in the file
+
+
+class TensorFile:
+    """One safetensors file, open for reading.
+
+    Raises:
+        InputError: the file is missing, truncated or not safetensors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"checkpoint file not found: {path}")
+        self._fd = os.open(self.path, os.O_RDONLY)
+        try:
+            self._entries = self._parse_header()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _parse_header(self) -> dict[str, _Entry]:
+        size = os.fstat(self._fd).st_size
+        prefix = os.pread(self._fd, 8, 0)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= size - 8:
+            raise InputError(f"{self.path} is not a safetensors file, or is truncated: {size} bytes, "
+                             f"header length {length}; download it again")
+        try:
+            header = json.loads(os.pread(self._fd, length, 8))
+            header.pop("__metadata__", None)
+            entries = {
+                name: _Entry(TensorSpec(DTYPES[item["dtype"]], tuple(item["shape"])),
+                             8 + length + item["data_offsets"][0])
+                for name, item in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.path} has a header that is not safetensors: {error!r}") from error
+        end = max((entry.start + entry.spec.nbytes for entry in entries.values()), default=8 + length)
+        if end > size:
+            raise InputError(f"{self.path} is truncated: its header promises {end} bytes, the file has {size}; "
+                             "download it again")
+        return entries
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Name -> dtype and shape of every tensor, in file order."""
+        return {name: entry.spec for name, entry in self._entries.items()}
+
+    def read_bytes(self, name: str, start: int, length: int) -> bytes:
+        """`length` raw bytes of a tensor from byte `start` of it (fewer at its end)."""
+        spec, offset = self._entries[name]
+        return os.pread(self._fd, min(length, spec.nbytes - start), offset + start)
+
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """A tensor, as `dtype` (floating-point tensors only; default as stored), on `device`.
+
+        Read and converted in pieces of 16 MB, so that host memory beside the result stays at two pieces.
+        """
+        spec, offset = self._entries[name]
+        target = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
+        out = torch.empty(math.prod(spec.shape), dtype=target, device=device)
+        per_piece = _PIECE // spec.dtype.itemsize
+        for first in range(0, out.numel(), per_piece):
+            count = min(per_piece, out.numel() - first)
+            raw = bytearray(count * spec.dtype.itemsize)
+            self._pread_into(raw, offset + first * spec.dtype.itemsize)
+            out[first:first + count].copy_(torch.frombuffer(raw, dtype=spec.dtype))
+        return out.reshape(spec.shape)
+
+    def _pread_into(self, buffer: bytearray, offset: int) -> None:
+        view, done = memoryview(buffer), 0
+        while done < len(view):
+            got = os.preadv(self._fd, [view[done:]], offset + done)
+            if got == 0:
+                raise InputError(f"{self.path} became shorter while it was read")
+            done += got
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Checkpoint:
+    """All tensors of a checkpoint: one safetensors file, or the shards of an index, under one set of names.
+
+    Args:
+        path: a safetensors file, an index (`*.safetensors.index.json`), or a folder that holds
+            model.safetensors, ema.safetensors or model.safetensors.index.json (taken in this order).
+    """
+
+    CANDIDATES = ("model.safetensors", "ema.safetensors", "model.safetensors.index.json")
+
+    def __init__(self, path: Path):
+        self.path = self._resolve(Path(path))
+        if self.path.name.endswith(".json"):
+            weight_map = read_json(self.path, "checkpoint index").get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise InputError(f"checkpoint index {self.path} has no weight_map")
+            files = [self.path.parent / shard for shard in sorted(set(weight_map.values()))]
+        else:
+            weight_map, files = None, [self.path]
+        self._home: dict[str, TensorFile] = {}
+        self._files: list[TensorFile] = []
+        for file in files:
+            opened = TensorFile(file)
+            self._files.append(opened)
+            self._home.update(dict.fromkeys(opened.specs, opened))
+        if weight_map is not None and set(weight_map) != set(self._home):
+            odd = sorted(set(weight_map) ^ set(self._home))
+            raise InputError(f"checkpoint index {self.path} and its shards disagree on {len(odd)} tensors, "
+                             f"first {odd[:5]}; download the checkpoint again")
+        self.specs = {name: home.specs[name] for home in self._files for name in home.specs}
+
+    @classmethod
+    def _resolve(cls, path: Path) -> Path:
+        if not path.is_dir():
+            if not path.exists():
+                raise InputError(f"checkpoint not found: {path}")
+            return path
+        for candidate in cls.CANDIDATES:
+            if (path / candidate).is_file():
+                return path / candidate
+        raise InputError(f"no checkpoint in {path}: expected one of {', '.join(cls.CANDIDATES)}")
+
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """See TensorFile.read."""
+        return self._home[name].read(name, dtype, device)
+
+    def fingerprint(self, names: Iterable[str]) -> str:
+        """SHA-256 over name, dtype, shape and both ends (4 KB each) of the named tensors.
+
+        Tells two trainings of one architecture apart without reading 25 GB, and is the same for a single file and
+        for its shards.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(names):
+            spec, home = self.specs[name], self._home[name]
+            digest.update(f"{name} {CODES[spec.dtype]} {list(spec.shape)}\n".encode())
+            digest.update(home.read_bytes(name, 0, 4096))
+            digest.update(home.read_bytes(name, max(0, spec.nbytes - 4096), 4096))
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """The file's first bytes (length prefix and padded JSON) and each tensor's absolute offset."""
+    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, _ORDER.index(CODES[specs[name].dtype]), name))
+    header, offsets, position = {}, {}, 0
+    for name in order:
+        spec = specs[name]
+        offsets[name] = position
+        header[name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape),
+                        "data_offsets": [position, position + spec.nbytes]}
+        position += spec.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {name: start + offset for name, offset in offsets.items()}
+
+
+def file_size(specs: Mapping[str, TensorSpec]) -> int:
+    """Exact size in bytes of the safetensors file that holds these tensors."""
+    return len(_header(specs)[0]) + sum(spec.nbytes for spec in specs.values())
+
+
+class TensorFileWriter:
+    """A safetensors file whose tensors arrive one by one, in any order.
+
+    Use as a context manager; leaving the block checks that every declared tensor was written.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]):
+        self._specs = dict(specs)
+        self._missing = set(specs)
+        header, self._offsets = _header(specs)
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self._file.write(header)
+        self._file.truncate(file_size(specs))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor that has the declared dtype and shape."""
+        spec = self._specs[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == spec, (name, tensor.dtype, tuple(tensor.shape), spec)
+        assert name in self._missing, f"{name} written twice"
+        self._file.seek(self._offsets[name])
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        self._missing.discard(name)
+
+    def __enter__(self) -> "TensorFileWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                assert not self._missing, f"declared and never written: {sorted(self._missing)[:5]}"
+                self._file.flush()
+                os.fsync(self._file.fileno())
