@@ -13,12 +13,13 @@ from lance_quant.errors import InputError
 
 Expert = Literal["und", "gen"]
 EXPERTS: tuple[Expert, ...] = ("und", "gen")
+LLM_PREFIX = "language_model."
 LAYERS = "language_model.model.layers"
 VIT_PREFIX = "vit_model."
 # In the file, never used: the model recomputes this fixed sinusoid (the official loader drops the tensor too).
 IGNORED = "latent_pos_embed.pos_embed"
 
-_SUFFIX = {"und": "", "gen": "_moe_gen"}
+SUFFIX: dict[Expert, str] = {"und": "", "gen": "_moe_gen"}
 _LAYER = re.compile(rf"^{re.escape(LAYERS)}\.(\d+)\.")
 
 
@@ -48,7 +49,7 @@ def groups(layer: int) -> list[Group]:
 
 
 def _group(layer: int, place: str, expert: Expert) -> Group:
-    root, suffix = f"{LAYERS}.{layer}", _SUFFIX[expert]
+    root, suffix = f"{LAYERS}.{layer}", SUFFIX[expert]
     norm = {"attn_in": f"{root}.input_layernorm{suffix}",
             "mlp_in": f"{root}.post_attention_layernorm{suffix}"}.get(place)
     parts = {"attn_in": ("q_proj", "k_proj", "v_proj"), "attn_out": ("o_proj",),

@@ -1,0 +1,44 @@
+"""Keys and values of everything read so far, allocated once for the longest sequence of a request."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lance_quant.lance.config import LanceConfig
+
+
+class CacheRow:
+    """The cache of one sequence: `length` committed entries, and room behind them for the call in flight.
+
+    keys, values: [layers, kv_heads, capacity, head_dim].
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self._keys, self._values = keys, values
+        self.length = 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the call's keys and values ([kv_heads, n, head_dim]) behind the past; return past and call together."""
+        end = self.length + keys.shape[1]
+        assert end <= self._keys.shape[2], f"cache of {self._keys.shape[2]} entries cannot hold {end}"
+        self._keys[layer, :, self.length:end] = keys
+        self._values[layer, :, self.length:end] = values
+        return self._keys[layer, :, :end], self._values[layer, :, :end]
+
+    def commit(self, count: int) -> None:
+        """Make the last call's `count` entries part of the past; without it the next call overwrites them."""
+        self.length += count
+
+
+def allocate(config: LanceConfig, capacities: Sequence[int], dtype: torch.dtype,
+             device: torch.device) -> list[CacheRow]:
+    """One cache row per sequence, all in a single allocation.
+
+    Args:
+        capacities: entries that each row must hold, the call in flight included.
+    """
+    capacity = max(capacities)
+    store = torch.empty(len(capacities), 2, config.num_hidden_layers, config.num_key_value_heads, capacity,
+                        config.head_dim, dtype=dtype, device=device)
+    return [CacheRow(keys, values) for keys, values in store]

@@ -1,0 +1,89 @@
+"""Lance's shape and files: `LanceConfig` from llm_config.json, `LancePaths` from where the parts lie.
+
+What the official shell script passes as arguments and never writes to a file (q/k norms, untied head, one token per
+latent cell, table of 31 x 64 x 64 latent positions) is part of the model and constant here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lance_quant.errors import InputError
+from lance_quant.files import read_json
+
+LATENT_CHANNELS = 48
+LATENT_STRIDE = 16  # pixels per latent cell, each way
+MAX_LATENT_SIZE = 64  # latent cells per side that the position table knows
+MAX_LATENT_FRAMES = 31  # 121 frames // 4 + 1
+TIME_FREQUENCIES = 256  # width of the sinusoid in front of the time embedder
+
+
+@dataclass(frozen=True)
+class LanceConfig:
+    """Sizes of the language model; field names as in llm_config.json."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def load(cls, path: Path) -> "LanceConfig":
+        """Read llm_config.json; InputError names a missing or impossible field."""
+        raw = read_json(path, "model configuration")
+        # Flat in the official file; newer exports of the same family nest both.
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        raw = {"rope_theta": rope.get("rope_theta"), "mrope_section": rope.get("mrope_section"), **raw}
+        missing = [name for name in cls.__dataclass_fields__ if raw.get(name) is None]
+        if missing:
+            raise InputError(f"{path} lacks {missing}: is it the llm_config.json of a Lance checkpoint?")
+        config = cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name != "mrope_section"},
+                     mrope_section=tuple(raw["mrope_section"]))
+        config._check(path)
+        return config
+
+    def _check(self, path: Path) -> None:
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(f"{path}: hidden_size {self.hidden_size}, num_attention_heads "
+                             f"{self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads} "
+                             "must divide one another")
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise InputError(f"{path}: mrope_section {list(self.mrope_section)} must add up to half of head_dim "
+                             f"{self.head_dim}")
+
+
+@dataclass(frozen=True)
+class LancePaths:
+    """Where the parts of a model lie.
+
+    model: folder with llm_config.json, tokenizer files and, unless a packed folder replaces it, the checkpoint.
+    vit: folder with config.json and vit.safetensors.
+    vae: the file Wan2.2_VAE.pth.
+    """
+
+    model: Path
+    vit: Path
+    vae: Path
+
+    @classmethod
+    def find(cls, model: Path, vit: Path | None = None, vae: Path | None = None) -> "LancePaths":
+        """Complete the paths: the official download keeps ViT and VAE beside the model folder.
+
+        Parts that a task does not use may be absent; a path that was given must exist.
+        """
+        model = Path(model)
+        if not (model / "llm_config.json").is_file():
+            raise InputError(f"{model} is no Lance model folder: it has no llm_config.json")
+        for given, what in ((vit, "ViT folder"), (vae, "VAE file")):
+            if given is not None and not Path(given).exists():
+                raise InputError(f"{what} not found: {given}")
+        beside = model.resolve().parent
+        return cls(model, Path(vit or beside / "Qwen2.5-VL-ViT"), Path(vae or beside / "Wan2.2_VAE.pth"))

@@ -1,0 +1,116 @@
+"""Loading: build on the meta device, demand exact agreement of keys, stream tensors one at a time.
+
+Host memory beside the model itself stays at a few pieces of 16 MB, whatever the size of the checkpoint: tensors are
+read by offsets and converted on the way to their final dtype and device. Packed linears are put in by `prepare` while
+the model is still on meta, so that the float weights they replace never exist.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lance_quant.errors import InputError
+from lance_quant.lance.config import LanceConfig
+from lance_quant.lance.mot import Lance
+from lance_quant.layout import IGNORED, VIT_PREFIX
+from lance_quant.tensorfile import Checkpoint, TensorSpec
+
+_TOO_SMALL_FOR_A_BAR = 1 << 28  # bytes; smaller modules load in about a second
+
+
+class Source(Protocol):
+    """Where tensors come from: tensorfile.Checkpoint, tensorfile.TensorFile, or TorchFile."""
+
+    specs: Mapping[str, TensorSpec]
+
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor: ...
+
+
+class TorchFile:
+    """A `.pth` state dict as a Source; mapped into memory, so that only what is read is loaded."""
+
+    def __init__(self, path: Path):
+        if not Path(path).is_file():
+            raise InputError(f"file not found: {path}")
+        try:
+            self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            self.specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+        except Exception as error:  # torch.load raises a different type for every way in which a file can be broken
+            raise InputError(f"{path} is no torch state dict, or is truncated: {error}") from error
+
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """A tensor as `dtype` on `device`, copied out of the file."""
+        return self._tensors[name].to(device=device, dtype=dtype, copy=True)
+
+
+def load_lance(source: Checkpoint, config: LanceConfig, device: torch.device, dtype: torch.dtype,
+               rotary_rounding: torch.dtype | None = None, prepare: Callable[[Lance], object] | None = None) -> Lance:
+    """Build Lance's language model and fill it from a checkpoint, float or packed.
+
+    Args:
+        dtype: compute dtype, float32 or bfloat16; floating-point tensors are converted to it.
+        rotary_rounding: dtype through which the rotary frequencies are rounded; default `dtype`, as the official
+            code does. float32 keeps them exact.
+        prepare: called with the model while it is on meta, to swap linears for packed ones and fill those.
+
+    Raises:
+        InputError: keys or shapes do not agree exactly; names the first offenders.
+    """
+    with torch.device("meta"):
+        model = Lance(config, dtype, device)
+    if prepare is not None:
+        prepare(model)
+    wanted = {name: name for name in source.specs if name != IGNORED and not name.startswith(VIT_PREFIX)}
+    fill(model, source, wanted, dtype, device, str(source.path))
+    model.compute_buffers(rotary_rounding or dtype)
+    require_nothing_on_meta(model)
+    return model.eval()
+
+
+def fill(module: nn.Module, source: Source, names: Mapping[str, str], dtype: torch.dtype, device: torch.device,
+         what: str) -> None:
+    """Stream tensors into a module's parameters and persistent buffers that are still on meta.
+
+    Args:
+        names: tensor name in `source` -> name in the module. Must cover the module exactly, less what its packed
+            linears filled themselves (their `file_keys`).
+        what: the source, as error messages name it.
+    """
+    empty = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta}
+    filled = {key for prefix, part in module.named_modules() if hasattr(part, "file_keys")
+              for key in part.file_keys(prefix)}
+    missing, unexpected = set(empty) - set(names.values()), set(names.values()) - set(empty) - filled
+    if missing or unexpected:
+        raise InputError(f"{what} does not fit the model: {_first('missing', missing)}, "
+                         f"{_first('unexpected', unexpected)}")
+    todo = [(theirs, ours) for theirs, ours in names.items() if ours in empty]
+    wrong = [f"{theirs} {list(source.specs[theirs].shape)} instead of {list(empty[ours].shape)}"
+             for theirs, ours in todo if source.specs[theirs].shape != tuple(empty[ours].shape)]
+    if wrong:
+        raise InputError(f"{what} does not fit the model: {len(wrong)} tensors have a wrong shape, first {wrong[:5]}")
+    size = sum(source.specs[theirs].nbytes for theirs, _ in todo)
+    for theirs, ours in tqdm(todo, desc="load", unit="tensor", disable=size < _TOO_SMALL_FOR_A_BAR):
+        owner, _, attribute = ours.rpartition(".")
+        _put(module.get_submodule(owner), attribute, source.read(theirs, dtype, device))
+
+
+def _first(word: str, names: set[str]) -> str:
+    return f"{len(names)} tensors {word}" + (f" (first {sorted(names)[:5]})" if names else "")
+
+
+def _put(owner: nn.Module, attribute: str, tensor: Tensor) -> None:
+    if attribute in owner._parameters:
+        setattr(owner, attribute, nn.Parameter(tensor, requires_grad=False))
+    else:
+        setattr(owner, attribute, tensor)
+
+
+def require_nothing_on_meta(module: nn.Module) -> None:
+    """Assert that every parameter and buffer, persistent or not, is real."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    left = [name for name, tensor in tensors if tensor.is_meta]
+    assert not left, f"never filled: {left[:5]}"

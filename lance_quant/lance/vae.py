@@ -1,0 +1,91 @@
+"""The Wan2.2 VAE: diffusers' AutoencoderKLWan under the official file's key names.
+
+diffusers' own single-file conversion knows the older Wan2.1 names only; the class itself is right once its keys are
+renamed and its configuration is given. The latents of the model are normalised per channel with the constants below.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from lance_quant.errors import InputError
+from lance_quant.lance.config import LATENT_CHANNELS
+from lance_quant.lance.loader import TorchFile, fill, require_nothing_on_meta
+
+# Per channel, from the official model; 48 each.
+MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
+# Official name -> diffusers name, applied in turn. Unlisted parts (resample.1, time_conv, to_qkv, proj, norm) agree.
+_RENAMES = [
+    (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
+    (r"^(encoder|decoder)\.head\.0\.", r"\1.norm_out."),
+    (r"^(encoder|decoder)\.head\.2\.", r"\1.conv_out."),
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"^encoder\.downsamples\.(\d+)\.downsamples\.2\.", r"encoder.down_blocks.\1.downsampler."),
+    (r"^encoder\.downsamples\.(\d+)\.downsamples\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
+    (r"^decoder\.upsamples\.(\d+)\.upsamples\.3\.", r"decoder.up_blocks.\1.upsampler."),
+    (r"^decoder\.upsamples\.(\d+)\.upsamples\.(\d+)\.", r"decoder.up_blocks.\1.resnets.\2."),
+    (r"\.residual\.0\.gamma$", ".norm1.gamma"),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.gamma$", ".norm2.gamma"),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+]
+
+
+def diffusers_name(official: str) -> str:
+    """The name in AutoencoderKLWan of a tensor in Wan2.2_VAE.pth."""
+    for pattern, replacement in _RENAMES:
+        official = re.sub(pattern, replacement, official)
+    return official
+
+
+class Vae(nn.Module):
+    """Latents to pixels."""
+
+    def __init__(self, autoencoder: AutoencoderKLWan, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.autoencoder, self.dtype, self.device = autoencoder, dtype, device
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """Pixels float32 [3, frames, height, width] in -1..1 of normalised latents [t, h, w, 48]."""
+        mean, std = (torch.tensor(values, device=self.device) for values in (MEAN, STD))
+        raw = (latent.to(self.device).float() * std + mean).permute(3, 0, 1, 2)[None]
+        return self.autoencoder.decode(raw.to(self.dtype)).sample[0].float().clamp(-1, 1)
+
+
+def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> Vae:
+    """Load Wan2.2_VAE.pth; the widths are read from its shapes (160 and 256 in the official file)."""
+    source = TorchFile(path)
+    try:
+        encoder_width = source.specs["encoder.conv1.weight"].shape[0]
+        decoder_width = source.specs["decoder.head.0.gamma"].shape[0]
+    except KeyError as error:
+        raise InputError(f"{path} is no Wan2.2 VAE: it has no tensor {error}") from error
+    with torch.device("meta"):
+        autoencoder = AutoencoderKLWan(
+            base_dim=encoder_width, decoder_base_dim=decoder_width, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 4, 4],
+            num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True], latents_mean=list(MEAN),
+            latents_std=list(STD), is_residual=True, in_channels=12, out_channels=12, patch_size=2,
+            scale_factor_temporal=4, scale_factor_spatial=16)
+    fill(autoencoder, source, {name: diffusers_name(name) for name in source.specs}, dtype, device, str(path))
+    require_nothing_on_meta(autoencoder)
+    return Vae(autoencoder.eval(), dtype, device)

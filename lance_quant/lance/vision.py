@@ -1,0 +1,126 @@
+"""Pictures to model input: opening, buckets, crop, resize, normalisation, patches. PIL and torch only.
+
+Each picture is brought to one of six aspect ratios at about the area that the resolution preset names, once for the
+ViT and once for the VAE.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from lance_quant.errors import InputError
+
+# Preset -> side of the square with the bucket's area: for the ViT, for the VAE.
+RESOLUTIONS = {
+    "image_112res": (112, 112),  # not an official preset: the native size of lance-nano
+    "image_256res": (224, 256),
+    "image_512res": (448, 512),
+    "image_768res": (672, 768),
+    "video_192p": (224, 256),
+    "video_360p": (476, 480),
+    "video_480p": (616, 640),
+}
+_RATIOS = ((21, 9), (16, 9), (4, 3), (1, 1), (3, 4), (9, 16))
+_STRIDE = 16
+PATCH = 14  # pixels per ViT patch
+MERGE = 2  # patches per merged token, each way
+_VIT_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_VIT_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def open_image(path: Path, exif: bool = False) -> Image.Image:
+    """A picture as RGB: transparency over white, palettes resolved; EXIF orientation only on request.
+
+    Raises:
+        InputError: the file is missing, truncated or no picture.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"image not found: {path}")
+    try:
+        image = Image.open(path)
+        image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"cannot read the image {path}: {error}") from error
+    if exif:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "P":
+        image = image.convert("RGBA")
+    if image.mode == "RGBA":
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.split()[3])
+        return white
+    return image.convert("RGB")
+
+
+def bucket(width: int, height: int, base: int) -> tuple[int, int]:
+    """Height and width of the bucket for a picture; `base` squared is the bucket's area."""
+    sizes = [_bucket_size(across / down, base * base) for across, down in _RATIOS]
+    return min(sizes, key=lambda size: abs(width / height - size[1] / size[0]))
+
+
+def _bucket_size(ratio: float, area: int) -> tuple[int, int]:
+    """The multiple of the stride nearest to `ratio` (width over height), starting from either side."""
+    width_first = round(math.sqrt(area * ratio) / _STRIDE) * _STRIDE
+    first = (round(width_first / ratio / _STRIDE) * _STRIDE, width_first)
+    height_first = round(math.sqrt(area / ratio) / _STRIDE) * _STRIDE
+    second = (height_first, round(height_first * ratio / _STRIDE) * _STRIDE)
+    return min(first, second, key=lambda size: (abs(size[1] / size[0] - ratio), abs(size[0] * size[1] - area)))
+
+
+def crop_box(width: int, height: int, ratio: float, generator: torch.Generator | None) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the part that is kept, `ratio` wide over high.
+
+    A picture within about one pixel of the ratio is cropped at a random offset by the official code; `generator`
+    draws it, None takes the centre.
+    """
+    wide, high = round(math.sqrt(width * height * ratio)), round(math.sqrt(width * height / ratio))
+    if 0 < wide <= width and 0 < high <= height:
+        room = (height - high, width - wide)
+        if generator is None:
+            return room[1] // 2, room[0] // 2, wide, high
+        top, left = (int(torch.randint(0, spare + 1, (1,), generator=generator)) for spare in room)
+        return left, top, wide, high
+    if width / height < ratio:
+        wide, high = width, round(width / ratio)
+    else:
+        wide, high = round(height * ratio), height
+    return (width - wide) // 2, (height - high) // 2, wide, high
+
+
+def fit(image: Image.Image, base: int, multiple: int, generator: torch.Generator | None = None) -> Tensor:
+    """Crop and resize to the picture's bucket, then centre-crop to a multiple: uint8 [3, height, width]."""
+    high, wide = bucket(*image.size, base)
+    left, top, width, height = crop_box(*image.size, wide / high, generator)
+    image = image.crop((left, top, left + width, top + height)).resize((wide, high), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    kept_high, kept_wide = high // multiple * multiple, wide // multiple * multiple
+    top, left = round((high - kept_high) / 2), round((wide - kept_wide) / 2)
+    return pixels[:, top:top + kept_high, left:left + kept_wide].contiguous()
+
+
+def vit_pixels(image: Image.Image, resolution: str, generator: torch.Generator | None = None) -> Tensor:
+    """The picture as the ViT sees it, before normalisation: uint8 [3, height, width], sides multiples of 28."""
+    return fit(image, RESOLUTIONS[resolution][0], PATCH * MERGE, generator)
+
+
+def vit_patches(pixels: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """Normalised patches of a picture (shown as two equal frames): float32 [patches, 1176] and their grid.
+
+    Patches come in merge blocks of 2 x 2; the grid (frames, rows, columns) counts single patches.
+    """
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_VIT_MEAN, _VIT_STD))
+    frames = ((pixels.float() / 255 - mean) / std)[None].expand(2, -1, -1, -1)
+    rows, columns = pixels.shape[1] // PATCH, pixels.shape[2] // PATCH
+    blocks = frames.reshape(1, 2, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
+    patches = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(rows * columns, -1)
+    return patches, (1, rows, columns)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """A picture from float [3, height, width] in -1..1."""
+    levels = ((pixels.float().clamp(-1, 1) * 0.5 + 0.5) * 255).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
