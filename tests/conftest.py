@@ -1,0 +1,71 @@
+"""The golden checkpoint and recordings, loaded once."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lance_quant.lance.config import LancePaths
+from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.samples import load_prompts, load_questions
+
+GOLDENS = Path(__file__).parent / "goldens"
+CPU = torch.device("cpu")
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Relative error by norm, in float64."""
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+def recording(task: str, variant: str) -> SimpleNamespace:
+    """One golden recording: `tensors`, `meta`."""
+    return SimpleNamespace(tensors=load_file(GOLDENS / f"{task}.{variant}.safetensors"),
+                           meta=json.loads((GOLDENS / f"{task}.{variant}.meta.json").read_text()))
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    return GOLDENS
+
+
+@pytest.fixture(scope="session")
+def paths() -> LancePaths:
+    return LancePaths.find(GOLDENS / "checkpoint" / "Lance_3B")
+
+
+@pytest.fixture(scope="session")
+def pipelines(paths) -> dict[str, Pipeline]:
+    """f32: exact rotary frequencies. f32r: rounded through bfloat16, as the official code runs."""
+    return {"f32": Pipeline.load(paths, CPU, torch.float32),
+            "f32r": Pipeline.load(paths, CPU, torch.float32, rotary_rounding=torch.bfloat16)}
+
+
+@pytest.fixture(scope="session")
+def pipeline(pipelines) -> Pipeline:
+    return pipelines["f32"]
+
+
+@pytest.fixture(scope="session")
+def t2i() -> dict[str, SimpleNamespace]:
+    return {variant: recording("t2i", variant) for variant in ("f32", "f32r")}
+
+
+@pytest.fixture(scope="session")
+def x2t() -> dict[str, SimpleNamespace]:
+    return {variant: recording("x2t_image", variant) for variant in ("f32", "f32r")}
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    return load_prompts(GOLDENS / "inputs" / "t2i.json")
+
+
+@pytest.fixture(scope="session")
+def questions():
+    return load_questions(GOLDENS / "inputs" / "x2t_image.json")
