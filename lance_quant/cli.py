@@ -61,6 +61,18 @@ def add_device(to: argparse.ArgumentParser, dtype: bool = True) -> None:
                         help="compute dtype; auto is bfloat16 on a GPU (as the official code), float32 on the CPU")
 
 
+def add_conversion(to: argparse.ArgumentParser) -> None:
+    """What both quantization scripts take: source, statistics, output, recipe, device and --dry_run."""
+    to.add_argument("--src", type=Path, required=True,
+                    help="float checkpoint: a safetensors file, an index, or a folder that holds one")
+    to.add_argument("--stats", type=Path, help="activation statistics (awq_merge_stats.py); not read by --dry_run")
+    to.add_argument("--out", type=Path, help="folder to create; never overwritten; not written by --dry_run")
+    to.add_argument("--recipe", choices=["ours", "published"], default="ours",
+                    help="ours searches by second moments; published repeats Reza2kn/lance-quant tensor for tensor")
+    to.add_argument("--dry_run", action="store_true", help="read headers only and print what would be written")
+    add_device(to, dtype=False)
+
+
 def device_of(name: str) -> torch.device:
     """The device a --device flag means; InputError if this machine has none such."""
     if name == "auto":

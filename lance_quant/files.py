@@ -74,5 +74,5 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented UTF-8 JSON (inside a block of `whole_file` or `whole_folder`)."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write `value`, paths as text, as indented UTF-8 JSON (inside a block of `whole_file` or `whole_folder`)."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=os.fspath) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,16 +113,22 @@ class TensorFile:
 
         Read and converted in pieces of 16 MB, so that host memory beside the result stays at two pieces.
         """
-        spec, offset = self._entries[name]
+        spec = self._entries[name].spec
         target = dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype
-        out = torch.empty(math.prod(spec.shape), dtype=target, device=device)
-        per_piece = _PIECE // spec.dtype.itemsize
-        for first in range(0, out.numel(), per_piece):
-            count = min(per_piece, out.numel() - first)
-            raw = bytearray(count * spec.dtype.itemsize)
-            self._pread_into(raw, offset + first * spec.dtype.itemsize)
-            out[first:first + count].copy_(torch.frombuffer(raw, dtype=spec.dtype))
+        out, first = torch.empty(math.prod(spec.shape), dtype=target, device=device), 0
+        for piece in self.pieces(name):
+            out[first:first + len(piece)].copy_(piece)
+            first += len(piece)
         return out.reshape(spec.shape)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor as stored, flat, in consecutive CPU pieces of 16 MB: a 1.2 GB table never needs 1.2 GB."""
+        spec, offset = self._entries[name]
+        numel, per_piece = math.prod(spec.shape), _PIECE // spec.dtype.itemsize
+        for first in range(0, numel, per_piece):
+            raw = bytearray(min(per_piece, numel - first) * spec.dtype.itemsize)
+            self._pread_into(raw, offset + first * spec.dtype.itemsize)
+            yield torch.frombuffer(raw, dtype=spec.dtype)
 
     def _pread_into(self, buffer: bytearray, offset: int) -> None:
         view, done = memoryview(buffer), 0
@@ -188,6 +194,10 @@ class Checkpoint:
         """See TensorFile.read."""
         return self._home[name].read(name, dtype, device)
 
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """See TensorFile.pieces."""
+        return self._home[name].pieces(name)
+
     def fingerprint(self, names: Iterable[str]) -> str:
         """SHA-256 over name, dtype, shape and both ends (4 KB each) of the named tensors.
 
@@ -252,10 +262,17 @@ class TensorFileWriter:
         """Store a tensor that has the declared dtype and shape."""
         spec = self._specs[name]
         assert (tensor.dtype, tuple(tensor.shape)) == spec, (name, tensor.dtype, tuple(tensor.shape), spec)
+        self.write_pieces(name, [tensor.detach().reshape(-1)])
+
+    def write_pieces(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Store a tensor that arrives flat, in consecutive pieces; each is converted to the declared dtype."""
         assert name in self._missing, f"{name} written twice"
+        spec, written = self._specs[name], 0
         self._file.seek(self._offsets[name])
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        for piece in pieces:
+            flat = piece.to(spec.dtype).cpu().contiguous()
+            written += self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+        assert written == spec.nbytes, (name, written, spec)
         self._missing.discard(name)
 
     def __enter__(self) -> "TensorFileWriter":

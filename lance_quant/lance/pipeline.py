@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from PIL import Image
@@ -16,9 +16,11 @@ from lance_quant.lance.loader import load_lance
 from lance_quant.lance.mot import Lance
 from lance_quant.lance.samples import Question
 from lance_quant.lance.tokens import LanceTokenizer, Packed, pack_generation, pack_understanding
-from lance_quant.lance.vae import Vae, load_vae
-from lance_quant.lance.vit import Vit, load_vit
 from lance_quant.tensorfile import Checkpoint
+
+if TYPE_CHECKING:  # importing transformers' models and diffusers takes seconds: only when first used
+    from lance_quant.lance.vae import Vae
+    from lance_quant.lance.vit import Vit
 
 _CROP_SEED = 2025  # the official global seed, which its random crops draw from
 
@@ -66,13 +68,17 @@ class Pipeline:
         return cls(model, source, paths, rounding, fix_quirks)
 
     @functools.cached_property
-    def vit(self) -> Vit:
+    def vit(self) -> "Vit":
         """The vision tower, loaded on first use."""
+        from lance_quant.lance.vit import load_vit
+
         return load_vit(self._source, self.paths.vit, self.model.device, self.model.dtype, self._rotary_rounding)
 
     @functools.cached_property
-    def vae(self) -> Vae:
+    def vae(self) -> "Vae":
         """The autoencoder, loaded on first use."""
+        from lance_quant.lance.vae import load_vae
+
         return load_vae(self.paths.vae, self.model.device, self.model.dtype)
 
     def ask(self, question: Question, resolution: str) -> tuple[Packed, Tensor]:

@@ -5,6 +5,7 @@ renamed and its configuration is given. The latents of the model are normalised 
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -28,33 +29,68 @@ STD = (
     0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
     0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )
-# Official name -> diffusers name, applied in turn. Unlisted parts (resample.1, time_conv, to_qkv, proj, norm) agree.
-_RENAMES = [
-    (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
-    (r"^(encoder|decoder)\.head\.0\.", r"\1.norm_out."),
-    (r"^(encoder|decoder)\.head\.2\.", r"\1.conv_out."),
-    (r"^conv1\.", "quant_conv."),
-    (r"^conv2\.", "post_quant_conv."),
-    (r"\.middle\.0\.", ".mid_block.resnets.0."),
-    (r"\.middle\.1\.", ".mid_block.attentions.0."),
-    (r"\.middle\.2\.", ".mid_block.resnets.1."),
-    (r"^encoder\.downsamples\.(\d+)\.downsamples\.2\.", r"encoder.down_blocks.\1.downsampler."),
-    (r"^encoder\.downsamples\.(\d+)\.downsamples\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
-    (r"^decoder\.upsamples\.(\d+)\.upsamples\.3\.", r"decoder.up_blocks.\1.upsampler."),
-    (r"^decoder\.upsamples\.(\d+)\.upsamples\.(\d+)\.", r"decoder.up_blocks.\1.resnets.\2."),
-    (r"\.residual\.0\.gamma$", ".norm1.gamma"),
-    (r"\.residual\.2\.", ".conv1."),
-    (r"\.residual\.3\.gamma$", ".norm2.gamma"),
-    (r"\.residual\.6\.", ".conv2."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-]
+# (official, diffusers) beginnings and middles of names; "#" stands for a number. Parts that are not listed agree.
+_NAMES = (
+    ("encoder.conv1.", "encoder.conv_in."),
+    ("decoder.conv1.", "decoder.conv_in."),
+    ("encoder.head.0.", "encoder.norm_out."),
+    ("decoder.head.0.", "decoder.norm_out."),
+    ("encoder.head.2.", "encoder.conv_out."),
+    ("decoder.head.2.", "decoder.conv_out."),
+    ("conv1.", "quant_conv."),
+    ("conv2.", "post_quant_conv."),
+    ("encoder.middle.0.", "encoder.mid_block.resnets.0."),
+    ("decoder.middle.0.", "decoder.mid_block.resnets.0."),
+    ("encoder.middle.1.", "encoder.mid_block.attentions.0."),
+    ("decoder.middle.1.", "decoder.mid_block.attentions.0."),
+    ("encoder.middle.2.", "encoder.mid_block.resnets.1."),
+    ("decoder.middle.2.", "decoder.mid_block.resnets.1."),
+    ("encoder.downsamples.#.downsamples.2.", "encoder.down_blocks.#.downsampler."),
+    ("encoder.downsamples.#.downsamples.#.", "encoder.down_blocks.#.resnets.#."),
+    ("decoder.upsamples.#.upsamples.3.", "decoder.up_blocks.#.upsampler."),
+    ("decoder.upsamples.#.upsamples.#.", "decoder.up_blocks.#.resnets.#."),
+)
+# Inside a residual block, after one of the beginnings above.
+_BLOCK_NAMES = (
+    ("residual.0.", "norm1."),
+    ("residual.2.", "conv1."),
+    ("residual.3.", "norm2."),
+    ("residual.6.", "conv2."),
+    ("shortcut.", "conv_shortcut."),
+)
 
 
 def diffusers_name(official: str) -> str:
     """The name in AutoencoderKLWan of a tensor in Wan2.2_VAE.pth."""
-    for pattern, replacement in _RENAMES:
-        official = re.sub(pattern, replacement, official)
-    return official
+    return _renamed(official, _NAMES, _BLOCK_NAMES)
+
+
+def official_name(diffusers: str) -> str:
+    """The inverse of diffusers_name."""
+    return _renamed(diffusers, *([(new, old) for old, new in table] for table in (_NAMES, _BLOCK_NAMES)))
+
+
+def _renamed(name: str, beginnings: Iterable[tuple[str, str]], rest: Iterable[tuple[str, str]]) -> str:
+    for old, new in beginnings:
+        match = re.match(re.escape(old).replace(re.escape("#"), r"(\d+)"), name)
+        if match:
+            numbers = iter(match.groups())
+            head, tail = re.sub("#", lambda _, numbers=numbers: next(numbers), new), name[match.end():]
+            for old_part, new_part in rest:
+                if tail.startswith(old_part):
+                    tail = new_part + tail.removeprefix(old_part)
+                    break
+            return head + tail
+    return name
+
+
+def build_autoencoder(encoder_width: int, decoder_width: int) -> AutoencoderKLWan:
+    """The Wan2.2 architecture; the official file's widths are 160 and 256."""
+    return AutoencoderKLWan(
+        base_dim=encoder_width, decoder_base_dim=decoder_width, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True], latents_mean=list(MEAN),
+        latents_std=list(STD), is_residual=True, in_channels=12, out_channels=12, patch_size=2,
+        scale_factor_temporal=4, scale_factor_spatial=16)
 
 
 class Vae(nn.Module):
@@ -73,7 +109,7 @@ class Vae(nn.Module):
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> Vae:
-    """Load Wan2.2_VAE.pth; the widths are read from its shapes (160 and 256 in the official file)."""
+    """Load Wan2.2_VAE.pth; the widths are read from its shapes."""
     source = TorchFile(path)
     try:
         encoder_width = source.specs["encoder.conv1.weight"].shape[0]
@@ -81,11 +117,7 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype) -> Vae:
     except KeyError as error:
         raise InputError(f"{path} is no Wan2.2 VAE: it has no tensor {error}") from error
     with torch.device("meta"):
-        autoencoder = AutoencoderKLWan(
-            base_dim=encoder_width, decoder_base_dim=decoder_width, z_dim=LATENT_CHANNELS, dim_mult=[1, 2, 4, 4],
-            num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True], latents_mean=list(MEAN),
-            latents_std=list(STD), is_residual=True, in_channels=12, out_channels=12, patch_size=2,
-            scale_factor_temporal=4, scale_factor_spatial=16)
+        autoencoder = build_autoencoder(encoder_width, decoder_width)
     fill(autoencoder, source, {name: diffusers_name(name) for name in source.specs}, dtype, device, str(path))
     require_nothing_on_meta(autoencoder)
     return Vae(autoencoder.eval(), dtype, device)

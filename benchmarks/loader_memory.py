@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Measure the host memory that loading a model needs beside the model itself.
+
+    python benchmarks/synthetic_lance.py --out /tmp/synthetic
+    python benchmarks/loader_memory.py --model_path /tmp/synthetic/Lance_3B --dtype bfloat16
+    python benchmarks/loader_memory.py --model_path /tmp/synthetic/Lance_3B --awq_dir /tmp/int4 --dtype bfloat16
+
+Reads   a model folder, and a packed folder if given
+Writes  nothing; the last line on stdout is the result as JSON, all sizes in bytes: `model`, what the loaded tensors
+        hold; `peak_above_start`, how far the process's resident memory rose; `beside_model`, the difference
+"""
+
+import argparse
+import functools
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+from lance_quant import cli
+from lance_quant.lance.config import LancePaths
+from lance_quant.lance.pipeline import Pipeline
+from lance_quant.packed import PackedFolder
+from quantized_linear import swap_linears
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--model_path", type=Path, required=True, help="Lance folder")
+    parser.add_argument("--awq_dir", type=Path, help="packed folder that replaces the float weights")
+    cli.add_device(parser)
+    return parser.parse_args(argv)
+
+
+def peak_rss() -> int:
+    """Highest resident size of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_args(argv)
+    device = cli.device_of(args.device)
+    dtype = cli.dtype_of(args.dtype, device)
+    packed = PackedFolder(args.awq_dir) if args.awq_dir else None
+    prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device)
+    before, start = peak_rss(), time.perf_counter()
+    pipeline = Pipeline.load(LancePaths.find(args.model_path), device, dtype, packed and packed.checkpoint.path, prepare)
+    tensors = [*pipeline.model.parameters(), *pipeline.model.buffers()]
+    model = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    rise = peak_rss() - before
+    on_host = model if device.type == "cpu" else 0
+    print(json.dumps({"model": model, "peak_above_start": rise, "beside_model": rise - on_host,
+                      "seconds": round(time.perf_counter() - start, 1), "device": str(device),
+                      "dtype": str(dtype).removeprefix("torch.")}))
+
+
+if __name__ == "__main__":
+    cli.run(main)

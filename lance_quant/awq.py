@@ -1,0 +1,124 @@
+"""The search for the per-channel scale of a norm-fed group, by the error of the quantizer that writes the file.
+
+AWQ (arXiv:2306.00978) multiplies the columns of a weight by s before rounding and divides them out in the norm before,
+so that columns which see large activations are rounded more finely. Which s is best is tried out. For one linear
+
+    error(s) = sum_ij m2_j (What_ij - W_ij)^2 / sum_ij m2_j W_ij^2,   What = fake_quant(W * s) / s,
+
+with m2_j = E[x_j^2]: the expected squared output error relative to the output, if channels are uncorrelated. It is a
+closed form, so no activations are drawn and no matrix is multiplied; a group counts the mean over its linears, so that
+256 rows of v_proj weigh as much as 2048 of q_proj. s = 1 is a candidate: the search never loses to plain rounding.
+
+Shape suffixes: o out, i in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lance_quant.codec import Codec, RowBlock, map_blocks
+from lance_quant.fuse import Folded, fold_norm
+
+GRID = 20  # steps of the exponent between 0 and 1
+# Channels are never held to be quieter than this fraction of the loudest one: a channel that was silent during
+# calibration need not stay silent, and would otherwise be traded away altogether.
+FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best candidate for a group.
+
+    folded: the norm to store and the column factor, see fuse.fold_norm
+    label: "s=1", "act^0.45" or "act^0.45/w^0.55"
+    before, after: error of every linear with s = 1 and with the choice
+    """
+
+    folded: Folded
+    label: str
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+
+def candidates(rms: Tensor, wmax: Tensor) -> list[tuple[str, Tensor]]:
+    """Label and scale [in] of everything that is tried, s = 1 first; each has geometric mean 1.
+
+    Args:
+        rms: [in] root mean square of the activation, not negative.
+        wmax: [in] largest |weight| of each column, averaged over the linears.
+    """
+    rms, wmax = _floored(rms), _floored(wmax)
+    tried = [("s=1", torch.ones_like(rms))]
+    for step in range(1, GRID + 1):
+        a = step / GRID
+        tried.append((f"act^{a:.2f}", rms**a))
+    for step in range(GRID):  # at a = 1 both families meet
+        a = step / GRID
+        tried.append((f"act^{a:.2f}/w^{1 - a:.2f}", rms**a / wmax ** (1 - a)))
+    return [(label, s / s.log().mean().exp()) for label, s in tried]
+
+
+def _floored(x: Tensor) -> Tensor:
+    largest = x.max()
+    return x.clamp(min=FLOOR * largest) if largest > 0 else torch.ones_like(x)
+
+
+@torch.no_grad()
+def search(weights: Sequence[Tensor], norm: Tensor, m2: Tensor, codec: Codec) -> Choice:
+    """Find the scale of a norm-fed group.
+
+    Args:
+        weights: float32 [out, in] of every linear that reads the norm, finite.
+        norm: float32 [in] weight of the norm.
+        m2: float32 [in] mean square of the activation.
+        codec: the format that will be written.
+
+    Returns:
+        The candidate with the smallest mean error; the first of equals, so s = 1 where nothing is gained.
+    """
+    wmax = torch.stack([column_max(w) for w in weights])
+    tried = candidates(m2.sqrt(), wmax.mean(0))
+    folds = [fold_norm(norm, s) for _, s in tried]
+    errors = relative_errors(weights, [fold.column for fold in folds], m2, codec, wmax.amax(0))
+    best = min(range(len(tried)), key=lambda index: sum(errors[index]))
+    return Choice(folds[best], tried[best][0], errors[0], errors[best])
+
+
+def column_max(w: Tensor) -> Tensor:
+    """Largest |weight| of every column: [out, in] -> [in], without a copy of the weight."""
+    low, high = torch.aminmax(w, dim=0)
+    return torch.maximum(-low, high)
+
+
+@torch.no_grad()
+def relative_errors(weights: Sequence[Tensor], columns: Sequence[Tensor], m2: Tensor, codec: Codec,
+                    wmax: Tensor | None = None) -> list[tuple[float, ...]]:
+    """error(s) of the module docstring: for each column factor in `columns` [in], one number per weight.
+
+    Args:
+        wmax: [in] largest |weight| of each column over all weights; computed if not given.
+    """
+    if wmax is None:
+        wmax = torch.stack([column_max(w) for w in weights]).amax(0)
+    # The largest |w * s| of a group without touching its weights: rounding is monotonic, so this is exact.
+    contexts = [codec.context(float((wmax * column).max())) for column in columns]
+    m2 = _floored(m2.sqrt()) ** 2
+    tried = list(zip(columns, [m2 / column**2 for column in columns], contexts, strict=True))
+
+    def block_sums(block: RowBlock) -> tuple[int, list[float]]:
+        w_io = weights[block.index][block.rows].t().contiguous()
+        sums = [_weighted_error(w_io * column[:, None], weight, codec, context) for column, weight, context in tried]
+        return block.index, torch.stack([w_io.square().sum(1) @ m2, *sums]).tolist()
+
+    totals = torch.zeros(len(weights), 1 + len(tried), dtype=torch.float64)
+    for index, sums in map_blocks(block_sums, weights):
+        totals[index] += torch.tensor(sums, dtype=torch.float64)
+    signal = totals[:, :1]
+    relative = torch.where(signal > 0, totals[:, 1:] / signal, 0.0)  # an all-zero weight has no error
+    return [tuple(row) for row in relative.t().tolist()]
+
+
+def _weighted_error(scaled_io: Tensor, weight: Tensor, codec: Codec, context: float | None) -> Tensor:
+    return codec.fake_quant_io(scaled_io, context).sub_(scaled_io).square_().sum(1) @ weight

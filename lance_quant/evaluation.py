@@ -1,0 +1,104 @@
+"""One quantized run beside its baseline: the numbers that run_quant_eval.py reports, as plain data."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from lance_quant.compare import psnr, relative_error, step_errors, text_similarity, token_divergence
+from lance_quant.errors import InputError
+from lance_quant.files import read_json
+from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.samples import Prompt, Question
+from lance_quant.results import Results
+from lance_quant.tasks import Settings, replay
+
+# Shown in this order; (key, heading, how a person reads it).
+METRICS = {
+    "x2t_image": (
+        ("kl", "KL per token (nats)", "lower is better"),
+        ("top1", "top-1 agreement", "higher is better"),
+        ("exact", "exact answers", "higher is better"),
+        ("characters", "character similarity", "higher is better"),
+        ("words", "word similarity", "higher is better"),
+    ),
+    "t2i": (
+        ("velocity_error", "velocity error, mean over steps", "lower is better"),
+        ("latent_error", "final latent error", "lower is better"),
+        ("psnr", "PSNR of the picture (dB)", "higher is better"),
+    ),
+}
+
+
+def compare_run(pipeline: Pipeline, samples: list[Question] | list[Prompt], settings: Settings, baseline: Results,
+                folder: Path) -> list[dict[str, Any]]:
+    """Per sample, the distance of a finished run in `folder` from `baseline`, in the keys of METRICS and more.
+
+    Runs the quantized model once more, on the baseline's own tokens and points x_t.
+    """
+    compare = _compare_answer if settings.task == "x2t_image" else _compare_picture
+    run = Results(folder)
+    return [compare(pipeline, sample, settings, baseline, run)
+            for sample in tqdm(samples, desc="compare", unit="sample")]
+
+
+def _compare_answer(pipeline: Pipeline, question: Question, settings: Settings, baseline: Results,
+                    run: Results) -> dict[str, Any]:
+    ids = baseline.trace.read(f"{question.key}.ids").tolist()
+    if max(ids) >= len(pipeline.tokenizer):
+        raise InputError(f"baseline {baseline.folder} was made with another tokenizer")
+    packed, vit_tokens = pipeline.ask(question, settings.resolution)
+    forced = pipeline.forced_logprobs(packed, vit_tokens, ids).cpu()
+    divergence = token_divergence(baseline.trace.read(f"{question.key}.logprobs"), forced)
+    theirs, ours = baseline.answers()[question.key], run.answers()[question.key]
+    return {"key": question.key, "image": str(question.image), "question": question.question,
+            "reference": question.reference, "baseline": theirs, "answer": ours, "tokens": len(ids),
+            "kl": divergence.kl.mean().item(), "kl_max": divergence.kl.max().item(), "top1": divergence.top1,
+            **text_similarity(ours, theirs)._asdict()}
+
+
+def _compare_picture(pipeline: Pipeline, prompt: Prompt, settings: Settings, baseline: Results,
+                     run: Results) -> dict[str, Any]:
+    theirs = {part: baseline.trace.read(f"{prompt.key}.{part}") for part in ("x", "velocity", "t", "latent")}
+    ours = {part: run.trace.read(f"{prompt.key}.{part}") for part in ("x", "latent")}
+    errors = step_errors(replay(pipeline, prompt, settings, theirs["x"], theirs["t"]), theirs["velocity"])
+    name = f"{prompt.key}.png"
+    return {"key": prompt.key, "prompt": prompt.text, "velocity_errors": errors, "t": theirs["t"].tolist(),
+            "velocity_error": sum(errors) / len(errors), "same_noise": bool((ours["x"][0] == theirs["x"][0]).all()),
+            "latent_error": relative_error(ours["latent"], theirs["latent"]),
+            "psnr": psnr(Image.open(run.folder / name), Image.open(baseline.folder / name))}
+
+
+def summarize(task: str, samples: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean of every metric over the samples (KL and top-1 over all tokens)."""
+    weights = [sample.get("tokens", 1) if task == "x2t_image" else 1 for sample in samples]
+    summary = {}
+    for key, _, _ in METRICS[task]:
+        each = weights if key in ("kl", "top1") else [1] * len(samples)
+        total = sum(weight * sample[key] for weight, sample in zip(each, samples, strict=True))
+        summary[key] = total / sum(each)
+    return summary
+
+
+def section(settings: Settings, baseline: Results, root: Path) -> dict[str, Any]:
+    """A report's section with no runs yet. Folders in it are relative to `root` where they lie below it."""
+    return {"task": settings.task, "settings": settings.as_json(), "baseline": _facts(baseline.folder, root),
+            "runs": []}
+
+
+def run_entry(name: str, task: str, samples: list[dict[str, Any]], root: Path) -> dict[str, Any]:
+    """One run of a section: what ran, the samples from `compare_run`, and their summary."""
+    summary = summarize(task, samples)
+    for row in (*samples, summary):  # JSON has no infinity
+        row.update({key: "equal" for key, value in row.items() if value == math.inf})
+    return {"name": name, **_facts(root / name, root), "summary": summary, "samples": samples}
+
+
+def _facts(folder: Path, root: Path) -> dict[str, Any]:
+    """What a report says of a results folder: its run.json, shortened."""
+    run = read_json(folder / "run.json", "run.json")
+    kept = ("model", "device", "dtype", "seconds", "peak_memory_bytes", "versions")
+    place = folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve()
+    return {"folder": str(place), **{key: run[key] for key in kept}}

@@ -1,0 +1,228 @@
+"""Packed folders: one safetensors file and one meta JSON, in the layout that Reza2kn/lance-quant published.
+
+    awq_state_dict.safetensors   + awq_meta.json     INT4:  NAME.qweight, NAME.scales, NAME.zeros
+    nvfp4_state_dict.safetensors + nvfp4_meta.json   NVFP4: NAME.qweight, NAME.scales_bf16, NAME.scales_fp8
+                                                     slim:  NAME.qweight, NAME.scales_e4m3
+
+NAME.weight is absent for every linear that the meta lists under `per_weight`; all other tensors are those of the float
+checkpoint in bfloat16, with the norms already divided. Published folders are read as they are; ours have more meta
+fields, which old readers ignore. A folder is checked when it is opened, from headers alone: what the meta lists and
+what the file holds must agree exactly.
+"""
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lance_quant import files, layout, nvfp4
+from lance_quant.codec import Codec, Int4, Nvfp4, PackedWeight
+from lance_quant.errors import InputError
+from lance_quant.tensorfile import Checkpoint, TensorFileWriter, TensorSpec, file_size
+
+SUFFIXES = ("qweight", "scales", "zeros", "scales_bf16", "scales_fp8", "scales_e4m3")
+
+
+class LinearSpec(NamedTuple):
+    """A packed linear, from the meta alone.
+
+    shape: (out, in)
+    group_size: inputs per scale
+    scheme: how it was made, as in the meta
+    global_scale: NVFP4's power of two; None for INT4 and published files
+    """
+
+    shape: tuple[int, int]
+    group_size: int
+    scheme: str
+    global_scale: float | None
+
+
+class PackedFolder:
+    """A packed folder, open for reading.
+
+    format: "int4" or "nvfp4"
+    slim: True for NVFP4 without the duplicate scales
+    meta: the meta JSON
+    linears: module name -> LinearSpec
+    checkpoint: all tensors of the file by name
+
+    Raises:
+        InputError: no meta file, or meta and tensors disagree; the first five disagreements are named.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.format = _format_of(self.path)
+        base = Int4 if self.format == "int4" else Nvfp4
+        self.meta: dict[str, Any] = files.read_json(self.path / base.meta_file, "packed meta")
+        self.slim = _is_slim(self.meta, self.path)
+        self.linears = {name.removesuffix(".weight"): _linear_spec(name, entry, self.format, self.slim)
+                        for name, entry in _per_weight(self.meta, self.path).items()}
+        self.checkpoint = Checkpoint(self.path / base.state_file)
+        try:
+            self._require_agreement()
+        except InputError:
+            self.checkpoint.close()
+            raise
+
+    def codec(self, linear: str) -> Codec:
+        """The format of one linear (group sizes may differ)."""
+        return Int4(self.linears[linear].group_size) if self.format == "int4" else Nvfp4(self.slim)
+
+    def read_weight(self, linear: str, device: torch.device | str = "cpu") -> PackedWeight:
+        """The packed weight of a linear, on `device`."""
+        codec, spec = self.codec(linear), self.linears[linear]
+        tensors = {suffix: self.checkpoint.read(f"{linear}.{suffix}", device=device)
+                   for suffix in codec.specs(spec.shape) if suffix != "scales_fp8"}
+        return codec.weight(tensors, {"global_scale": spec.global_scale})
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, scales and zero points included."""
+        return bits_per_weight(self.checkpoint.specs, {name: spec.shape for name, spec in self.linears.items()})
+
+    def facts(self) -> dict[str, Any]:
+        """What a run records of its weights: path, format, bytes of the file, bits per quantized weight."""
+        return {"path": str(self.checkpoint.path), "format": self.format,
+                "bytes": file_size(self.checkpoint.specs), "bits_per_weight": self.bits_per_weight}
+
+    def _require_agreement(self) -> None:
+        specs, wrong = self.checkpoint.specs, []
+        expected = {f"{name}.{suffix}": spec for name, linear in self.linears.items()
+                    for suffix, spec in self.codec(name).specs(linear.shape).items()}
+        for name, spec in expected.items():
+            if name not in specs:
+                wrong.append(f"{name} is missing")
+            elif specs[name] != spec:
+                wrong.append(f"{name} is {_text(specs[name])}, not {_text(spec)}")
+        for name in specs:
+            base, _, last = name.rpartition(".")
+            if last in SUFFIXES and name not in expected:
+                wrong.append(f"{name} belongs to no listed linear")
+            elif base in self.linears and name not in expected and not _is_bias(last, specs[name], self.linears[base]):
+                wrong.append(f"{name} beside a packed weight")
+        if wrong:
+            raise InputError(f"{self.path}: meta and tensors disagree in {len(wrong)} places, first: "
+                             f"{'; '.join(wrong[:5])}")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> "PackedFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _format_of(path: Path) -> str:
+    for codec in (Int4, Nvfp4):
+        if (path / codec.meta_file).is_file():
+            return codec.name
+    raise InputError(f"no packed model in {path}: neither {Int4.meta_file} nor {Nvfp4.meta_file} is there")
+
+
+def _is_slim(meta: Any, path: Path) -> bool:
+    kind = meta.get("layout", "published") if isinstance(meta, dict) else None
+    if kind not in ("published", "slim"):
+        raise InputError(f"{path}: layout {kind!r} is unknown to this version; update lance-quant")
+    return kind == "slim"
+
+
+def _per_weight(meta: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    listed = meta.get("per_weight")
+    if not isinstance(listed, dict) or not listed:
+        raise InputError(f"{path}: the meta lists no weights (per_weight)")
+    return listed
+
+
+def _linear_spec(name: str, entry: Any, kind: str, slim: bool) -> LinearSpec:
+    if not isinstance(entry, dict) or not name.endswith(".weight"):
+        raise InputError(f"meta entry {name!r} is not that of a weight")
+    shape, size = entry.get("shape"), entry.get("group_size" if kind == "int4" else "block_size")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise InputError(f"meta of {name}: shape {shape!r} is not [out, in]")
+    if kind == "int4" and entry.get("n_bit") != 4:
+        raise InputError(f"meta of {name}: n_bit {entry.get('n_bit')!r}; only 4 bits are supported")
+    if not isinstance(size, int) or size < 1 or (kind == "nvfp4" and size != nvfp4.BLOCK):
+        raise InputError(f"meta of {name}: group or block size {size!r} is not supported")
+    (Int4(size) if kind == "int4" else Nvfp4()).require_fits(name, shape)
+    scale = entry.get("global_scale")
+    if (slim or scale is not None) and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise InputError(f"meta of {name}: global_scale {scale!r} is not a positive number")
+    return LinearSpec((shape[0], shape[1]), size, str(entry.get("scheme")), scale)
+
+
+def _is_bias(last: str, spec: TensorSpec, linear: LinearSpec) -> bool:
+    return last == "bias" and spec.shape == linear.shape[:1] and spec.dtype.is_floating_point
+
+
+def _text(spec: TensorSpec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
+
+
+@dataclass
+class PackedWriter:
+    """Where a conversion puts its tensors and its meta; see `new_folder`."""
+
+    tensors: TensorFileWriter
+    meta: dict[str, Any]
+
+
+@contextmanager
+def new_folder(path: Path, codec: Codec, specs: Mapping[str, TensorSpec]) -> Iterator[PackedWriter]:
+    """Create a packed folder, whole or not at all; `specs` says what its file will hold.
+
+    Raises:
+        InputError: `path` exists, or its disk has less free space than the file needs.
+    """
+    files.require_free(path)
+    require_space(path, file_size(specs))
+    with files.whole_folder(path) as folder:
+        with TensorFileWriter(folder / codec.state_file, specs) as tensors:
+            writer = PackedWriter(tensors, {})
+            yield writer
+        files.write_json(folder / codec.meta_file, writer.meta)
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raise InputError if the disk of `path`, which need not exist yet, has fewer than `needed` bytes free."""
+    there = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise InputError(f"{path} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free")
+
+
+def bits_per_weight(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Stored bits per quantized weight; `shapes` are those of the quantized linears."""
+    stored = sum(spec.nbytes for name, spec in specs.items() if name.rpartition(".")[2] in SUFFIXES)
+    return 8 * stored / sum(math.prod(shape) for shape in shapes.values())
+
+
+def table(specs: Mapping[str, TensorSpec]) -> str:
+    """Number of tensors and bytes by kind: packed ones by linear, others by where they belong."""
+    count: Counter[str] = Counter()
+    size: Counter[str] = Counter()
+    for name, spec in specs.items():
+        count[_kind(name)] += 1
+        size[_kind(name)] += spec.nbytes
+    width = max(map(len, count))
+    lines = [f"{kind:<{width}}  {count[kind]:>7}  {size[kind]:>14}" for kind in count]
+    return "\n".join([f"{'kind':<{width}}  tensors           bytes", *lines])
+
+
+def _kind(name: str) -> str:
+    base, _, last = name.rpartition(".")
+    if last in SUFFIXES:
+        return f"{layout.kind_of(base)} packed"
+    if name.startswith(layout.LAYERS):
+        return "layer norms and biases"
+    return base.removeprefix(layout.LLM_PREFIX) if name.startswith(layout.LLM_PREFIX) else name.split(".")[0]

@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+"""Run float Lance on one task: the baseline that quantized runs are compared with.
+
+    python run_baseline.py --task t2i --model_path downloads/Lance_3B --example_json prompts.json \\
+        --save_path_gen results/bf16 --save_latents
+
+Reads   MODEL_PATH (llm_config.json, tokenizer, model.safetensors), ViT for x2t_image, VAE for t2i
+Writes  SAVE_PATH_GEN/{prompt.json,run.json}, pictures or result.json; with --save_latents also what
+        run_quant_eval.py compares with (latents.safetensors or logits.safetensors)
+Needs   the model in the compute dtype (12.4 GB for Lance_3B in bfloat16); host memory beside it stays below 2 GB
+Next    awq_calibrate_single.py, or run_quant_eval.py --baseline SAVE_PATH_GEN
+"""
+
+import argparse
+from pathlib import Path
+
+from lance_quant import cli, task_cli
+from lance_quant.files import require_free, whole_folder
+from lance_quant.results import RunRecord, run_task
+from lance_quant.tasks import load_samples
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__)
+    task_cli.add_model(parser)
+    task_cli.add_task(parser)
+    parser.add_argument("--save_path_gen", type=Path, required=True, help="results folder; must not exist")
+    parser.add_argument("--save_latents", action="store_true",
+                        help="keep every step's x_t and velocity, or every answer token's log-probabilities "
+                             "(t2i at 768: 27 MB a picture; x2t: 0.6 MB a token)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_args(argv)
+    settings = task_cli.settings_of(args)
+    paths = task_cli.paths_of(args)
+    samples = load_samples(args.example_json, settings, args.limit)
+    require_free(args.save_path_gen)
+    device = cli.device_of(args.device)
+    record = RunRecord(device, cli.dtype_of(args.dtype, device), task_cli.float_facts(args.model_path), vars(args))
+    with whole_folder(args.save_path_gen) as folder:
+        with record.stage("load"):
+            pipeline = task_cli.load(args, paths)
+        run_task(pipeline, samples, settings, record, folder, args.save_latents)
+    print(args.save_path_gen)
+
+
+if __name__ == "__main__":
+    cli.run(main)

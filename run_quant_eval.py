@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""Run quantized Lance on one task and say how far it is from the float model.
+
+    python run_quant_eval.py --task t2i --model_path downloads/Lance_3B --awq_dir Lance_3B-AWQ-INT4 Lance_3B-NVFP4 \\
+        --example_json prompts.json --baseline results/bf16 --save_path_gen results/quantized
+
+Reads   MODEL_PATH (llm_config.json, tokenizer; the float weights only where no --baseline is given), one or more
+        packed folders, ViT or VAE as the task needs, and the baseline's results folder
+Writes  SAVE_PATH_GEN: a results folder per packed folder, comparison.json, report.md, report.html
+Needs   4.3 GB (INT4) or 5.1 GB (NVFP4) for the weights of Lance_3B in mode ondemand, as much as bfloat16 in mode cached
+Next    open report.html
+"""
+
+import argparse
+import functools
+from pathlib import Path
+
+from lance_quant import cli, report, task_cli
+from lance_quant.errors import InputError
+from lance_quant.evaluation import compare_run, run_entry, section
+from lance_quant.files import require_free, whole_folder, write_json
+from lance_quant.lance.pipeline import Pipeline
+from lance_quant.packed import PackedFolder
+from lance_quant.results import Results, RunRecord, drop_traces, run_task
+from lance_quant.tasks import Settings, load_samples
+from quantized_linear import swap_linears
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__)
+    task_cli.add_model(parser)
+    task_cli.add_task(parser)
+    parser.add_argument("--awq_dir", type=Path, nargs="+", required=True,
+                        help="packed folders from awq_apply.py or nvfp4_apply.py, or published ones")
+    parser.add_argument("--mode", choices=["ondemand", "cached"], default="ondemand",
+                        help="ondemand unpacks a linear at every call; cached keeps it in the compute dtype")
+    parser.add_argument("--baseline", type=Path,
+                        help="results folder of run_baseline.py --save_latents; default: run the float model first")
+    parser.add_argument("--save_path_gen", type=Path, required=True, help="results folder; must not exist")
+    parser.add_argument("--save_latents", action="store_true", help="keep the traces that were compared")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_args(argv)
+    settings = task_cli.settings_of(args)
+    samples = load_samples(args.example_json, settings, args.limit)
+    packed = _open(args.awq_dir)
+    task_cli.paths_of(args)
+    require_free(args.save_path_gen)
+    if args.baseline:
+        Results(args.baseline).require_same(settings, samples)
+    with whole_folder(args.save_path_gen) as folder:
+        if not args.baseline:
+            _run(args, settings, samples, folder / "baseline")
+        baseline = Results(args.baseline or folder / "baseline")
+        sections = [section(settings, baseline, folder)]
+        for name, one in packed.items():
+            pipeline = _run(args, settings, samples, folder / name, one)
+            compared = compare_run(pipeline, samples, settings, baseline, folder / name)
+            sections[0]["runs"].append(run_entry(name, settings.task, compared, folder))
+        write_json(folder / "comparison.json", sections)
+        report.write(folder, sections)
+        if not args.save_latents:
+            drop_traces(folder)
+    cli.log.info("%s", report.summary_table(sections))
+    print(args.save_path_gen / "report.html")
+
+
+def _open(folders: list[Path]) -> dict[str, PackedFolder]:
+    """The packed folders by name, which names their results too."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names) or "baseline" in names:
+        raise InputError(f"--awq_dir {' '.join(names)}: folders need different names, none of them 'baseline'")
+    return {name: PackedFolder(folder) for name, folder in zip(names, folders, strict=True)}
+
+
+def _run(args: argparse.Namespace, settings: Settings, samples: list, folder: Path,
+         packed: PackedFolder | None = None) -> Pipeline:
+    """Run the task with the float weights or with packed ones, into `folder`; return the model."""
+    device = cli.device_of(args.device)
+    dtype = cli.dtype_of(args.dtype, device)
+    facts = packed.facts() if packed else task_cli.float_facts(args.model_path)
+    record = RunRecord(device, dtype, facts, vars(args))
+    prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device, mode=args.mode)
+    folder.mkdir()
+    with record.stage("load"):
+        pipeline = task_cli.load(args, task_cli.paths_of(args), packed and packed.checkpoint.path, prepare)
+    run_task(pipeline, samples, settings, record, folder, keep_trace=True)
+    return pipeline
+
+
+if __name__ == "__main__":
+    cli.run(main)

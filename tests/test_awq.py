@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from lance_quant import awq
+from lance_quant.codec import Int4, Nvfp4
+
+CODECS = [Int4(32), Nvfp4()]
+codecs = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def group(seed=0, n_in=128):
+    weights = [rand(48, n_in, seed=seed) * 0.02, rand(16, n_in, seed=seed + 1) * 0.02]
+    norm = rand(n_in, seed=seed + 2).abs() + 0.1
+    m2 = (rand(n_in, seed=seed + 3) * 0.8).exp() ** 2
+    return weights, norm, m2
+
+
+def slow_error(w, column, m2, codec, context):
+    """The definition, in float64, one weight at a time."""
+    back = codec.dequantize(codec.quantize(w * column, context)).double() / column.double()
+    return float(((back - w) ** 2 @ m2.double()).sum() / (w.double() ** 2 @ m2.double()).sum())
+
+
+@codecs
+def test_errors_are_those_of_the_definition(codec):
+    weights, norm, m2 = group()
+    choice = awq.search(weights, norm, m2, codec)
+    one = awq.fold_norm(norm, torch.ones_like(norm))
+    for folded, errors in ((one, choice.before), (choice.folded, choice.after)):
+        context = codec.context(max(float((w * folded.column).abs().max()) for w in weights))
+        expected = [slow_error(w, folded.column, m2, codec, context) for w in weights]
+        assert errors == pytest.approx(expected, rel=1e-4)  # float32 sums of 6000 squares
+
+
+@codecs
+@pytest.mark.parametrize("seed", range(5))
+def test_the_search_is_never_worse_than_plain_rounding(codec, seed):
+    choice = awq.search(*group(seed * 10), codec)
+    assert sum(choice.after) <= sum(choice.before)
+
+
+@codecs
+def test_a_planted_loud_channel_gets_a_large_scale_and_gains(codec):
+    weights, norm, m2 = group()
+    m2 = torch.ones_like(m2)
+    m2[7] = 400.0 ** 2
+    choice = awq.search(weights, torch.ones_like(norm), m2, codec)
+    assert choice.label != "s=1"
+    assert choice.folded.column.argmax() == 7
+    assert sum(choice.after) < 0.5 * sum(choice.before)
+
+
+@codecs
+def test_the_expected_output_error_is_what_real_inputs_see(codec):
+    """Independent Gaussian channels: the closed form is the expectation; 4096 rows estimate it to a few percent."""
+    weights, norm, m2 = group()
+    choice = awq.search(weights, norm, m2, codec)
+    context = codec.context(max(float((w * choice.folded.column).abs().max()) for w in weights))
+    x = rand(4096, len(m2), seed=9) * m2.sqrt()
+    for w, error in zip(weights, choice.after, strict=True):
+        back = codec.dequantize(codec.quantize(w * choice.folded.column, context)) / choice.folded.column
+        measured = ((x @ (back - w).t()) ** 2).sum() / ((x @ w.t()) ** 2).sum()
+        assert float(measured) == pytest.approx(error, rel=0.1)
+
+
+@codecs
+def test_silent_channels_and_silence_do_not_break_it(codec):
+    weights, norm, m2 = group()
+    m2[:64] = 0
+    choice = awq.search(weights, norm, m2, codec)
+    assert torch.isfinite(choice.folded.column).all() and sum(choice.after) <= sum(choice.before)
+    silent = awq.search(weights, norm, torch.zeros_like(m2), codec)
+    assert torch.isfinite(silent.folded.column).all()
+
+
+@codecs
+def test_zero_weights_and_zero_norms_do_not_break_it(codec):
+    weights, norm, m2 = group()
+    weights[1].zero_()
+    weights[0][:, 3] = 0
+    norm[5] = 0
+    choice = awq.search(weights, norm, m2, codec)
+    assert choice.before[1] == choice.after[1] == 0
+    assert torch.isfinite(choice.folded.column).all()
+
+
+def test_identity_comes_first_and_every_scale_is_normalised():
+    tried = awq.candidates(torch.rand(32) + 0.1, torch.rand(32) + 0.1)
+    assert len(tried) == 41 and tried[0][0] == "s=1" and torch.equal(tried[0][1], torch.ones(32))
+    assert len({label for label, _ in tried}) == 41
+    for _, s in tried:
+        assert float(s.log().mean()) == pytest.approx(0, abs=1e-5)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from lance_quant.codec import Int4, Nvfp4, dequantize_to, quantize_scaled
+from lance_quant.errors import InputError
+
+CODECS = [Int4(32), Int4(64), Nvfp4(), Nvfp4(slim=True)]
+codecs = pytest.mark.parametrize("codec", CODECS, ids=str)
+
+
+def gaussian(rows, columns, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def context_of(codec, *weights):
+    return codec.context(max(float(w.abs().max()) for w in weights))
+
+
+@codecs
+def test_what_is_written_has_the_planned_specs_and_reads_back(codec):
+    w = gaussian(8, 128)
+    q = codec.quantize(w, context_of(codec, w))
+    tensors = codec.tensors(q)
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == codec.specs((8, 128))
+    entry = codec.entry((8, 128), "searched", context_of(codec, w))
+    assert torch.equal(codec.dequantize(codec.weight(tensors, entry)), codec.dequantize(q))
+
+
+@codecs
+def test_fake_quant_is_dequantize_of_quantize(codec):
+    w = gaussian(8, 128)
+    context = context_of(codec, w)
+    fake = codec.fake_quant_io(w.t().contiguous(), context).t()
+    assert torch.equal(fake, codec.dequantize(codec.quantize(w, context)))
+
+
+@codecs
+def test_blocks_of_rows_change_nothing(codec, monkeypatch):
+    weights = [gaussian(9, 128), gaussian(3, 128, seed=1)]
+    scale = torch.rand(128, generator=torch.Generator().manual_seed(2)) + 0.5
+    context = context_of(codec, *(w * scale for w in weights))
+    monkeypatch.setattr("lance_quant.codec.row_slices",
+                        lambda shape, _: [slice(row, row + 2) for row in range(0, shape[0], 2)])
+    before = torch.get_num_threads()
+    for w, q in zip(weights, quantize_scaled(codec, weights, scale, context), strict=True):
+        expected = codec.quantize(w * scale, context)
+        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(q, expected, strict=True))
+        assert torch.equal(dequantize_to(codec, q, torch.bfloat16), codec.dequantize(expected).bfloat16())
+    assert torch.get_num_threads() == before
+
+
+def test_stored_bits_per_weight_are_those_of_the_format():
+    for codec, bits in ((Int4(64), 4.375), (Int4(128), 4.1875), (Int4(32), 4.75), (Nvfp4(), 5.5), (Nvfp4(True), 4.5)):
+        assert 8 * sum(spec.nbytes for spec in codec.specs((4, 256)).values()) / (4 * 256) == bits
+
+
+def test_published_readers_and_slim_readers_get_the_same_values():
+    w = gaussian(8, 128)
+    q = Nvfp4().quantize(w, None)
+    published, slim = Nvfp4().tensors(q), Nvfp4(slim=True).tensors(q)
+    through_bf16 = Nvfp4().weight(published, {})
+    through_e4m3 = Nvfp4(slim=True).weight(slim, {"global_scale": q.global_scale})
+    assert torch.equal(Nvfp4().dequantize(through_bf16), Nvfp4().dequantize(through_e4m3))
+    assert torch.equal(published["scales_fp8"].view(torch.float8_e4m3fn),
+                       published["scales_bf16"].to(torch.float8_e4m3fn))
+
+
+def test_a_group_size_that_does_not_fit_names_the_linear_its_width_and_what_works():
+    with pytest.raises(InputError, match=r"group size 48 .* 2048 inputs of some\.linear; .* 16, 32, 64, 128, 256"):
+        Int4(48).require_fits("some.linear", (8, 2048))
+    with pytest.raises(InputError, match="16 inputs; some.linear has 24"):
+        Nvfp4().require_fits("some.linear", (8, 24))
+    with pytest.raises(InputError, match="not positive"):
+        Int4(0)
+
+
+def test_the_linears_of_a_group_share_their_global_scale():
+    small, large = gaussian(4, 64), gaussian(4, 64) * 100
+    context = context_of(Nvfp4(), small, large)
+    assert {q.global_scale for q in quantize_scaled(Nvfp4(), [small, large], None, context)} == {context}

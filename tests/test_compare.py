@@ -1,0 +1,48 @@
+"""The comparison metrics, on values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from lance_quant.compare import psnr, relative_error, step_errors, text_similarity, token_divergence
+
+
+def test_equal_texts_are_equal_even_when_empty():
+    assert text_similarity("", "") == (1.0, 1.0, 1.0)
+    assert text_similarity("two red circles", "two red circles") == (1.0, 1.0, 1.0)
+
+
+def test_text_similarity_by_hand():
+    """"ab" in "abcd": 2 * 2 / 6 characters; one of one and two words: 2 * 0 / 2, then 2 * 1 / 3."""
+    assert text_similarity("ab", "abcd") == (0.0, pytest.approx(2 / 3), 0.0)
+    assert text_similarity("ab", "ab cd").words == pytest.approx(2 / 3)
+
+
+def test_kl_by_hand():
+    """Fair coin against 1/4, 3/4: 1/2 ln(1/2 / 1/4) + 1/2 ln(1/2 / 3/4) = 1/2 ln(4/3)."""
+    fair, biased = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    divergence = token_divergence(fair, biased)
+    assert divergence.kl.tolist() == pytest.approx([0.5 * math.log(4 / 3)])
+    assert token_divergence(fair, fair).kl.tolist() == [0.0]
+    assert divergence.top1 == 0.0  # argmax of a tie is the first, of the biased coin the second
+    assert token_divergence(biased, biased).top1 == 1.0
+
+
+def test_relative_error_by_hand():
+    assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(1 / 5)
+    assert relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert relative_error(torch.ones(2), torch.zeros(2)) == math.inf
+
+
+def test_step_errors_come_one_per_step():
+    baseline = torch.ones(2, 3, 48)
+    assert step_errors(baseline * torch.tensor([1.0, 1.5])[:, None, None], baseline) == pytest.approx([0.0, 0.5])
+
+
+def test_psnr_by_hand():
+    """All levels off by 5.1 = 255 / 50: 20 log10(50) dB."""
+    black, dark = Image.new("RGB", (2, 2)), Image.new("RGB", (2, 2), (5, 5, 5))
+    assert psnr(black, black) == math.inf
+    assert psnr(black, dark) == pytest.approx(20 * math.log10(255 / 5))

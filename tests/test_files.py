@@ -1,0 +1,44 @@
+import pytest
+
+from lance_quant import files
+from lance_quant.errors import InputError
+
+
+def test_a_file_appears_whole(tmp_path):
+    with files.whole_file(tmp_path / "sub" / "a") as partial:
+        partial.write_text("done")
+        assert not (tmp_path / "sub" / "a").exists()
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError()])
+def test_after_an_error_nothing_is_left(tmp_path, error):
+    with pytest.raises(type(error)), files.whole_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("x")
+        raise error
+    with pytest.raises(type(error)), files.whole_file(tmp_path / "file") as partial:
+        partial.write_text("x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten_except_an_empty_folder(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    for taken in (tmp_path / "full", tmp_path / "full" / "file"):
+        with pytest.raises(InputError, match="never overwritten"):
+            files.require_free(taken)
+    (tmp_path / "empty").mkdir()
+    with files.whole_folder(tmp_path / "empty") as folder:
+        (folder / "file").write_text("new")
+    assert (tmp_path / "empty" / "file").read_text() == "new"
+
+
+def test_json_round_trip_and_its_errors(tmp_path):
+    files.write_json(tmp_path / "a.json", {"ü": [1]})
+    assert files.read_json(tmp_path / "a.json", "meta") == {"ü": [1]}
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON"):
+        files.read_json(tmp_path / "b.json", "meta")
+    with pytest.raises(InputError, match="meta not found"):
+        files.read_json(tmp_path / "c.json", "meta")

@@ -1,0 +1,124 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lance_quant.errors import InputError
+from lance_quant.tensorfile import Checkpoint, TensorFile, TensorFileWriter, TensorSpec, file_size
+
+TENSORS = {
+    "b": torch.arange(6, dtype=torch.float32).reshape(2, 3), "a.weight": torch.ones(5, dtype=torch.bfloat16),
+    "z": torch.arange(7, dtype=torch.uint8), "i": torch.tensor([1, -2], dtype=torch.int64),
+    "f8": torch.ones(3).to(torch.float8_e4m3fn), "flag": torch.tensor([True, False]),
+    "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "half": torch.ones(2, dtype=torch.float16),
+    "ü": torch.ones(1),
+}
+SPECS = {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in TENSORS.items()}
+
+
+def write(path, tensors=TENSORS):
+    with TensorFileWriter(path, {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()}) as writer:
+        for name in reversed(list(tensors)):  # any order
+            writer.write(name, tensors[name])
+
+
+def test_the_writer_makes_the_bytes_of_save_file(tmp_path):
+    write(tmp_path / "ours")
+    save_file(TENSORS, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert file_size(SPECS) == (tmp_path / "ours").stat().st_size
+
+
+def test_what_was_written_is_read_back(tmp_path):
+    write(tmp_path / "file")
+    with TensorFile(tmp_path / "file") as file:
+        assert file.specs == SPECS
+        for name, tensor in TENSORS.items():
+            assert torch.equal(file.read(name).reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+        assert file.read("b", torch.bfloat16).dtype == torch.bfloat16
+        assert file.read("i", torch.bfloat16).dtype == torch.int64
+
+
+def test_pieces_are_the_tensor_and_a_writer_takes_them_in_another_dtype(tmp_path, monkeypatch):
+    monkeypatch.setattr("lance_quant.tensorfile._PIECE", 64)
+    big = torch.randn(10, 7, generator=torch.Generator().manual_seed(0))
+    write(tmp_path / "file", {"big": big})
+    with TensorFile(tmp_path / "file") as file:
+        assert len(list(file.pieces("big"))) == 5  # 280 bytes
+        assert torch.equal(torch.cat(list(file.pieces("big"))), big.flatten())
+        assert torch.equal(file.read("big"), big)
+        with TensorFileWriter(tmp_path / "out", {"big": TensorSpec(torch.bfloat16, (10, 7))}) as writer:
+            writer.write_pieces("big", file.pieces("big"))
+    assert torch.equal(load_file(tmp_path / "out")["big"], big.bfloat16())
+
+
+@pytest.mark.parametrize("keep", [0, 4, 20, -1])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    write(tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    (tmp_path / "file").write_bytes(content[:keep])
+    with pytest.raises(InputError, match="truncated"):
+        TensorFile(tmp_path / "file")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "file").write_bytes((8).to_bytes(8, "little") + b"not json" + bytes(100))
+    with pytest.raises(InputError, match="not safetensors"):
+        TensorFile(tmp_path / "file")
+
+
+def test_a_missing_tensor_or_a_wrong_shape_is_our_bug_and_asserted(tmp_path):
+    with pytest.raises(AssertionError, match="never written"), TensorFileWriter(tmp_path / "a", SPECS):
+        pass
+    with pytest.raises(AssertionError), TensorFileWriter(tmp_path / "b", SPECS) as writer:
+        writer.write("b", torch.zeros(3, 2))
+
+
+def sharded(folder):
+    parts = {"one.safetensors": ["b", "z"], "two.safetensors": ["a.weight"]}
+    for name, keys in parts.items():
+        save_file({key: TENSORS[key] for key in keys}, folder / name)
+    weight_map = {key: name for name, keys in parts.items() for key in keys}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+def test_shards_read_like_one_file_and_have_its_fingerprint(tmp_path):
+    names = sharded(tmp_path)
+    save_file({key: TENSORS[key] for key in names}, tmp_path / "whole")
+    with Checkpoint(tmp_path) as shards, Checkpoint(tmp_path / "whole") as whole:
+        assert dict(shards.specs) == dict(whole.specs)
+        assert all(torch.equal(shards.read(key), TENSORS[key]) for key in names)
+        assert shards.fingerprint(names) == whole.fingerprint(names)
+
+
+def test_the_fingerprint_sees_both_ends_of_every_tensor(tmp_path):
+    base = torch.zeros(10_000)
+    prints = set()
+    for where in (None, 0, -1):
+        changed = base.clone()
+        if where is not None:
+            changed[where] = 1
+        save_file({"t": changed}, tmp_path / f"{where}")
+        with Checkpoint(tmp_path / f"{where}") as checkpoint:
+            prints.add(checkpoint.fingerprint(["t"]))
+    assert len(prints) == 3
+
+
+def test_index_and_shards_must_agree(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    names = sharded(tmp_path)
+    index.write_text(json.dumps({"weight_map": {**names, "ghost": "one.safetensors"}}))
+    with pytest.raises(InputError, match="ghost"):
+        Checkpoint(tmp_path)
+    index.write_text("{}")
+    with pytest.raises(InputError, match="weight_map"):
+        Checkpoint(tmp_path)
+
+
+def test_a_folder_without_a_checkpoint_says_what_was_expected(tmp_path):
+    with pytest.raises(InputError, match="model.safetensors"):
+        Checkpoint(tmp_path)
+    with pytest.raises(InputError, match="not found"):
+        Checkpoint(tmp_path / "absent")
