@@ -128,8 +128,9 @@ def _unpickled(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is not a statistics file, is damaged, or holds more than tensors and plain values: "
-                         f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        # torch's own message advises to load the file unsafely
+        raise InputError(f"{path} is not a statistics file, is damaged, or holds more than tensors and plain values; "
+                         "make it again with awq_calibrate_single.py") from error
 
 
 def _entry(name: str, entry: Any, path: Path) -> LinearStats:

@@ -5,6 +5,7 @@ read by offsets and converted on the way to their final dtype and device. Packed
 the model is still on meta, so that the float weights they replace never exist.
 """
 
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -39,7 +40,7 @@ class TorchFile:
         try:
             self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             self.specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
-        except Exception as error:  # torch.load raises a different type for every way in which a file can be broken
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
             raise InputError(f"{path} is no torch state dict, or is truncated: {error}") from error
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:

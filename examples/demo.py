@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""The whole pipeline on a small model, in minutes on any machine: what `make demo` runs.
+
+    python examples/demo.py --out demo_out
+
+Reads   lance_nano/checkpoint (or --model_path)
+Writes  OUT/samples, OUT/calib, OUT/int4, OUT/nvfp4, OUT/eval_x2t_image, OUT/eval_t2i, OUT/report.html
+Next    open OUT/report.html; then the same commands, as printed, with the real weights
+"""
+
+import argparse
+import json
+import shlex
+import time
+from pathlib import Path
+
+import awq_apply
+import awq_calibrate_single
+import awq_merge_stats
+import nvfp4_apply
+import run_quant_eval
+from lance_nano import samples
+from lance_nano.evaluate import RESOLUTION
+from lance_nano.scenes import SIZE
+from lance_quant import cli, report
+from lance_quant.files import require_free
+
+MODEL = Path(__file__).parent.parent / "lance_nano" / "checkpoint" / "Lance_nano"
+TASKS = ("x2t_image", "t2i")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument("--model_path", type=Path, default=MODEL, help="a model for 112 x 112 pictures")
+    parser.add_argument("--calibrate", type=int, default=24, help="calibration samples per task")
+    parser.add_argument("--test", type=int, default=8, help="compared samples per task")
+    parser.add_argument("--steps", type=int, default=30, help="denoising steps")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run every stage in order."""
+    args = parse_args(argv)
+    require_free(args.out)
+    start, out = time.perf_counter(), args.out
+    run(samples, "--out", out / "samples", "--n", max(args.calibrate, args.test))
+    model = ["--model_path", args.model_path, "--resolution", RESOLUTION, "--video_height", SIZE, "--video_width", SIZE]
+    for task in TASKS:
+        run(awq_calibrate_single, "--task", task, *model, "--example_json", out / f"samples/calibrate_{task}.json",
+            "--limit", args.calibrate, "--num_timesteps", args.steps, "--out", out / f"calib/{task}.pt")
+    stats = out / "calib/all.pt"
+    run(awq_merge_stats, "--inputs", *(out / f"calib/{task}.pt" for task in TASKS), "--out", stats)
+    run(awq_apply, "--src", args.model_path, "--stats", stats, "--out", out / "int4")
+    run(nvfp4_apply, "--src", args.model_path, "--stats", stats, "--out", out / "nvfp4", "--slim")
+    for task in TASKS:
+        run(run_quant_eval, "--task", task, *model, "--example_json", out / f"samples/test_{task}.json",
+            "--limit", args.test, "--validation_num_timesteps", args.steps, "--awq_dir", out / "int4", out / "nvfp4",
+            "--save_path_gen", out / f"eval_{task}")
+    sections = [section for task in TASKS for section in rooted(out, f"eval_{task}")]
+    report.write(out, sections)
+    print(f"\n{report.summary_table(sections)}\n")
+    print(f"{time.perf_counter() - start:.0f} seconds; look at {out / 'report.html'}")
+
+
+def run(script: object, *flags: object) -> None:
+    """Run a script's main with these flags, after printing the command that does the same from a shell."""
+    argv = [str(flag) for flag in flags]
+    name = script.__name__
+    command = f"python -m {name}" if "." in name else f"python {name}.py"
+    print(f"\n$ {command} {shlex.join(argv)}", flush=True)
+    script.main(argv)
+
+
+def rooted(out: Path, folder: str) -> list[dict]:
+    """The sections of an evaluation, with their folders relative to `out`."""
+    sections = json.loads((out / folder / "comparison.json").read_text(encoding="utf-8"))
+    for section in sections:
+        for entry in (section["baseline"], *section["runs"]):
+            entry["folder"] = f"{folder}/{entry['folder']}"
+    return sections
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,71 @@
+"""What both trainers share: a clock that survives a restart, a state file replaced whole, a log of means."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger("lance_nano")
+
+
+def start_logging() -> None:
+    """Log to stderr with the time of day; call it once in every process."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+
+def generator_for(seed: int, *parts: int) -> random.Random:
+    """A generator that depends on the seed and on where in the run it is used, not on what ran before."""
+    return random.Random(":".join(map(str, (seed, *parts))))
+
+
+class Clock:
+    """Training minutes so far, including those of earlier runs of the same state file."""
+
+    def __init__(self, minutes: float, spent: float = 0.0):
+        self.limit, self.spent, self.started = minutes, spent, time.monotonic()
+
+    @property
+    def minutes(self) -> float:
+        return self.spent + (time.monotonic() - self.started) / 60
+
+    @property
+    def fraction(self) -> float:
+        return self.minutes / self.limit
+
+
+class Means:
+    """Running means of named numbers, emptied by `take`."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.count = 0
+
+    def add(self, **values: float) -> None:
+        self.count += 1
+        for name, value in values.items():
+            self.sums[name] += value
+
+    def take(self) -> str:
+        text = "  ".join(f"{name} {total / self.count:.4f}" for name, total in self.sums.items())
+        self.sums.clear()
+        self.count = 0
+        return text
+
+
+def save_state(path: Path, **state: object) -> None:
+    """Write a state file completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def load_state(path: Path) -> dict | None:
+    """The state a killed run left behind, or None."""
+    return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None

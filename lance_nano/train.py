@@ -1,0 +1,227 @@
+"""Train lance-nano: next-token loss on answers and flow matching on latents, in one joint step.
+
+    python -m lance_nano.train --vae runs/vae.pt --out runs/nano.pt --minutes 80 --processes 3
+    python -m lance_nano.export --state runs/nano.pt --vae runs/vae.pt --out lance_nano/checkpoint
+
+Every process draws its own pictures with five questions each and its own captions with two noise levels each;
+gradients are averaged. Rates: Muon 3e-3 on the matrices, AdamW 3e-3 on the rest, warm-up, constant, linear to
+2 %. The schedule follows --steps if given (then two runs with one seed are equal), otherwise the clock of
+--minutes. The state file is written regularly and a killed run goes on from it; it holds the averaged weights
+that are exported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lance_nano import optim
+from lance_nano.data import IGNORE, Packer
+from lance_nano.model import NanoConfig, NanoLance, NanoViT
+from lance_nano.pool import Pool, build_pool
+from lance_nano.progress import Clock, Means, generator_for, load_state, log, save_state, start_logging
+from lance_nano.questions import description, questions
+from lance_nano.scenes import Scene, held_out, layout_words, question_scene, render
+from lance_nano.tokenizer import Words, learned_words
+from lance_nano.vae import frame_vae
+
+QUESTIONS, COPIES = 5, 2
+DESCRIBED = 0.5  # share of pictures with one long answer among the five
+DROPPED = 0.1  # share of captions left out, for guidance
+TIME_SHIFT = 2.0
+RATE, MUON_DECAY, ADAM_DECAY = 3e-3, 0.05, 0.01
+WARMUP, HOLD = 200, 0.6
+AVERAGE = 0.999
+LOG_EVERY, SAVE_EVERY = 100, 250
+
+
+class Nano(nn.Module):
+    """Decoder and vision tower as one module; the two halves are exported to two files."""
+
+    def __init__(self, config: NanoConfig):
+        super().__init__()
+        self.lance = NanoLance(config)
+        self.vit = NanoViT(config)
+
+
+def padded_vocabulary(words: Words) -> int:
+    """Rows of the embedding: the tokenizer's length rounded up to a multiple of 64."""
+    return -(-len(words) // 64) * 64
+
+
+def training_scene(rng: random.Random) -> Scene:
+    """A question scene whose layout is not held out."""
+    scene = question_scene(rng)
+    while held_out(layout_words(scene)):
+        scene = question_scene(rng)
+    return scene
+
+
+def question_loss(
+    nano: Nano, packer: Packer, rng: random.Random, count: int, device: str
+) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy over the answer tokens of `count` pictures, and the share predicted right."""
+    scenes = [training_scene(rng) for _ in range(count)]
+    rows = []
+    for scene in scenes:
+        asked = questions(scene, rng)[:QUESTIONS]
+        if rng.random() < DESCRIBED:
+            asked[-1] = description(scene, rng)
+        rows.append([(question.text, (*packer.words.ids(question.answer), packer.end)) for question in asked])
+    batch = packer.question_batch(rows).to(device)
+    pictures = torch.from_numpy(np.stack([render(scene) for scene in scenes])).to(device)
+    wanted = batch.labels != IGNORE
+    logits = nano.lance.logits(batch, nano.vit(pictures), wanted)
+    labels = batch.labels[wanted]
+    return F.cross_entropy(logits, labels), (logits.argmax(-1) == labels).float().mean()
+
+
+def picture_loss(
+    nano: Nano, packer: Packer, pool: Pool, rng: random.Random, count: int, device: str
+) -> Tensor:
+    """Mean squared velocity error over `count` captions with COPIES noise levels each."""
+    captions, latents = pool.draw(rng.sample(range(len(pool.captions)), count))
+    shown, shift = list(captions), [None] * count
+    for index in range(count):
+        if rng.random() < DROPPED:
+            shown[index] = ""
+            shift[index] = captions[index] if rng.random() < 0.5 else None
+    batch = packer.picture_batch(shown, shift, COPIES).to(device)
+    uniform = torch.sigmoid(torch.randn(count, COPIES))
+    t = (TIME_SHIFT * uniform / (1 + (TIME_SHIFT - 1) * uniform)).to(device)
+    clean = latents.repeat(1, COPIES, 1).to(device)
+    noise = torch.randn(clean.shape).to(device)
+    level = t.repeat_interleave(latents.shape[1], 1)[..., None]
+    velocity = nano.lance.velocity(batch, (1 - level) * clean + level * noise, t)
+    return F.mse_loss(velocity, noise - clean)
+
+
+def optimiser_for(nano: Nano) -> optim.MuonAdamW:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, heads, norms and biases."""
+    inside = ("lance.language_model.model.layers.", "vit.blocks.", "vit.merger.mlp.")
+    named = list(nano.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and name.startswith(inside)]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    return optim.MuonAdamW(matrices, rest, RATE, RATE, muon_decay=MUON_DECAY, adam_decay=ADAM_DECAY)
+
+
+class Run:
+    """The state of one training process and its loop."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.rank, _ = optim.world()
+        self.packer = Packer(learned_words())
+        torch.manual_seed(args.seed)
+        self.nano = Nano(NanoConfig(padded_vocabulary(self.packer.words), layers=args.layers)).to(args.device)
+        self.average = copy.deepcopy(self.nano).requires_grad_(False)
+        self.optimiser = optimiser_for(self.nano)
+        self.pool = self._pool()
+        self.step, spent = 0, 0.0
+        if state := load_state(args.out):
+            self.nano.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.step, spent = state["step"], state["minutes"]
+        self.clock, self.means = Clock(args.minutes, spent), Means()
+
+    def _pool(self) -> Pool:
+        vae = frame_vae()
+        vae.load_state_dict(load_state(self.args.vae)["model"])
+        path = self.args.out.with_suffix(".latents.npy")
+        build_pool(path, vae.eval(), self.args.seed, self.args.pool)
+        return Pool(path, self.args.seed)
+
+    def _fraction(self) -> float:
+        """How much of the run is over, by steps or by the clock of the first process."""
+        if self.args.steps:
+            return self.step / self.args.steps
+        shared = torch.tensor([self.clock.fraction if self.rank == 0 else 0.0])
+        optim.sum_over_processes([shared])
+        return shared.item()
+
+    def train(self) -> None:
+        while (fraction := self._fraction()) < 1:
+            self._one_step(fraction)
+            if self.rank == 0 and self.step % LOG_EVERY == 0:
+                log.info("step %d  %.1f min  %s", self.step, self.clock.minutes, self.means.take())
+            if self.rank == 0 and self.step % SAVE_EVERY == 0:
+                self.save()
+        if self.rank == 0:
+            self.save()
+            log.info("done: %d steps in %.1f min", self.step, self.clock.minutes)
+
+    def _one_step(self, fraction: float) -> None:
+        args, rng = self.args, generator_for(self.args.seed, 1, self.step, self.rank)
+        torch.manual_seed(rng.getrandbits(63))
+        answer, right = question_loss(self.nano, self.packer, rng, args.pictures, args.device)
+        flow = picture_loss(self.nano, self.packer, self.pool, rng, args.captions, args.device)
+        (answer + flow).backward()
+        norm = self.optimiser.step(optim.schedule(self.step, fraction, WARMUP, HOLD))
+        self.step += 1
+        decay = min(AVERAGE, (1 + self.step) / (20 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.nano.parameters()), 1 - decay)
+        self.means.add(answer=answer.item(), right=right.item(), flow=flow.item(), norm=norm)
+
+    def save(self) -> None:
+        save_state(
+            self.args.out, model=self.nano.state_dict(), average=self.average.state_dict(),
+            optimiser=self.optimiser.state_dict(), config=asdict(self.nano.lance.config),
+            step=self.step, minutes=self.clock.minutes, seed=self.args.seed,
+        )  # fmt: skip
+
+
+def train(args: argparse.Namespace) -> None:
+    """One training process."""
+    start_logging()
+    Run(args).train()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m lance_nano.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--vae", type=Path, required=True, help="trained codec, of lance_nano.train_vae")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="state file (.pt); an existing one is continued"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=80.0, help="training time; the last 40 %% decay (%(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=0, help="if given, end and decay by steps instead of minutes"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=3, help="single-thread processes, CPU only (%(default)s)"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=8, help="pictures to ask about per process (%(default)s)"
+    )
+    parser.add_argument("--captions", type=int, default=12, help="captions to draw per process (%(default)s)")
+    parser.add_argument(
+        "--pool", type=int, default=36000, help="caption scenes encoded beforehand (%(default)s)"
+    )
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (one process) (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    optim.launch(train, args.processes, args)
+
+
+if __name__ == "__main__":
+    main()

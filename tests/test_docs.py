@@ -1,0 +1,69 @@
+"""What the documentation says can be typed, and exists."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "lance_nano" / "README.md",
+        *sorted((ROOT / "benchmarks").glob("*.md"))]
+SCRIPTS = ["awq_calibrate_single", "awq_merge_stats", "awq_apply", "nvfp4_apply", "run_baseline", "run_quant_eval"]
+
+
+def commands() -> list[str]:
+    """Every command of ours in the documentation's code blocks, and in the scripts' own docstrings."""
+    texts = [path.read_text(encoding="utf-8") for path in DOCS if path.exists()]
+    texts += [importlib.import_module(name).__doc__ for name in SCRIPTS]
+    lines = [line.strip() for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    found = [line for line in lines if re.match(r"python (-m lance_nano\.\w+|[\w/]+\.py) ", line) and "…" not in line]
+    return sorted({re.sub(r"\s+#.*", "", line) for line in found})
+
+
+def module_of(command: str) -> object:
+    words = shlex.split(command)
+    if words[1] == "-m":
+        return importlib.import_module(words[2])
+    path = ROOT / words[1]
+    assert path.is_file(), f"{words[1]} does not exist"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_documented_command_parses(command):
+    words = shlex.split(command)
+    module_of(command).parse_args(words[3:] if words[1] == "-m" else words[2:])
+
+
+def test_there_are_commands_for_every_stage():
+    joined = "\n".join(commands())
+    assert all(f"python {name}.py" in joined for name in SCRIPTS)
+
+
+def test_every_path_of_the_tree_exists():
+    (tree,) = re.findall(r"## The tree\n\n```\n(.*?)```", README, re.S)
+    paths = re.findall(r"^([\w./]+)|(?<=\s)(\w+\.py)\b", tree, re.M)
+    names = [first or second for first, second in paths]
+    assert len(names) > 10
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_is_the_docstring_and_explains_every_argument(name):
+    module = importlib.import_module(name)
+    assert all(f"\n{word} " in module.__doc__ for word in ("Reads", "Writes", "Needs", "Next"))
+    done = subprocess.run([sys.executable, str(ROOT / f"{name}.py"), "--help"], capture_output=True, text=True,
+                          check=True)
+    assert module.__doc__.strip().splitlines()[0] in done.stdout
+    # argparse prints an argument without help alone on its line
+    bare = re.findall(r"^  (--\w+(?: \S+)?)$\n(?=  -)", done.stdout, re.M)
+    assert bare == []
