@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     packed = PackedFolder(args.awq_dir) if args.awq_dir else None
     prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device)
     before, start = peak_rss(), time.perf_counter()
-    pipeline = Pipeline.load(LancePaths.find(args.model_path), device, dtype, packed and packed.checkpoint.path, prepare)
+    paths = LancePaths.find(args.model_path)
+    pipeline = Pipeline.load(paths, device, dtype, packed and packed.checkpoint.path, prepare)
     tensors = [*pipeline.model.parameters(), *pipeline.model.buffers()]
     model = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     rise = peak_rss() - before

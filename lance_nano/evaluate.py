@@ -116,12 +116,16 @@ def held_out_captions(count: int, seed: int) -> list[Caption]:
     return list(found.values())
 
 
-def answer(pipeline: Pipeline, scene: Scene, question: Question, folder: Path) -> str:
-    """The runtime's answer to a question about a scene; the picture passes through a PNG in `folder`."""
+def request(scene: Scene, question: Question, folder: Path) -> samples.Question:
+    """A question about a scene as the runtime takes it; the picture passes through a PNG in `folder`."""
     path = folder / "scene.png"
     Image.fromarray(render(scene)).save(path)
-    request = samples.Question("0", path, UNDERSTANDING_SYSTEM, question.text, question.answer)
-    packed, vit_tokens = pipeline.ask(request, RESOLUTION)
+    return samples.Question("0", path, UNDERSTANDING_SYSTEM, question.text, question.answer)
+
+
+def answer(pipeline: Pipeline, scene: Scene, question: Question, folder: Path) -> str:
+    """The runtime's answer to a question about a scene."""
+    packed, vit_tokens = pipeline.ask(request(scene, question, folder), RESOLUTION)
     return pipeline.answer(packed, vit_tokens, MAX_ANSWER_TOKENS).text
 
 
@@ -147,7 +151,7 @@ def measure_answers(pipeline: Pipeline, asked: list[tuple[Scene, Question]]) -> 
     """Exact answers by kind of question."""
     marks = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        for scene, question in tqdm(asked, desc="answers"):
+        for scene, question in tqdm(asked, desc="answers", disable=None):
             given = answer(pipeline, scene, question, Path(folder))
             marks[question.kind].append(given == question.answer)
             if given != question.answer:
@@ -162,7 +166,7 @@ def measure_pictures(
 ) -> tuple[dict[str, Share], Share]:
     """Recognised pictures by kind of caption, and those with places and background right as well."""
     marks, placed = defaultdict(list), 0
-    for index, caption in enumerate(tqdm(captions, desc="pictures")):
+    for index, caption in enumerate(tqdm(captions, desc="pictures", disable=None)):
         image = draw(pipeline, caption.text, seed * 1_000_003 + index)
         picture = np.asarray(image)
         marks[caption.kind].append(shows(caption.scene, picture))

@@ -1,0 +1,80 @@
+"""The benchmarks' own machinery, at sizes that take a second."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import loader_memory
+import nano_experiments
+import synthetic_lance
+
+import awq_apply
+from lance_nano.evaluate import Share
+from lance_quant.lance.config import LancePaths
+from lance_quant.lance.generation import Sampling
+from lance_quant.lance.pipeline import Pipeline
+from lance_quant.packed import PackedFolder
+from lance_quant.tensorfile import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("synthetic") / "tiny"
+    synthetic_lance.main(["--preset", "tiny", "--layers", "2", "--video", "--out", str(out)])
+    return out
+
+
+def test_a_synthetic_model_runs_and_quantizes(synthetic, tmp_path):
+    """Its statistics fit its weights; its ViT is inside, as in the video checkpoint."""
+    awq_apply.main(["--src", str(synthetic / "Lance_3B"), "--stats", str(synthetic / "stats.pt"), "--out",
+                    str(tmp_path / "int4"), "--device", "cpu"])
+    with PackedFolder(tmp_path / "int4") as folder:
+        assert folder.meta["awq_linears"] + folder.meta["plain_linears"] == 28
+    pipeline = Pipeline.load(LancePaths.find(synthetic / "Lance_3B"), CPU, torch.float32)
+    assert pipeline.vit.tower.config.depth == 2
+    sampling = Sampling(num_timesteps=1)
+    latent = pipeline.sample(pipeline.denoiser("a boat", 32, 32, sampling), sampling)
+    assert torch.isfinite(latent).all()
+
+
+def test_synthetic_values_depend_on_seed_and_place_only(synthetic, tmp_path):
+    """The first layer is the same in a file of one layer, and another with another seed."""
+    name = "language_model.model.layers.0.mlp_moe_gen.up_proj.weight"
+    synthetic_lance.main(["--preset", "tiny", "--layers", "1", "--out", str(tmp_path / "one")])
+    synthetic_lance.main(["--preset", "tiny", "--layers", "1", "--seed", "1", "--out", str(tmp_path / "other")])
+    read = [Checkpoint(folder / "Lance_3B").read(name) for folder in (synthetic, tmp_path / "one", tmp_path / "other")]
+    assert torch.equal(read[0], read[1]) and not torch.equal(read[0], read[2])
+
+
+def test_loader_memory_reports_the_model_and_what_it_cost(synthetic, capsys):
+    loader_memory.main(["--model_path", str(synthetic / "Lance_3B"), "--device", "cpu", "--dtype", "bfloat16"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    with Checkpoint(synthetic / "Lance_3B") as source:
+        weights = sum(spec.nbytes for name, spec in source.specs.items()
+                      if not name.startswith(("vit_model.", "latent_pos_embed."))) // 2
+    assert weights < result["model"] < 1.2 * weights  # beside the weights: position tables and rotary frequencies
+    assert result["beside_model"] == result["peak_above_start"] - result["model"]
+
+
+def test_rounding_to_8_bits_by_hand():
+    """0 to 255 is its own grid; halves in between go to a neighbour."""
+    w = torch.arange(256.0)[None]
+    assert torch.equal(nano_experiments.round_to_8_bits(w, 256), w)
+    rounded = nano_experiments.round_to_8_bits(torch.tensor([[0.0, 0.4, 255.0, 127.6]]), 4)
+    torch.testing.assert_close(rounded, torch.tensor([[0.0, 0.0, 255.0, 128.0]]))
+    assert torch.equal(nano_experiments.round_to_8_bits(torch.full((1, 64), 3.0)), torch.full((1, 64), 3.0))
+
+
+def test_experiment_rows_pool_the_seeds():
+    rows = [{"answers": Share(9, 10), "pictures": Share(10, 10), "kl": kl, "velocity": [0.1, 0.3], "free": [0.0, 0.2]}
+            for kl in (0.1, 0.3)]
+    row = nano_experiments.summarize("x", rows)
+    assert row["answers"] == {"rate": 0.9, "interval": Share(18, 20).interval(), "n": 20}
+    assert row["kl"]["mean"] == pytest.approx(0.2) and row["velocity"]["mean"] == pytest.approx(0.2)
+    assert "| x | 90.0 % (" in nano_experiments.table([row])
