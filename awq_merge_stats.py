@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 from lance_quant import cli, layout
+from lance_quant.errors import InputError
 from lance_quant.files import require_free
 from lance_quant.stats import ActStats, coverage, merge
 
@@ -33,8 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     require_free(args.out)
     merged = merge([ActStats.load(path) for path in args.inputs], args.weights)
+    if not merged.linears:
+        raise InputError("no file of --inputs has data of any linear; calibrate again")
+    covered = coverage(merged, layout.linears(layout.num_layers(merged.linears)))
     merged.save(args.out)
-    cli.log.info("%s", coverage(merged, layout.linears(layout.num_layers(merged.linears))))
+    cli.log.info("%s", covered)
     print(args.out)
 
 

@@ -24,6 +24,7 @@ from lance_quant.errors import InputError
 from lance_quant.int4 import Int4Weight
 from lance_quant.nvfp4 import Nvfp4Weight
 from lance_quant.packed import PackedFolder
+from lance_quant.tensorfile import require_finite
 
 Mode = Literal["ondemand", "cached"]
 
@@ -193,5 +194,8 @@ def _filled(name: str, folder: PackedFolder, dtype: torch.dtype, device: torch.d
     else:
         layer = WQLinearNVFP4(n_in, n_out, slim=folder.slim, **shared)
     bias = folder.checkpoint.read(f"{name}.bias", dtype, device) if has_bias else None
-    layer.fill(folder.read_weight(name, device), bias)
+    q = folder.read_weight(name, device)
+    for tensor in (part for part in (*q, bias) if isinstance(part, Tensor)):
+        require_finite(tensor, f"{folder.path}: {name}")
+    layer.fill(q, bias)
     return layer

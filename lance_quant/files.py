@@ -63,6 +63,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def size_text(count: int) -> str:
+    """A number of bytes for a person: 4.31 GB, 2.58 MB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
 def read_json(path: Path, what: str) -> Any:
     """Parse a JSON file; `what` names it in the InputError for a missing or malformed one."""
     if not path.is_file():

@@ -7,6 +7,8 @@ none of this, is accepted: second moments then fall back to squared means, and i
 """
 
 import hashlib
+import io
+import json
 import logging
 import pickle
 import uuid
@@ -87,7 +89,8 @@ class ActStats:
         linears = {name: _entry(name, entry, path) for name, entry in data["stats"].items()}
         tasks = [str(task) for task in data.get("tasks") or [data.get("task", Path(path).stem)]]
         runs = data.get("runs") or [{"run_id": _content_id(linears), "task": " + ".join(tasks)}]
-        if not all(isinstance(run, dict) and isinstance(run.get("run_id"), str) for run in runs):
+        if not isinstance(runs, list) or not all(isinstance(run, dict) and isinstance(run.get("run_id"), str)
+                                                 for run in runs):
             raise InputError(f"{path} lists a run without run_id")
         seen = {name: entry for name, entry in linears.items() if entry.n_tokens}
         return cls(seen, tasks, runs, int(data.get("n_linears", len(linears))))
@@ -98,8 +101,10 @@ class ActStats:
         value = {"format": FORMAT, **tasks, "tasks": self.tasks, "n_linears": self.n_linears,
                  "stats": {name: _saved(entry) for name, entry in self.linears.items()},
                  "runs": self.runs, "tool": f"lance-quant {__version__}"}
+        buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError without its cause
+        torch.save(value, buffer)
         with whole_file(Path(path)) as partial:
-            torch.save(value, partial)
+            partial.write_bytes(buffer.getbuffer())
 
     def require_model(self, fingerprint: str, widths: Mapping[str, int]) -> None:
         """Raise InputError unless the statistics can be those of a model.
@@ -190,7 +195,16 @@ def merge(parts: Sequence[ActStats], weights: Sequence[float] | None = None) -> 
         for name, entry in part.linears.items():
             entry = _weighted(entry, weight)
             linears[name] = _added(name, linears[name], entry) if name in linears else entry
+    _warn_of_lost_squares(parts, linears)
     return ActStats(linears, [task for part in parts for task in part.tasks], runs, len(linears))
+
+
+def _warn_of_lost_squares(parts: Sequence[ActStats], merged: Mapping[str, LinearStats]) -> None:
+    lost = [name for name, entry in merged.items() if entry.sum_sq is None
+            and any(name in part.linears and part.linears[name].sum_sq is not None for part in parts)]
+    if lost:
+        log.warning("%d linears lose their second moments because one of the files has none (a published one); first: "
+                    "%s", len(lost), ", ".join(lost[:5]))
 
 
 def _require_one_model(parts: Sequence[ActStats], runs: Sequence[Mapping[str, Any]]) -> None:
@@ -305,7 +319,8 @@ class Collector:
         return self._last[2]
 
     def stats(self, task: str, run: Mapping[str, Any] | None = None) -> ActStats:
-        """What was measured, as one run of `task`; `run` is kept with it and gets a new run_id unless it has one.
+        """What was measured, as one run of `task`; `run` is kept with it. Its run_id, unless it has one, follows from
+        its content, so that repeating a run does not make another one; an empty description gets a random id.
 
         Raises:
             InputError: no linear saw a token, or an activation was NaN or Inf.
@@ -318,7 +333,9 @@ class Collector:
             if not all(torch.isfinite(part).all() for part in sums):
                 raise InputError(f"an activation at the input of {name} is NaN or Inf")
             linears[name] = LinearStats(*sums, self._tokens[name], self._calls[name])
-        described = {"run_id": uuid.uuid4().hex, **(run or {}), "task": task}
+        text = json.dumps({**(run or {}), "task": task}, sort_keys=True, default=str)
+        run_id = hashlib.sha256(text.encode()).hexdigest()[:32] if run else uuid.uuid4().hex
+        described = {"run_id": run_id, **(run or {}), "task": task}
         return ActStats(linears, [task], [described], len(self._names))
 
 

@@ -13,7 +13,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,15 @@ class _Entry(NamedTuple):
     start: int  # absolute offset in the file
 
 
+def _entry(name: str, item: Mapping[str, Any], data: int) -> _Entry:
+    """A header's entry, checked; `data` is where the file's tensors begin."""
+    spec = TensorSpec(DTYPES[item["dtype"]], tuple(item["shape"]))
+    first, last = item["data_offsets"]
+    if any(not isinstance(size, int) or size < 0 for size in (*spec.shape, first)) or last - first != spec.nbytes:
+        raise ValueError(f"{name}: shape {list(spec.shape)} does not fit data_offsets {[first, last]}")
+    return _Entry(spec, data + first)
+
+
 class TensorFile:
     """One safetensors file, open for reading.
 
@@ -85,14 +94,15 @@ class TensorFile:
         try:
             header = json.loads(os.pread(self._fd, length, 8))
             header.pop("__metadata__", None)
-            entries = {
-                name: _Entry(TensorSpec(DTYPES[item["dtype"]], tuple(item["shape"])),
-                             8 + length + item["data_offsets"][0])
-                for name, item in header.items()
-            }
+            entries = {name: _entry(name, item, 8 + length) for name, item in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{self.path} has a header that is not safetensors: {error!r}") from error
-        end = max((entry.start + entry.spec.nbytes for entry in entries.values()), default=8 + length)
+        end = 8 + length
+        for name, entry in sorted(entries.items(), key=lambda pair: (pair[1].start, pair[1].spec.nbytes)):
+            if entry.start != end:
+                raise InputError(f"{self.path} has a header that is not safetensors: {name} starts at byte "
+                                 f"{entry.start}, not {end}; download it again")
+            end += entry.spec.nbytes
         if end > size:
             raise InputError(f"{self.path} is truncated: its header promises {end} bytes, the file has {size}; "
                              "download it again")
@@ -153,15 +163,16 @@ class Checkpoint:
 
     Args:
         path: a safetensors file, an index (`*.safetensors.index.json`), or a folder that holds
-            model.safetensors, ema.safetensors or model.safetensors.index.json (taken in this order).
+            model.safetensors, model.safetensors.index.json or ema.safetensors (taken in this order).
     """
 
-    CANDIDATES = ("model.safetensors", "ema.safetensors", "model.safetensors.index.json")
+    CANDIDATES = ("model.safetensors", "model.safetensors.index.json", "ema.safetensors")
 
     def __init__(self, path: Path):
         self.path = self._resolve(Path(path))
         if self.path.name.endswith(".json"):
-            weight_map = read_json(self.path, "checkpoint index").get("weight_map")
+            index = read_json(self.path, "checkpoint index")
+            weight_map = index.get("weight_map") if isinstance(index, dict) else None
             if not isinstance(weight_map, dict) or not weight_map:
                 raise InputError(f"checkpoint index {self.path} has no weight_map")
             files = [self.path.parent / shard for shard in sorted(set(weight_map.values()))]
@@ -221,6 +232,12 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Raise InputError if a floating-point tensor holds NaN or Inf: nothing made of it would mean anything."""
+    if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
+        raise InputError(f"{what} holds NaN or Inf: the checkpoint is damaged, download it again")
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:

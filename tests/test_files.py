@@ -1,8 +1,13 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from lance_quant import files
 from lance_quant.errors import InputError
 
+ROOT = Path(__file__).parent.parent
 
 def test_a_file_appears_whole(tmp_path):
     with files.whole_file(tmp_path / "sub" / "a") as partial:
@@ -42,3 +47,23 @@ def test_json_round_trip_and_its_errors(tmp_path):
         files.read_json(tmp_path / "b.json", "meta")
     with pytest.raises(InputError, match="meta not found"):
         files.read_json(tmp_path / "c.json", "meta")
+
+
+def test_a_polite_kill_cleans_up_like_an_interrupt(tmp_path):
+    """SIGTERM in the middle of writing: exit 130, nothing left."""
+    code = ("import os, signal, pathlib, sys\n"
+            "from lance_quant import cli, files\n"
+            "def main():\n"
+            "    with files.whole_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+            "        (folder / 'x').write_text('half')\n"
+            "        os.kill(os.getpid(), signal.SIGTERM)\n"
+            "cli.run(main)\n")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True,
+                          check=False, cwd=ROOT)
+    assert done.returncode == 130 and "interrupted" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("count, text", [(0, "0.00 MB"), (2_580_000, "2.58 MB"), (4_307_195_656, "4.31 GB")])
+def test_sizes_are_written_for_people(count, text):
+    assert files.size_text(count) == text

@@ -140,3 +140,34 @@ def test_wrong_paths_are_named(tmp_path, paths):
         LancePaths.find(tmp_path)
     with pytest.raises(InputError, match="ViT folder not found"):
         LancePaths.find(paths.model, vit=tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", [Q0, "language_model.lm_head.weight", "vae2llm.bias"])
+def test_nan_anywhere_in_a_checkpoint_is_refused(model_folder, tensors, name):
+    damage(model_folder, tensors, lambda t: t[name].view(-1)[3].fill_(float("nan")))
+    with pytest.raises(InputError, match=f"{name} holds NaN or Inf"):
+        load(model_folder)
+
+
+@pytest.mark.parametrize("change", [[], {"hidden_size": "128"}, {"num_hidden_layers": 0}, {"rms_norm_eps": True},
+                                    {"rope_scaling": {"mrope_section": [2, 3]}}])
+def test_nonsense_in_the_configuration_is_refused(tmp_path, change):
+    raw = json.loads((GOLDENS / "checkpoint/Lance_3B/llm_config.json").read_text())
+    path = tmp_path / "llm_config.json"
+    path.write_text(json.dumps(change if isinstance(change, list) else raw | change))
+    with pytest.raises(InputError, match="llm_config.json"):
+        LanceConfig.load(path)
+
+
+def test_truncated_vae_is_refused(tmp_path):
+    (tmp_path / "vae.pth").write_bytes((GOLDENS / "checkpoint/Wan2.2_VAE.pth").read_bytes()[:-1000])
+    with pytest.raises(InputError, match="truncated"):
+        load_vae(tmp_path / "vae.pth", CPU, torch.float32)
+
+
+def test_shards_come_before_a_leftover_ema_file(model_folder, tensors):
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, model_folder / "ema.safetensors")
+    (model_folder / "model.safetensors").rename(model_folder / "only.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "only.safetensors")}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(load(model_folder).model.state_dict()[Q0], tensors[Q0])

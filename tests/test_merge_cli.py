@@ -5,6 +5,7 @@ import torch
 
 import awq_merge_stats
 from lance_quant import cli
+from lance_quant.errors import InputError
 from lance_quant.stats import ActStats
 
 PUBLISHED = Path(__file__).parent / "goldens" / "published"
@@ -54,3 +55,11 @@ def test_each_mistake_is_one_line_and_leaves_no_output(tmp_path, capsys):
     awq_merge_stats.main([str(arg) for arg in merged])
     assert "never overwritten" in fails(capsys, merged)
     assert [path.name for path in tmp_path.iterdir()] == ["all.pt"]
+
+
+def test_files_without_any_data_leave_no_output(tmp_path):
+    empty = {"format": 1, "tasks": ["t2i"], "n_linears": 0, "stats": {}, "runs": [{"run_id": "a"}]}
+    torch.save(empty, tmp_path / "empty.pt")
+    with pytest.raises(InputError, match="no file of --inputs has data"):
+        awq_merge_stats.main(["--inputs", str(tmp_path / "empty.pt"), "--out", str(tmp_path / "all.pt")])
+    assert not (tmp_path / "all.pt").exists()

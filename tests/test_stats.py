@@ -207,3 +207,13 @@ def test_the_fingerprint_is_of_the_language_model_only():
     with Checkpoint(GOLDENS / "checkpoint" / "Lance_3B") as checkpoint:
         names = [name for name in checkpoint.specs if name.startswith("language_model.")]
         assert model_fingerprint(checkpoint) == checkpoint.fingerprint(names)
+
+
+def test_the_same_calibration_run_twice_is_the_same_run():
+    """Repeating a command must not let its tokens count double; another seed is another run."""
+    def measured(seed):
+        with Collector(torch.nn.Sequential(torch.nn.Linear(4, 4)), ["0"]) as collector:
+            collector._modules["0"](torch.ones(2, 4))
+        return collector.stats("t2i", {"model": "m", "seed": seed}).runs[0]["run_id"]
+
+    assert measured(1) == measured(1) != measured(2)

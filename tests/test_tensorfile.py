@@ -1,4 +1,5 @@
 import json
+import struct
 
 import pytest
 import torch
@@ -122,3 +123,23 @@ def test_a_folder_without_a_checkpoint_says_what_was_expected(tmp_path):
         Checkpoint(tmp_path)
     with pytest.raises(InputError, match="not found"):
         Checkpoint(tmp_path / "absent")
+
+
+def header_file(path, header: dict, data: int = 64):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(data))
+    return path
+
+
+@pytest.mark.parametrize("entries, message", [
+    ({"a": [[4], 0, 16], "b": [[4], 8, 24]}, "b starts at byte"),  # overlap
+    ({"a": [[4], 0, 16], "b": [[4], 24, 40]}, "b starts at byte"),  # hole
+    ({"a": [[4], 0, 12]}, "does not fit data_offsets"),
+    ({"a": [[-1, -4], 0, 16]}, "does not fit data_offsets"),
+    ({"a": [[4], -16, 0]}, "does not fit data_offsets"),
+])
+def test_a_header_that_contradicts_itself_is_refused(tmp_path, entries, message):
+    header = {name: {"dtype": "F32", "shape": shape, "data_offsets": [first, last]}
+              for name, (shape, first, last) in entries.items()}
+    with pytest.raises(InputError, match=message):
+        TensorFile(header_file(tmp_path / "x.safetensors", header))

@@ -17,6 +17,11 @@ MAX_LATENT_FRAMES = 31  # 121 frames // 4 + 1
 TIME_FREQUENCIES = 256  # width of the sinusoid in front of the time embedder
 
 
+def _is_positive(value: object, kind: type) -> bool:
+    """Whether a JSON value is a positive number that fits a field of type int or float."""
+    return not isinstance(value, bool) and isinstance(value, int if kind is int else (int, float)) and value > 0
+
+
 @dataclass(frozen=True)
 class LanceConfig:
     """Sizes of the language model; field names as in llm_config.json."""
@@ -39,14 +44,23 @@ class LanceConfig:
     def load(cls, path: Path) -> "LanceConfig":
         """Read llm_config.json; InputError names a missing or impossible field."""
         raw = read_json(path, "model configuration")
+        if not isinstance(raw, dict):
+            raise InputError(f"{path} must be a JSON object, not a {type(raw).__name__}")
         # Flat in the official file; newer exports of the same family nest both.
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         raw = {"rope_theta": rope.get("rope_theta"), "mrope_section": rope.get("mrope_section"), **raw}
         missing = [name for name in cls.__dataclass_fields__ if raw.get(name) is None]
         if missing:
             raise InputError(f"{path} lacks {missing}: is it the llm_config.json of a Lance checkpoint?")
-        config = cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name != "mrope_section"},
-                     mrope_section=tuple(raw["mrope_section"]))
+        section = raw["mrope_section"]
+        sizes = {name: raw[name] for name in cls.__dataclass_fields__ if name != "mrope_section"}
+        kinds = cls.__annotations__
+        wrong = [f"{name} {value!r}" for name, value in sizes.items() if not _is_positive(value, kinds[name])]
+        if not isinstance(section, list) or len(section) != 3 or not all(_is_positive(size, int) for size in section):
+            wrong.append(f"mrope_section {section!r}")
+        if wrong:
+            raise InputError(f"{path}: {', '.join(wrong)}: must be positive numbers, three of them for mrope_section")
+        config = cls(**sizes, mrope_section=tuple(section))
         config._check(path)
         return config
 

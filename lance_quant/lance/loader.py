@@ -18,7 +18,7 @@ from lance_quant.errors import InputError
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance
 from lance_quant.layout import IGNORED, VIT_PREFIX
-from lance_quant.tensorfile import Checkpoint, TensorSpec
+from lance_quant.tensorfile import Checkpoint, TensorSpec, require_finite
 
 _TOO_SMALL_FOR_A_BAR = 1 << 28  # bytes; smaller modules load in about a second
 
@@ -40,7 +40,7 @@ class TorchFile:
         try:
             self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             self.specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
             raise InputError(f"{path} is no torch state dict, or is truncated: {error}") from error
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
@@ -95,8 +95,10 @@ def fill(module: nn.Module, source: Source, names: Mapping[str, str], dtype: tor
         raise InputError(f"{what} does not fit the model: {len(wrong)} tensors have a wrong shape, first {wrong[:5]}")
     size = sum(source.specs[theirs].nbytes for theirs, _ in todo)
     for theirs, ours in tqdm(todo, desc="load", unit="tensor", disable=size < _TOO_SMALL_FOR_A_BAR):
+        tensor = source.read(theirs, dtype, device)
+        require_finite(tensor, f"{what}: {theirs}")
         owner, _, attribute = ours.rpartition(".")
-        _put(module.get_submodule(owner), attribute, source.read(theirs, dtype, device))
+        _put(module.get_submodule(owner), attribute, tensor)
 
 
 def _first(word: str, names: set[str]) -> str:
