@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -r requirements.txt
+	$(BIN)/pip install -q -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
@@ -17,7 +17,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 
 demo: $(VENV)/.installed
 	rm -rf demo_out
-	PYTHONPATH=. $(BIN)/python examples/demo.py --out demo_out
+	$(BIN)/python examples/demo.py --out demo_out
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest

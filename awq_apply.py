@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
-"""Quantize a Lance checkpoint to INT4, with AWQ scales folded into the norms.
+"""Quantize a Lance checkpoint to INT4: AWQ scales moved exactly, then GPTQ where layer inputs were captured.
 
     python awq_apply.py --src Lance_3B/model.safetensors --stats calib/all.pt --out Lance_3B-AWQ-INT4
 
-Reads   a float checkpoint; activation statistics (awq_merge_stats.py)
-Writes  OUT/awq_state_dict.safetensors and OUT/awq_meta.json, 4.31 GB for Lance_3B at group size 64
-Needs   0.6 GB of memory (one group of linears) and the space for the output; on one CPU core 16 s per layer of
-        Lance_3B, so 10 minutes, on several cores or a GPU less
+Reads   a float checkpoint; activation statistics (awq_merge_stats.py); captures, if given
+Writes  OUT/awq_state_dict.safetensors and OUT/awq_meta.json, 4.31 GB for Lance_3B at group size 64, and
+        OUT/quant_report.html
+Needs   1.2 GB of memory (one layer) and the space for the output; on one CPU core 40 s per layer of Lance_3B, so 25
+        minutes, on several cores or a GPU less. With --capture also two Gram matrices per expert (down_proj: 0.5 GB
+        each) and the captured states, and many passes through every layer: meant for a GPU
 Next    run_quant_eval.py --awq_dir OUT
 """
 
 import argparse
 
-from lance_quant import cli, convert
+from lance_quant import capture, cli, convert
 from lance_quant.codec import Int4
 from lance_quant.errors import InputError
 
@@ -35,7 +37,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.stats is None or args.out is None:
         raise InputError("--stats and --out are needed unless --dry_run is given")
-    print(convert.convert(args.src, args.stats, args.out, codec, args.recipe, cli.device_of(args.device)).out)
+    if args.capture and args.recipe == "published":
+        raise InputError("--capture has no place in the published recipe: leave it out, or use --recipe ours")
+    device = cli.device_of(args.device)
+    replay = capture.replay_of(args.src, args.capture, device) if args.capture else None
+    print(convert.convert(args.src, args.stats, args.out, codec, args.recipe, device, replay,
+                          args.resume).out)
 
 
 if __name__ == "__main__":

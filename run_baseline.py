@@ -4,8 +4,9 @@
     python run_baseline.py --task t2i --model_path downloads/Lance_3B --example_json prompts.json \\
         --save_path_gen results/bf16 --save_latents
 
-Reads   MODEL_PATH (llm_config.json, tokenizer, model.safetensors), ViT for x2t_image, VAE for t2i
-Writes  SAVE_PATH_GEN/{prompt.json,run.json}, pictures or result.json; with --save_latents also what
+Reads   MODEL_PATH (llm_config.json, tokenizer, model.safetensors); the ViT for x2t_image, x2t_video and the edits;
+        the VAE for everything but x2t
+Writes  SAVE_PATH_GEN/{prompt.json,run.json}, pictures, clips or result.json; with --save_latents also what
         run_quant_eval.py compares with (latents.safetensors or logits.safetensors)
 Needs   the model in the compute dtype (12.4 GB for Lance_3B in bfloat16); host memory beside it stays below 2 GB
 Next    awq_calibrate_single.py, or run_quant_eval.py --baseline SAVE_PATH_GEN
@@ -25,10 +26,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     task_cli.add_model(parser)
     task_cli.add_task(parser)
+    task_cli.add_stream(parser)
     parser.add_argument("--save_path_gen", type=Path, required=True, help="results folder; must not exist")
     parser.add_argument("--save_latents", action="store_true",
                         help="keep every step's x_t and velocity, or every answer token's log-probabilities "
-                             "(t2i at 768: 27 MB a picture; x2t: 0.6 MB a token)")
+                             "(t2i at 768: 27 MB a picture; t2v at 640, 49 frames: 240 MB a clip; x2t: 0.6 MB a "
+                             "token)")
     return parser.parse_args(argv)
 
 
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     with whole_folder(args.save_path_gen) as folder:
         with record.stage("load"):
             pipeline = task_cli.load(args, paths)
-        run_task(pipeline, samples, settings, record, folder, args.save_latents)
+        run_task(pipeline, samples, settings, record, folder, args.save_latents, cli.show if args.stream else None)
     print(args.save_path_gen)
 
 

@@ -21,7 +21,7 @@ from lance_quant.evaluation import compare_run, run_entry, section
 from lance_quant.files import require_free, whole_folder, write_json
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.packed import PackedFolder
-from lance_quant.results import Results, RunRecord, drop_traces, run_task
+from lance_quant.results import Results, RunRecord, drop_traces, require_source, run_task
 from lance_quant.tasks import Settings, load_samples
 from quantized_linear import swap_linears
 
@@ -31,6 +31,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     task_cli.add_model(parser)
     task_cli.add_task(parser)
+    task_cli.add_stream(parser)
     parser.add_argument("--awq_dir", type=Path, nargs="+", required=True,
                         help="packed folders from awq_apply.py or nvfp4_apply.py, or published ones")
     parser.add_argument("--mode", choices=["ondemand", "cached"], default="ondemand",
@@ -50,16 +51,14 @@ def main(argv: list[str] | None = None) -> None:
     packed = _open(args.awq_dir)
     task_cli.paths_of(args)
     require_free(args.save_path_gen)
-    if args.baseline:
-        Results(args.baseline).require_same(settings, samples)
+    _require_comparable(args, settings, samples, packed)
     with whole_folder(args.save_path_gen) as folder:
         if not args.baseline:
             _run(args, settings, samples, folder / "baseline")
         baseline = Results(args.baseline or folder / "baseline")
         sections = [section(settings, baseline, folder)]
         for name, one in packed.items():
-            pipeline = _run(args, settings, samples, folder / name, one)
-            compared = compare_run(pipeline, samples, settings, baseline, folder / name)
+            compared = _compare(args, settings, samples, one, baseline, folder / name)
             sections[0]["runs"].append(run_entry(name, settings.task, compared, folder))
         write_json(folder / "comparison.json", sections)
         report.write(folder, sections)
@@ -77,6 +76,26 @@ def _open(folders: list[Path]) -> dict[str, PackedFolder]:
     return {name: PackedFolder(folder) for name, folder in zip(names, folders, strict=True)}
 
 
+def _require_comparable(args: argparse.Namespace, settings: Settings, samples: list,
+                        packed: dict[str, PackedFolder]) -> None:
+    """Raise InputError, before anything is loaded, unless baseline and packed folders compare."""
+    if args.baseline:
+        baseline = Results(args.baseline)
+        baseline.require_same(settings, samples, cli.dtype_of(args.dtype, cli.device_of(args.device)))
+        fingerprint, what = baseline.run["model"].get("fingerprint"), f"the model of baseline {args.baseline}"
+    else:
+        fingerprint, what = task_cli.float_facts(args.model_path)["fingerprint"], f"--model_path {args.model_path}"
+    for one in packed.values():
+        require_source(one, fingerprint, what)
+
+
+def _compare(args: argparse.Namespace, settings: Settings, samples: list, packed: PackedFolder, baseline: Results,
+             folder: Path) -> list[dict]:
+    """Run one packed folder and compare it; the model is gone when this returns, before the next one is loaded."""
+    pipeline = _run(args, settings, samples, folder, packed)
+    return compare_run(pipeline, samples, settings, baseline, folder)
+
+
 def _run(args: argparse.Namespace, settings: Settings, samples: list, folder: Path,
          packed: PackedFolder | None = None) -> Pipeline:
     """Run the task with the float weights or with packed ones, into `folder`; return the model."""
@@ -88,7 +107,8 @@ def _run(args: argparse.Namespace, settings: Settings, samples: list, folder: Pa
     folder.mkdir()
     with record.stage("load"):
         pipeline = task_cli.load(args, task_cli.paths_of(args), packed and packed.checkpoint.path, prepare)
-    run_task(pipeline, samples, settings, record, folder, keep_trace=True)
+    keep_trace = packed is None or settings.kind.makes != "text"  # of answers, only the baseline's trace is read
+    run_task(pipeline, samples, settings, record, folder, keep_trace, cli.show if args.stream else None)
     return pipeline
 
 

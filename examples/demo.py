@@ -49,11 +49,13 @@ def main(argv: list[str] | None = None) -> None:
     model = ["--model_path", args.model_path, "--resolution", RESOLUTION, "--video_height", SIZE, "--video_width", SIZE]
     for task in TASKS:
         run(awq_calibrate_single, "--task", task, *model, "--example_json", out / f"samples/calibrate_{task}.json",
-            "--limit", args.calibrate, "--num_timesteps", args.steps, "--out", out / f"calib/{task}.pt")
+            "--limit", args.calibrate, "--num_timesteps", args.steps, "--out", out / f"calib/{task}.pt",
+            "--capture", out / f"calib/{task}.safetensors")
     stats = out / "calib/all.pt"
     run(awq_merge_stats, "--inputs", *(out / f"calib/{task}.pt" for task in TASKS), "--out", stats)
-    run(awq_apply, "--src", args.model_path, "--stats", stats, "--out", out / "int4")
-    run(nvfp4_apply, "--src", args.model_path, "--stats", stats, "--out", out / "nvfp4", "--slim")
+    known = ["--stats", stats, "--capture", *(out / f"calib/{task}.safetensors" for task in TASKS)]
+    run(awq_apply, "--src", args.model_path, *known, "--out", out / "int4")
+    run(nvfp4_apply, "--src", args.model_path, *known, "--out", out / "nvfp4", "--slim")
     for task in TASKS:
         run(run_quant_eval, "--task", task, *model, "--example_json", out / f"samples/test_{task}.json",
             "--limit", args.test, "--validation_num_timesteps", args.steps, "--awq_dir", out / "int4", out / "nvfp4",

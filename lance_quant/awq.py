@@ -1,4 +1,4 @@
-"""The search for the per-channel scale of a norm-fed group, by the error of the quantizer that writes the file.
+"""The search for per-channel scales, by the error of the quantizer that writes the file.
 
 AWQ (arXiv:2306.00978) multiplies the columns of a weight by s before rounding and divides them out in the norm before,
 so that columns which see large activations are rounded more finely. Which s is best is tried out. For one linear
@@ -8,6 +8,8 @@ so that columns which see large activations are rounded more finely. Which s is 
 with m2_j = E[x_j^2]: the expected squared output error relative to the output, if channels are uncorrelated. It is a
 closed form, so no activations are drawn and no matrix is multiplied; a group counts the mean over its linears, so that
 256 rows of v_proj weigh as much as 2048 of q_proj. s = 1 is a candidate: the search never loses to plain rounding.
+The scale between v_proj and o_proj serves both experts; its objective is the sum of the relative errors of the two
+o_proj, so that neither expert's larger activations or token count decide for the other.
 
 Shape suffixes: o out, i in.
 """
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lance_quant.codec import Codec, RowBlock, map_blocks
-from lance_quant.fuse import Folded, fold_norm
+from lance_quant.fuse import Folded, Heads, fold_norm
 
 GRID = 20  # steps of the exponent between 0 and 1
 # Channels are never held to be quieter than this fraction of the loudest one: a channel that was silent during
@@ -37,6 +39,22 @@ class Choice:
     """
 
     folded: Folded
+    label: str
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The best candidate for linears that a linear feeds.
+
+    s: [channels] to divide out of the feeding linear's rows
+    columns: [in] factor of the weight columns of the fed linears
+    label, before, after: as in Choice
+    """
+
+    s: Tensor
+    columns: Tensor
     label: str
     before: tuple[float, ...]
     after: tuple[float, ...]
@@ -86,6 +104,35 @@ def search(weights: Sequence[Tensor], norm: Tensor, m2: Tensor, codec: Codec) ->
     return Choice(folds[best], tried[best][0], errors[0], errors[best])
 
 
+@torch.no_grad()
+def search_fed(weights: Sequence[Tensor], m2s: Sequence[Tensor], codec: Codec, heads: Heads | None = None) -> Scale:
+    """Find one scale for linears behind a linear: down_proj behind up_proj, both o_proj behind both v_proj.
+
+    Args:
+        weights: float32 [out, in] of the linears that share the scale, each a packing group of its own.
+        m2s: float32 [in] mean square of each one's input.
+        codec: the format that will be written.
+        heads: how columns share channels; None where every column has its own.
+
+    Returns:
+        The candidate with the smallest sum of relative errors; the first of equals, so s = 1 where nothing is gained.
+    """
+    gather, spread = (heads.gather, heads.spread) if heads else (_same, _same)
+    power = torch.stack([gather(m2 / m2.mean().clamp(min=torch.finfo(m2.dtype).tiny)) for m2 in m2s]).mean(0)
+    wmax = torch.stack([gather(column_max(w)) for w in weights]).mean(0)
+    tried = candidates(power.sqrt(), wmax)
+    columns = [spread(s) for _, s in tried]
+    errors = list(zip(*(relative_errors([w], columns, m2, codec) for w, m2 in zip(weights, m2s, strict=True)),
+                      strict=True))
+    best = min(range(len(tried)), key=lambda index: sum(error for (error,) in errors[index]))
+    before, after = (tuple(error for (error,) in errors[index]) for index in (0, best))
+    return Scale(tried[best][1], columns[best], tried[best][0], before, after)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 def column_max(w: Tensor) -> Tensor:
     """Largest |weight| of every column: [out, in] -> [in], without a copy of the weight."""
     low, high = torch.aminmax(w, dim=0)
@@ -104,7 +151,7 @@ def relative_errors(weights: Sequence[Tensor], columns: Sequence[Tensor], m2: Te
         wmax = torch.stack([column_max(w) for w in weights]).amax(0)
     # The largest |w * s| of a group without touching its weights: rounding is monotonic, so this is exact.
     contexts = [codec.context(float((wmax * column).max())) for column in columns]
-    m2 = _floored(m2.sqrt()) ** 2
+    m2 = importance(m2)
     tried = list(zip(columns, [m2 / column**2 for column in columns], contexts, strict=True))
 
     def block_sums(block: RowBlock) -> tuple[int, list[float]]:
@@ -118,6 +165,19 @@ def relative_errors(weights: Sequence[Tensor], columns: Sequence[Tensor], m2: Te
     signal = totals[:, :1]
     relative = torch.where(signal > 0, totals[:, 1:] / signal, 0.0)  # an all-zero weight has no error
     return [tuple(row) for row in relative.t().tolist()]
+
+
+def importance(m2: Tensor) -> Tensor:
+    """Mean squares [in] as weights of squared errors: channels that were silent count a little, see FLOOR."""
+    return _floored(m2.sqrt()) ** 2
+
+
+@torch.no_grad()
+def written_error(w: Tensor, back: Tensor, m2: Tensor) -> float:
+    """error of the module docstring for weights [out, in] and what a file gives back, inputs of mean square m2 [in]."""
+    weight = importance(m2)
+    signal = float((w.square().sum(0) * weight).sum())
+    return float(((back - w).square_().sum(0) * weight).sum()) / signal if signal > 0 else 0.0
 
 
 def _weighted_error(scaled_io: Tensor, weight: Tensor, codec: Codec, context: float | None) -> Tensor:

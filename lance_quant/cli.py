@@ -7,6 +7,7 @@ stderr; stdout carries results only.
 import argparse
 import errno
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +20,15 @@ log = logging.getLogger("lance_quant")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The environment's fault, not ours: no space, quota, read-only or forbidden place, not a folder.
-_USER_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+_USER_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR,
+               errno.EISDIR}
 
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main` and end the process: 0 done, 2 the user's mistake, 130 interrupted."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as an interrupt does
     try:
         main()
     except InputError as error:
@@ -44,11 +47,17 @@ def _complain(message: str) -> int:
     return 2
 
 
+def show(text: str) -> None:
+    """Text on the terminal while it comes, as `--stream` asks for; on stderr, since stdout carries results only."""
+    print(text, end="", file=sys.stderr, flush=True)
+
+
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose --help is the script's docstring and shows every default."""
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action: argparse.Action) -> str | None:
+            return action.help if action.default in (None, False) else super()._get_help_string(action)
 
     return argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
 
@@ -66,6 +75,10 @@ def add_conversion(to: argparse.ArgumentParser) -> None:
     to.add_argument("--src", type=Path, required=True,
                     help="float checkpoint: a safetensors file, an index, or a folder that holds one")
     to.add_argument("--stats", type=Path, help="activation statistics (awq_merge_stats.py); not read by --dry_run")
+    to.add_argument("--capture", type=Path, nargs="+", default=[],
+                    help="layer inputs (awq_calibrate_single.py --capture): with them GPTQ rounds; one file per task")
+    to.add_argument("--resume", action="store_true",
+                    help="keep finished layers in OUT.work, so that the same command goes on after a kill")
     to.add_argument("--out", type=Path, help="folder to create; never overwritten; not written by --dry_run")
     to.add_argument("--recipe", choices=["ours", "published"], default="ours",
                     help="ours searches by second moments; published repeats Reza2kn/lance-quant tensor for tensor")

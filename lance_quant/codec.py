@@ -23,8 +23,24 @@ from lance_quant.nvfp4 import Nvfp4Weight
 from lance_quant.tensorfile import TensorSpec
 
 PackedWeight = Int4Weight | Nvfp4Weight
-# searched: scaled into its norm; unsearched: norm-fed, but without statistics; plain: no norm precedes it.
+# searched: scaled into what precedes it; unsearched: it could be, but there are no statistics; plain: the published
+# recipe does not scale it.
 Kind = Literal["searched", "unsearched", "plain"]
+
+
+class Grid(NamedTuple):
+    """The levels that the groups of a weight may take; inputs come first, as in fake_quant_io.
+
+    step: float32 [groups, out], what a code is multiplied by, exact in its stored type
+    zero: float32 [groups, out], the code of 0; None where the format has none
+    """
+
+    step: Tensor
+    zero: Tensor | None
+
+    def at(self, group: int | Tensor) -> "Grid":
+        """One group's grid [out], or several groups' [n, out]."""
+        return Grid(self.step[group], None if self.zero is None else self.zero[group])
 
 
 class Codec(Protocol):
@@ -33,6 +49,7 @@ class Codec(Protocol):
     name: str
     state_file: str
     meta_file: str
+    SCHEMES: dict[Kind, str]  # what the meta calls them
 
     @property
     def group_size(self) -> int:
@@ -52,6 +69,18 @@ class Codec(Protocol):
 
     def fake_quant_io(self, w_io: Tensor, context: float | None) -> Tensor:
         """dequantize(quantize(w)) of a transposed float32 weight [in, out], equal to the bit."""
+
+    def grid(self, w_io: Tensor, importance: Tensor, context: float | None) -> Grid:
+        """Search every group's grid for a float32 weight [in, out], squared errors weighted by importance [in]."""
+
+    def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
+        """The nearest level of each value [n, out]; the grid's tensors broadcast against it."""
+
+    def storable(self, step: Tensor, context: float | None) -> Tensor:
+        """Positive steps, float32, rounded to what a file can hold."""
+
+    def encode(self, values: Tensor, grid: Grid, context: float | None) -> PackedWeight:
+        """Pack values [out, in] that are levels of `grid` ([groups, out]), exactly."""
 
     def tensors(self, q: PackedWeight) -> dict[str, Tensor]:
         """What a packed weight is on disk: suffix -> tensor."""
@@ -108,6 +137,23 @@ class Int4:
     def fake_quant_io(self, w_io: Tensor, context: None = None) -> Tensor:
         """See int4.fake_quant_io."""
         return int4.fake_quant_io(w_io, self.group_size)
+
+    def grid(self, w_io: Tensor, importance: Tensor, context: None = None) -> Grid:
+        """See int4.search_grid_io."""
+        scale, zero = int4.search_grid_io(w_io, self.group_size, importance)
+        return Grid(scale.float(), zero)
+
+    def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
+        """See int4.nearest."""
+        return int4.nearest(w_io, grid.step, grid.zero)
+
+    def storable(self, step: Tensor, context: None = None) -> Tensor:
+        """Rounded to bfloat16."""
+        return step.clamp(min=int4.MIN_SCALE).bfloat16().float()
+
+    def encode(self, values: Tensor, grid: Grid, context: None = None) -> Int4Weight:
+        """See int4.encode."""
+        return int4.encode(values, grid.step.t().contiguous(), grid.zero.t().contiguous())
 
     def tensors(self, q: Int4Weight) -> dict[str, Tensor]:
         """See Codec."""
@@ -174,6 +220,22 @@ class Nvfp4:
     def fake_quant_io(self, w_io: Tensor, context: float) -> Tensor:
         """See nvfp4.fake_quant_io."""
         return nvfp4.fake_quant_io(w_io, context)
+
+    def grid(self, w_io: Tensor, importance: Tensor, context: float) -> Grid:
+        """See nvfp4.search_scales_io."""
+        return Grid(nvfp4.search_scales_io(w_io, context, importance), None)
+
+    def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
+        """See nvfp4.nearest."""
+        return nvfp4.nearest(w_io, grid.step)
+
+    def storable(self, step: Tensor, context: float) -> Tensor:
+        """Rounded to E4M3 times the global scale."""
+        return nvfp4.round_e4m3((step / context).clamp(nvfp4.MIN_E4M3, nvfp4.E4M3_MAX)) * context
+
+    def encode(self, values: Tensor, grid: Grid, context: float) -> Nvfp4Weight:
+        """See nvfp4.encode."""
+        return nvfp4.encode(values, grid.step.t().contiguous(), context)
 
     def tensors(self, q: Nvfp4Weight) -> dict[str, Tensor]:
         """See Codec."""
@@ -260,6 +322,26 @@ def quantize_scaled(codec: Codec, weights: Sequence[Tensor], scale: Tensor | Non
 
     parts = list(zip(_row_blocks(weights), map_blocks(quantize, weights), strict=True))
     return [_joined([part for block, part in parts if block.index == index]) for index in range(len(weights))]
+
+
+def quantize_searched(codec: Codec, weights: Sequence[Tensor], importance: Tensor,
+                      context: float | None) -> list[PackedWeight]:
+    """Pack the weights [out, in] of a group with grids searched for inputs of some importance [in]."""
+
+    def quantize(block: RowBlock) -> PackedWeight:
+        w_io = weights[block.index][block.rows].t().contiguous()
+        grid = codec.grid(w_io, importance, context)
+        return codec.encode(nearest_levels(codec, w_io, grid).t().contiguous(), grid, context)
+
+    parts = list(zip(_row_blocks(weights), map_blocks(quantize, weights), strict=True))
+    return [_joined([part for block, part in parts if block.index == index]) for index in range(len(weights))]
+
+
+def nearest_levels(codec: Codec, w_io: Tensor, grid: Grid) -> Tensor:
+    """The nearest level of every weight [in, out] in its group's grid."""
+    blocks_gio = w_io.view(grid.step.shape[0], -1, w_io.shape[1])
+    zero = None if grid.zero is None else grid.zero[:, None]
+    return codec.nearest(blocks_gio, Grid(grid.step[:, None], zero)).view(w_io.shape)
 
 
 def _joined(parts: Sequence[PackedWeight]) -> PackedWeight:

@@ -7,6 +7,7 @@ difference changes everything after it.
 
 import difflib
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,8 +58,10 @@ def step_errors(velocities: Tensor, baseline: Tensor) -> list[float]:
     return [relative_error(ours, theirs) for ours, theirs in zip(velocities, baseline, strict=True)]
 
 
-def psnr(ours: Image.Image, theirs: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of two RGB pictures of one size; infinite if equal."""
-    a, b = (torch.from_numpy(np.array(image.convert("RGB"))).double() for image in (ours, theirs))
-    mse = (a - b).square().mean().item()
-    return 10 * math.log10(255**2 / mse) if mse else math.inf
+def psnr(ours: Sequence[Image.Image], theirs: Sequence[Image.Image]) -> float:
+    """Peak signal-to-noise ratio in dB over all frames of two RGB pictures or clips of one size; infinite if equal."""
+    total, count = 0.0, 0
+    for pair in zip(ours, theirs, strict=True):
+        a, b = (torch.from_numpy(np.array(frame.convert("RGB"))).double() for frame in pair)
+        total, count = total + (a - b).square().sum().item(), count + a.numel()
+    return 10 * math.log10(255**2 * count / total) if total else math.inf

@@ -1,16 +1,15 @@
 """From a float checkpoint to a packed folder: the loop behind awq_apply.py and nvfp4_apply.py.
 
-A group of linears (layout.Group) is read, searched, packed and written before the next is read, and everything that is
-not quantized is copied in pieces, so memory stays at one group however large the model is. What a run writes is known
+A decoder layer is read, scaled, packed and written before the next is read, and everything outside of the layers is
+copied in pieces, so memory stays at about one layer however large the model is. What a run writes is known
 from the headers alone (`plan`), which is how the output file can be laid out first and --dry_run can be exact.
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lance_quant import __version__, awq, fuse, layout, packed, published
-from lance_quant.codec import Codec, Kind, quantize_scaled
+from lance_quant import __version__, layout, packed, published, quant_report
+from lance_quant.codec import Codec
 from lance_quant.errors import InputError
 from lance_quant.files import require_free
+from lance_quant.ours import Activations, Quantized, Weights, quantize_layer
 from lance_quant.stats import ActStats, model_fingerprint
-from lance_quant.tensorfile import Checkpoint, TensorSpec, file_size
+from lance_quant.tensorfile import Checkpoint, TensorSpec, file_size, require_finite
+from lance_quant.work import Work
 
 log = logging.getLogger("lance_quant")
 
@@ -39,7 +40,7 @@ def shapes_of(specs: Mapping[str, TensorSpec], codec: Codec) -> dict[str, tuple[
     """
     if any(name.rpartition(".")[2] in packed.SUFFIXES for name in specs):
         raise InputError("this checkpoint is packed already: give the float one")
-    count = layout.require_linears({name: spec.shape for name, spec in specs.items()})
+    count = layout.require_complete({name: spec.shape for name, spec in specs.items()})
     shapes = {name: specs[f"{name}.weight"].shape for name in layout.linears(count)}
     for name, shape in shapes.items():
         if not specs[f"{name}.weight"].dtype.is_floating_point:
@@ -81,8 +82,9 @@ class Report:
     out: the folder
     nbytes: size of its tensor file
     bits_per_weight: stored bits per quantized weight
-    searched, plain: linears scaled into their norm, and the others
+    searched, plain: linears scaled into what precedes them, and the others
     without_statistics: linears for which the statistics hold nothing
+    rows: what the report page lists
     """
 
     out: Path
@@ -91,101 +93,53 @@ class Report:
     searched: int = 0
     plain: int = 0
     without_statistics: list[str] = field(default_factory=list)
+    rows: list[quant_report.Row] = field(default_factory=list)
+
+    def count(self, layers: Sequence[Mapping[str, Any]], codec: Codec) -> None:
+        """Take over what was done in each layer, see _Job.layer."""
+        entries, seconds = _merged(layers, "entries"), _merged(layers, "seconds")
+        self.rows = [quant_report.Row(name.removesuffix(".weight"), entry, seconds[name])
+                     for name, entry in entries.items()]
+        self.searched = sum(entry["scheme"] == codec.SCHEMES["searched"] for entry in entries.values())
+        self.plain = len(entries) - self.searched
 
     def __str__(self) -> str:
         return (f"wrote {self.out}: {self.nbytes / 1e9:.2f} GB, {self.bits_per_weight:.4f} bits per quantized weight, "
                 f"{self.searched} linears searched, {self.plain} rounded plainly")
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A finished group.
-
-    tensors: one dict suffix -> tensor per linear
-    norm: bfloat16 [in] to store, None where no norm precedes
-    kind, context: for the meta entries
-    label: which candidate won
-    before, after: relative error per linear with s = 1 and as written; empty where it was not measured
-    """
-
-    tensors: Sequence[Mapping[str, Tensor]]
-    norm: Tensor | None
-    kind: Kind
-    context: float | None
-    label: str
-    before: Sequence[float] = ()
-    after: Sequence[float] = ()
-
-    def entries(self, codec: Codec, shapes: Iterable[Sequence[int]]) -> Iterator[dict[str, Any]]:
-        """Meta entry of every linear of the group."""
-        for index, shape in enumerate(shapes):
-            entry = codec.entry(shape, self.kind, self.context)
-            if self.before:
-                entry.update(candidate=self.label, error_before=self.before[index], error_after=self.after[index])
-            yield entry
-
-    def __str__(self) -> str:
-        if not self.before:
-            return self.label
-        return f"{self.label:<18} {_decibel(self.before):5.1f} -> {_decibel(self.after):5.1f} dB"
+def quantize_published(index: int, weights: Weights, stats: ActStats, codec: Codec,
+                       activations: Activations | None = None) -> Iterator[tuple[layout.Group, Quantized]]:
+    """Quantize one layer by the published recipe, see published.py; arguments as for ours.quantize_layer."""
+    for group in layout.groups(index):
+        started = time.perf_counter()
+        done = _published_group(group, [weights[f"{name}.weight"].bfloat16() for name in group.linears], weights,
+                                stats, codec)
+        yield group, replace(done, seconds=time.perf_counter() - started)
 
 
-def _decibel(errors: Sequence[float]) -> float:
-    mean = sum(errors) / len(errors)
-    return -10 * math.log10(mean) if mean else math.inf
-
-
-def quantize_ours(group: layout.Group, weights: Sequence[Tensor], norm: Tensor | None, stats: ActStats,
-                  codec: Codec) -> Quantized:
-    """Search by second moments, fold exactly, pack.
-
-    Args:
-        weights: float32 [out, in] of the group's linears.
-        norm: float32 [in] weight of the group's norm, or None.
-    """
-    m2 = _mean_square(group, stats, weights[0])
-    if norm is None or m2 is None:
-        folded = None if norm is None else fuse.fold_norm(norm, torch.ones_like(norm))
-        column = torch.ones_like(weights[0][0]) if folded is None else folded.column
-        known = torch.ones_like(column) if m2 is None else m2
-        errors = awq.relative_errors(weights, [column], known, codec)[0]
-        choice, kind = awq.Choice(folded, "s=1", errors, errors), "plain" if norm is None else "unsearched"
-    else:
-        choice, kind = awq.search(weights, norm, m2, codec), "searched"
-        column = choice.folded.column
-    context = codec.context(max(float((awq.column_max(w) * column).max()) for w in weights))
-    tensors = [codec.tensors(q) for q in quantize_scaled(codec, weights, column, context)]
-    new_norm = None if choice.folded is None else choice.folded.norm
-    return Quantized(tensors, new_norm, kind, context, choice.label, choice.before, choice.after)
-
-
-def _mean_square(group: layout.Group, stats: ActStats, like: Tensor) -> Tensor | None:
-    known = [stats.linears[name].mean_square for name in group.linears if name in stats.linears]
-    return torch.stack(known).mean(0).to(like.device) if known else None
-
-
-def quantize_published(group: layout.Group, weights: Sequence[Tensor], norm: Tensor | None, stats: ActStats,
-                       codec: Codec) -> Quantized:
-    """See published.py; arguments as for quantize_ours."""
-    weights = [w.bfloat16() for w in weights]
+def _published_group(group: layout.Group, linears: Sequence[Tensor], weights: Weights, stats: ActStats,
+                     codec: Codec) -> Quantized:
     known = [stats.linears[name] for name in group.linears if name in stats.linears]
-    means = [(entry.sum_abs.float() / entry.n_tokens).to(weights[0].device) for entry in known]
-    chosen = None if norm is None else published.search(weights, means, codec)
+    means = [(entry.sum_abs.float() / entry.n_tokens).to(linears[0].device) for entry in known]
+    chosen = None if group.norm is None else published.search(linears, means, codec)
     if chosen is None:
-        kind = "plain" if norm is None else "unsearched"
-        tensors = [published.pack(w.float(), codec) for w in weights]
-        return Quantized(tensors, None if norm is None else norm.bfloat16(), kind, None, "no scale")
-    tensors = [published.pack(w.float() * chosen.s, codec) for w in weights]
-    new_norm = (norm.bfloat16().float() / chosen.s).bfloat16()
-    return Quantized(tensors, new_norm, "searched", None, f"act^{chosen.alpha:.2f}/w^{1 - chosen.alpha:.2f}")
+        kind = "plain" if group.norm is None else "unsearched"
+        return Quantized([published.pack(w.float(), codec) for w in linears], kind, None, "no scale")
+    norm = f"{group.norm}.weight"
+    weights[norm] = (weights[norm].bfloat16().float() / chosen.s).bfloat16()
+    tensors = [published.pack(w.float() * chosen.s, codec) for w in linears]
+    return Quantized(tensors, "searched", None, f"act^{chosen.alpha:.2f}/w^{1 - chosen.alpha:.2f}")
 
 
-RECIPES: dict[Recipe, Callable[..., Quantized]] = {"ours": quantize_ours, "published": quantize_published}
+RECIPES: dict[Recipe, Callable[..., Iterator[tuple[layout.Group, Quantized]]]] = {
+    "ours": quantize_layer, "published": quantize_published}
 
 
 @torch.no_grad()
 def quantize_checkpoint(source: Checkpoint, stats: ActStats, codec: Codec, out: Path, recipe: Recipe,
-                        device: torch.device, progress: bool = True) -> Report:
+                        device: torch.device, progress: bool = True, activations: Activations | None = None,
+                        resume: bool = False) -> Report:
     """Write a packed folder.
 
     Args:
@@ -196,6 +150,8 @@ def quantize_checkpoint(source: Checkpoint, stats: ActStats, codec: Codec, out: 
         recipe: "ours", or "published" to repeat the published algorithm.
         device: where the search runs.
         progress: show a bar where stderr is a terminal.
+        activations: layer inputs for GPTQ, see ours.py.
+        resume: keep finished layers beside `out` (work.py), and go on from those that are there.
 
     Raises:
         InputError: the checkpoint, the statistics and the codec do not fit together, `out` exists, the disk is too
@@ -207,17 +163,17 @@ def quantize_checkpoint(source: Checkpoint, stats: ActStats, codec: Codec, out: 
     report = Report(Path(out), file_size(specs), packed.bits_per_weight(specs, shapes),
                     without_statistics=[name for name in shapes if name not in stats.linears])
     _warn_of_gaps(report, len(shapes))
-    with packed.new_folder(out, codec, specs) as writer:
-        groups = [group for layer in range(layout.num_layers(source.specs)) for group in layout.groups(layer)]
-        entries: dict[str, Any] = {}
-        for group in _bar(groups, f"quantize to {codec.name}", progress):
-            done = _convert_group(group, source, stats, codec, RECIPES[recipe], device, writer)
-            entries.update(zip((f"{name}.weight" for name in group.linears),
-                               done.entries(codec, (shapes[name] for name in group.linears)), strict=True))
-            report.searched += len(group.linears) * (done.kind == "searched")
-        report.plain = len(shapes) - report.searched
-        _copy_rest(source, specs, groups, writer, progress)
-        writer.meta.update(_meta(codec, report, stats, recipe, fingerprint, entries))
+    facts = _facts(codec, stats, recipe, fingerprint, activations)
+    work = Work(Path(out), facts) if resume else None
+    with packed.new_folder(Path(out), codec, specs, work) as writer:
+        job = _Job(source, stats, codec, recipe, device, specs, shapes, writer, activations, work)
+        layers = job.run(progress)
+        entries = _merged(layers, "entries")
+        report.count(layers, codec)
+        _copy_rest(source, specs, writer, progress)
+        writer.meta.update({**codec.header(), "awq_linears": report.searched, "plain_linears": report.plain, **facts,
+                            "without_statistics": report.without_statistics, "per_weight": entries})
+        writer.texts[quant_report.FILE] = _page(codec, report, stats, recipe, specs)
     return report
 
 
@@ -228,42 +184,109 @@ def _warn_of_gaps(report: Report, total: int) -> None:
                     len(missing), total, ", ".join(missing[:5]))
 
 
-def _convert_group(group: layout.Group, source: Checkpoint, stats: ActStats, codec: Codec,
-                   quantize: Callable[..., Quantized], device: torch.device, writer: packed.PackedWriter) -> Quantized:
-    started = time.perf_counter()
-    weights = [_finite(source, f"{name}.weight", device) for name in group.linears]
-    norm = None if group.norm is None else _finite(source, f"{group.norm}.weight", device)
-    done = quantize(group, weights, norm, stats, codec)
-    for name, tensors in zip(group.linears, done.tensors, strict=True):
-        for suffix, tensor in tensors.items():
-            writer.tensors.write(f"{name}.{suffix}", tensor)
-    if done.norm is not None:
-        writer.tensors.write(f"{group.norm}.weight", done.norm)
-    log.info("%-22s %s  %.1f s", group.name, done, time.perf_counter() - started)
-    return done
+def _merged(layers: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
+    return {name: value for layer in layers for name, value in layer[key].items()}
+
+
+def _facts(codec: Codec, stats: ActStats, recipe: Recipe, fingerprint: str,
+           activations: Activations | None) -> dict[str, Any]:
+    """What decides the result: part of the meta, and what a resumed job is checked against."""
+    captured = {} if activations is None else {"captures": list(activations.facts)}
+    return {"tool": f"lance-quant {__version__}", "codec": str(codec), "recipe": recipe,
+            "source_fingerprint": fingerprint, "tasks_calibrated": stats.tasks, "calibration_runs": stats.runs,
+            **captured}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that the conversion of a layer needs; see quantize_checkpoint."""
+
+    source: Checkpoint
+    stats: ActStats
+    codec: Codec
+    recipe: Recipe
+    device: torch.device
+    specs: Mapping[str, TensorSpec]
+    shapes: Mapping[str, Sequence[int]]
+    writer: packed.PackedWriter
+    activations: Activations | None
+    work: Work | None
+
+    def run(self, progress: bool) -> list[dict[str, Any]]:
+        """Convert the layers that an earlier run has not finished; what `layer` returned for each, in order."""
+        layers = [] if self.work is None else list(self.work.layers)
+        if layers and self.activations is not None:
+            self.activations.load(self.work.state_file(len(layers)))
+        todo = range(len(layers), layout.num_layers(self.source.specs))
+        for index in _bar(todo, f"quantize to {self.codec.name}", progress):
+            layers.append(self.layer(index))
+            if self.work is not None:
+                self._keep(layers[-1])
+        return layers
+
+    def layer(self, index: int) -> dict[str, Any]:
+        """Write a layer's groups as they are finished, then its norms and biases, which scales may have changed.
+
+        Returns:
+            Plain values: `tensors`, the names that were written; `entries`, for the meta; `seconds` of each linear's
+            group.
+        """
+        weights = {name: _finite(self.source, name, self.device)
+                   for name in layout.of_layer(self.source.specs, index)}
+        out: dict[str, Any] = {"tensors": [], "entries": {}, "seconds": {}}
+        for group, done in RECIPES[self.recipe](index, weights, self.stats, self.codec, self.activations):
+            names = [f"{name}.weight" for name in group.linears]
+            tensors = {f"{name}.{suffix}": tensor for name, parts in zip(group.linears, done.tensors, strict=True)
+                       for suffix, tensor in parts.items()}
+            out["tensors"] += self._write(tensors)
+            shapes = (self.shapes[name] for name in group.linears)
+            out["entries"].update(zip(names, done.entries(self.codec, shapes), strict=True))
+            out["seconds"].update(dict.fromkeys(names, done.seconds))
+            log.info("%-22s %s", group.name, done)
+        rest = sorted(weights.keys() & self.specs.keys())
+        out["tensors"] += self._write({name: weights[name].to(self.specs[name].dtype) for name in rest})
+        return out
+
+    def _write(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        for name, tensor in tensors.items():
+            self.writer.tensors.write(name, tensor)
+        return list(tensors)
+
+    def _keep(self, layer: Mapping[str, Any]) -> None:
+        """Make a finished layer survive a kill."""
+        self.writer.tensors.flush()
+        if self.activations is not None:
+            self.activations.save(self.work.state_file(len(self.work.layers) + 1))
+        self.work.finish_layer(layer)
 
 
 def _finite(source: Checkpoint, name: str, device: torch.device) -> Tensor:
     tensor = source.read(name, torch.float32, device)
-    if not torch.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
-        raise InputError(f"{name} holds NaN or Inf: the checkpoint is damaged, download it again")
+    require_finite(tensor, name)
     return tensor
 
 
-def _copy_rest(source: Checkpoint, specs: Mapping[str, TensorSpec], groups: Iterable[layout.Group],
-               writer: packed.PackedWriter, progress: bool) -> None:
-    norms = {f"{group.norm}.weight" for group in groups}
-    rest = [name for name in source.specs if name in specs and name not in norms]
+def _copy_rest(source: Checkpoint, specs: Mapping[str, TensorSpec], writer: packed.PackedWriter,
+               progress: bool) -> None:
+    rest = [name for name in source.specs if not name.startswith(f"{layout.LAYERS}.")]
     for name in _bar(rest, "copy the rest", progress):
-        writer.tensors.write_pieces(name, source.pieces(name))
+        writer.tensors.write_pieces(name, _checked(source.pieces(name), name))
 
 
-def _meta(codec: Codec, report: Report, stats: ActStats, recipe: Recipe, fingerprint: str,
-          entries: Mapping[str, Any]) -> dict[str, Any]:
-    return {**codec.header(), "awq_linears": report.searched, "plain_linears": report.plain,
-            "tasks_calibrated": stats.tasks, "tool": f"lance-quant {__version__}", "recipe": recipe,
-            "source_fingerprint": fingerprint, "calibration_runs": stats.runs,
-            "without_statistics": report.without_statistics, "per_weight": entries}
+def _checked(pieces: Iterable[Tensor], name: str) -> Iterator[Tensor]:
+    """The pieces of a tensor, as long as they are finite."""
+    for piece in pieces:
+        require_finite(piece, name)
+        yield piece
+
+
+def _page(codec: Codec, report: Report, stats: ActStats, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> str:
+    facts = {"format": str(codec), "recipe": recipe, "size": f"{report.nbytes / 1e9:.3f} GB",
+             "bits per quantized weight": f"{report.bits_per_weight:.4f}", "calibrated on": ", ".join(stats.tasks),
+             "linears scaled": f"{report.searched} of {report.searched + report.plain}",
+             "linears without statistics": str(len(report.without_statistics)), "tool": f"lance-quant {__version__}"}
+    by_layer = sorted(report.rows, key=lambda row: int(row.name.removeprefix(f"{layout.LAYERS}.").split(".")[0]))
+    return quant_report.page(f"Quantization to {codec.name}", facts, by_layer, packed.sizes(specs))
 
 
 def _bar(items: Sequence[Any], stage: str, progress: bool) -> Iterator[Any]:
@@ -281,7 +304,8 @@ def _lines_above_bar(progress: bool) -> Iterator[None]:
         yield
 
 
-def convert(src: Path, stats_path: Path, out: Path, codec: Codec, recipe: Recipe, device: torch.device) -> Report:
+def convert(src: Path, stats_path: Path, out: Path, codec: Codec, recipe: Recipe, device: torch.device,
+            activations: Activations | None = None, resume: bool = False) -> Report:
     """From paths to a packed folder: everything cheap is checked before a weight is read.
 
     Raises:
@@ -292,6 +316,6 @@ def convert(src: Path, stats_path: Path, out: Path, codec: Codec, recipe: Recipe
     require_free(Path(out))
     stats = ActStats.load(stats_path)
     with Checkpoint(src) as source:
-        report = quantize_checkpoint(source, stats, codec, out, recipe, device)
+        report = quantize_checkpoint(source, stats, codec, out, recipe, device, activations=activations, resume=resume)
     log.info("%s", report)
     return report

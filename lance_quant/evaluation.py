@@ -4,32 +4,37 @@ import math
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from lance_quant.compare import psnr, relative_error, step_errors, text_similarity, token_divergence
 from lance_quant.errors import InputError
 from lance_quant.files import read_json
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.lance.samples import Prompt, Question
-from lance_quant.results import Results
+from lance_quant.lance.samples import TASKS, Prompt, Question
+from lance_quant.results import Results, made, open_made
 from lance_quant.tasks import Settings, replay
 
-# Shown in this order; (key, heading, how a person reads it).
+_DRAWN = (
+    ("velocity_error", "velocity error, mean over steps", "lower is better"),
+    ("latent_error", "final latent error", "lower is better"),
+)
+# By what a task makes, shown in this order; (key, heading, how a person reads it).
 METRICS = {
-    "x2t_image": (
+    "text": (
         ("kl", "KL per token (nats)", "lower is better"),
         ("top1", "top-1 agreement", "higher is better"),
         ("exact", "exact answers", "higher is better"),
         ("characters", "character similarity", "higher is better"),
         ("words", "word similarity", "higher is better"),
     ),
-    "t2i": (
-        ("velocity_error", "velocity error, mean over steps", "lower is better"),
-        ("latent_error", "final latent error", "lower is better"),
-        ("psnr", "PSNR of the picture (dB)", "higher is better"),
-    ),
+    "image": (*_DRAWN, ("psnr", "PSNR of the picture (dB)", "higher is better")),
+    "video": (*_DRAWN, ("psnr", "PSNR over all frames (dB)", "higher is better")),
 }
+
+
+def metrics_of(task: str) -> tuple[tuple[str, str, str], ...]:
+    """The rows of METRICS for a task."""
+    return METRICS[TASKS[task].makes]
 
 
 def compare_run(pipeline: Pipeline, samples: list[Question] | list[Prompt], settings: Settings, baseline: Results,
@@ -38,7 +43,7 @@ def compare_run(pipeline: Pipeline, samples: list[Question] | list[Prompt], sett
 
     Runs the quantized model once more, on the baseline's own tokens and points x_t.
     """
-    compare = _compare_answer if settings.task == "x2t_image" else _compare_picture
+    compare = _compare_answer if settings.kind.makes == "text" else _compare_made
     run = Results(folder)
     return [compare(pipeline, sample, settings, baseline, run)
             for sample in tqdm(samples, desc="compare", unit="sample")]
@@ -53,29 +58,31 @@ def _compare_answer(pipeline: Pipeline, question: Question, settings: Settings, 
     forced = pipeline.forced_logprobs(packed, vit_tokens, ids).cpu()
     divergence = token_divergence(baseline.trace.read(f"{question.key}.logprobs"), forced)
     theirs, ours = baseline.answers()[question.key], run.answers()[question.key]
-    return {"key": question.key, "image": str(question.image), "question": question.question,
+    return {"key": question.key, "visual": str(question.visual), "question": question.question,
             "reference": question.reference, "baseline": theirs, "answer": ours, "tokens": len(ids),
             "kl": divergence.kl.mean().item(), "kl_max": divergence.kl.max().item(), "top1": divergence.top1,
             **text_similarity(ours, theirs)._asdict()}
 
 
-def _compare_picture(pipeline: Pipeline, prompt: Prompt, settings: Settings, baseline: Results,
-                     run: Results) -> dict[str, Any]:
+def _compare_made(pipeline: Pipeline, prompt: Prompt, settings: Settings, baseline: Results,
+                  run: Results) -> dict[str, Any]:
     theirs = {part: baseline.trace.read(f"{prompt.key}.{part}") for part in ("x", "velocity", "t", "latent")}
     ours = {part: run.trace.read(f"{prompt.key}.{part}") for part in ("x", "latent")}
     errors = step_errors(replay(pipeline, prompt, settings, theirs["x"], theirs["t"]), theirs["velocity"])
-    name = f"{prompt.key}.png"
-    return {"key": prompt.key, "prompt": prompt.text, "velocity_errors": errors, "t": theirs["t"].tolist(),
-            "velocity_error": sum(errors) / len(errors), "same_noise": bool((ours["x"][0] == theirs["x"][0]).all()),
+    name = made(prompt, settings)
+    source = {} if prompt.visual is None else {"visual": str(prompt.visual)}
+    return {"key": prompt.key, "prompt": prompt.text, **source, "file": name, "t": theirs["t"].tolist(),
+            "velocity_errors": errors, "velocity_error": sum(errors) / len(errors),
+            "same_noise": bool((ours["x"][0] == theirs["x"][0]).all()),
             "latent_error": relative_error(ours["latent"], theirs["latent"]),
-            "psnr": psnr(Image.open(run.folder / name), Image.open(baseline.folder / name))}
+            "psnr": psnr(open_made(run.folder / name), open_made(baseline.folder / name))}
 
 
 def summarize(task: str, samples: list[dict[str, Any]]) -> dict[str, float]:
     """Mean of every metric over the samples (KL and top-1 over all tokens)."""
-    weights = [sample.get("tokens", 1) if task == "x2t_image" else 1 for sample in samples]
+    weights = [sample.get("tokens", 1) for sample in samples]
     summary = {}
-    for key, _, _ in METRICS[task]:
+    for key, _, _ in metrics_of(task):
         each = weights if key in ("kl", "top1") else [1] * len(samples)
         total = sum(weight * sample[key] for weight, sample in zip(each, samples, strict=True))
         summary[key] = total / sum(each)

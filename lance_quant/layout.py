@@ -6,7 +6,7 @@ linears on their parent (`mlp_moe_gen.gate_proj`). Pure data, no torch.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal, NamedTuple
 
 from lance_quant.errors import InputError
@@ -61,6 +61,22 @@ def _group(layer: int, place: str, expert: Expert) -> Group:
     return Group(layer, place, expert, norm, linears)
 
 
+def linear(layer: int, expert: Expert, kind: str) -> str:
+    """Module name of one linear, by its kind (see kind_of)."""
+    return next(name for group in groups(layer) if group.expert == expert
+                for name in group.linears if kind_of(name) == kind)
+
+
+def head_norm(layer: int, expert: Expert) -> str:
+    """The RMSNorm of the queries; its width is the head width."""
+    return f"{LAYERS}.{layer}.self_attn.q_norm{SUFFIX[expert]}"
+
+
+def of_layer(names: Collection[str], layer: int) -> list[str]:
+    """Those of some tensor names that belong to one decoder layer."""
+    return [name for name in names if name.startswith(f"{LAYERS}.{layer}.")]
+
+
 def linears(num_layers: int) -> list[str]:
     """Module names of all quantizable linears: 14 per layer, 504 in the real model."""
     return [name for layer in range(num_layers) for group in groups(layer) for name in group.linears]
@@ -91,30 +107,61 @@ def num_layers(names: Collection[str]) -> int:
     return len(found)
 
 
-def require_linears(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Check that every layer has its 14 linears (2-D) and 4 norms (1-D, of matching width); return the layer count.
+def require_complete(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Check that these are the tensors of a float Lance checkpoint, all of them and no others; return the layer count.
+
+    Sizes are taken from a few tensors and every other one must agree with them. A ViT (`vit_model.*`) and the ignored
+    position table may be there or not.
 
     Raises:
-        InputError: naming the first five that are missing or have a wrong shape.
+        InputError: naming the first five that are missing, unexpected or of a wrong shape.
     """
     count = num_layers(shapes)
-    expected = [group for layer in range(count) for group in groups(layer)]
-    missing = [f"{name}.weight" for group in expected
-               for name in (*group.linears, *([group.norm] if group.norm else []))
-               if f"{name}.weight" not in shapes]
-    if missing:
-        raise InputError(f"{len(missing)} tensors are missing from this checkpoint, first {missing[:5]}")
-    wrong = [f"{name}.weight {list(shapes[f'{name}.weight'])}" for group in expected for name in group.linears
-             if not _fits(shapes, group, name)]
+    expected = _table(count, shapes)
+    found = {name for name in shapes if name != IGNORED and not name.startswith(VIT_PREFIX)}
+    for word, names in (("missing from", expected.keys() - found), ("unknown in", found - expected.keys())):
+        if names:
+            raise InputError(f"{len(names)} tensors are {word} this checkpoint, first {sorted(names)[:5]}")
+    wrong = [f"{name} {list(shapes[name])} instead of {list(shape)}" for name, shape in expected.items()
+             if shapes[name] != shape]
     if wrong:
-        raise InputError(f"{len(wrong)} linears have a shape that does not fit their layer, first {wrong[:5]}")
+        raise InputError(f"{len(wrong)} tensors have a shape that does not fit the others, first {wrong[:5]}")
     return count
 
 
-def _fits(shapes: Mapping[str, tuple[int, ...]], group: Group, linear: str) -> bool:
-    shape = shapes[f"{linear}.weight"]
-    if len(shape) != 2:
-        return False
-    bias = shapes.get(f"{linear}.bias")
-    width = shapes[f"{group.linears[0]}.weight"][-1] if group.norm is None else shapes[f"{group.norm}.weight"][0]
-    return shape[1] == width and bias in (None, (shape[0],))
+def _table(count: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the language model and its latent interface, with the shape that the sizes in `shapes` imply."""
+    def size(name: str, axis: int = 0) -> int:
+        return shapes[name][axis] if len(shapes.get(name, ())) > axis else -1
+
+    hidden, words = size("language_model.model.norm.weight"), size("language_model.model.embed_tokens.weight")
+    waves, channels = size("time_embedder.mlp.0.weight", 1), size("llm2vae.weight")
+    table = {"language_model.model.embed_tokens.weight": (words, hidden),
+             "language_model.lm_head.weight": (words, hidden),
+             **{f"language_model.model.norm{suffix}.weight": (hidden,) for suffix in SUFFIX.values()},
+             "vae2llm.weight": (hidden, channels), "vae2llm.bias": (hidden,),
+             "llm2vae.weight": (channels, hidden), "llm2vae.bias": (channels,),
+             "time_embedder.mlp.0.weight": (hidden, waves), "time_embedder.mlp.0.bias": (hidden,),
+             "time_embedder.mlp.2.weight": (hidden, hidden), "time_embedder.mlp.2.bias": (hidden,)}
+    for layer in range(count):
+        for expert in EXPERTS:
+            table |= _layer_table(layer, expert, hidden, size)
+    return table
+
+
+def _layer_table(layer: int, expert: Expert, hidden: int, size: Callable[..., int]) -> dict[str, tuple[int, ...]]:
+    """The tensors of one expert in one layer; both experts must have the sizes of layer 0's understanding expert."""
+    queries, values = (size(f"{linear(0, 'und', kind)}.weight") for kind in ("q_proj", "v_proj"))
+    inner, head = size(f"{linear(0, 'und', 'up_proj')}.weight"), size(f"{head_norm(0, 'und')}.weight")
+    rows = {"q_proj": (queries, hidden), "k_proj": (values, hidden), "v_proj": (values, hidden),
+            "o_proj": (hidden, queries), "gate_proj": (inner, hidden), "up_proj": (inner, hidden),
+            "down_proj": (hidden, inner)}
+    table: dict[str, tuple[int, ...]] = {}
+    for kind, shape in rows.items():
+        name = linear(layer, expert, kind)
+        table[f"{name}.weight"] = shape
+        if kind in ("q_proj", "k_proj", "v_proj"):
+            table[f"{name}.bias"] = shape[:1]
+    table |= {f"{group.norm}.weight": (hidden,) for group in groups(layer) if group.expert == expert and group.norm}
+    queries_norm = head_norm(layer, expert)
+    return table | {f"{name}.weight": (head,) for name in (queries_norm, queries_norm.replace(".q_norm", ".k_norm"))}

@@ -14,8 +14,8 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from lance_quant import files, layout, nvfp4
 from lance_quant.codec import Codec, Int4, Nvfp4, PackedWeight
 from lance_quant.errors import InputError
 from lance_quant.tensorfile import Checkpoint, TensorFileWriter, TensorSpec, file_size
+from lance_quant.work import Work
 
 SUFFIXES = ("qweight", "scales", "zeros", "scales_bf16", "scales_fp8", "scales_e4m3")
 
@@ -175,22 +176,34 @@ class PackedWriter:
 
     tensors: TensorFileWriter
     meta: dict[str, Any]
+    texts: dict[str, str] = field(default_factory=dict)  # further files by name
 
 
 @contextmanager
-def new_folder(path: Path, codec: Codec, specs: Mapping[str, TensorSpec]) -> Iterator[PackedWriter]:
+def new_folder(path: Path, codec: Codec, specs: Mapping[str, TensorSpec],
+               work: Work | None = None) -> Iterator[PackedWriter]:
     """Create a packed folder, whole or not at all; `specs` says what its file will hold.
+
+    Args:
+        work: keeps what is written if the block fails, and tells which tensors an earlier run wrote; without it an
+            unfinished folder is removed.
 
     Raises:
         InputError: `path` exists, or its disk has less free space than the file needs.
     """
     files.require_free(path)
-    require_space(path, file_size(specs))
-    with files.whole_folder(path) as folder:
-        with TensorFileWriter(folder / codec.state_file, specs) as tensors:
+    done = [] if work is None else [name for layer in work.layers for name in layer["tensors"]]
+    if not done:
+        require_space(path, file_size(specs))
+    with files.whole_folder(path) if work is None else nullcontext(work.folder) as folder:
+        with TensorFileWriter(folder / codec.state_file, specs, done) as tensors:
             writer = PackedWriter(tensors, {})
             yield writer
+        for name, text in writer.texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
         files.write_json(folder / codec.meta_file, writer.meta)
+    if work is not None:
+        work.publish(path)
 
 
 def require_space(path: Path, needed: int) -> None:
@@ -209,14 +222,19 @@ def bits_per_weight(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[
 
 def table(specs: Mapping[str, TensorSpec]) -> str:
     """Number of tensors and bytes by kind: packed ones by linear, others by where they belong."""
-    count: Counter[str] = Counter()
-    size: Counter[str] = Counter()
-    for name, spec in specs.items():
-        count[_kind(name)] += 1
-        size[_kind(name)] += spec.nbytes
+    count = Counter(map(_kind, specs))
+    size = sizes(specs)
     width = max(map(len, count))
     lines = [f"{kind:<{width}}  {count[kind]:>7}  {size[kind]:>14}" for kind in count]
     return "\n".join([f"{'kind':<{width}}  tensors           bytes", *lines])
+
+
+def sizes(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Bytes by kind, see `table`."""
+    out: Counter[str] = Counter()
+    for name, spec in specs.items():
+        out[_kind(name)] += spec.nbytes
+    return dict(out)
 
 
 def _kind(name: str) -> str:

@@ -1,4 +1,5 @@
 """The comparison as a person reads it: report.md, and report.html with pictures side by side, in one file each.
+Clips are shown as strips of frames.
 
 Both are made from the same sections, one per task, as evaluation.py and run_quant_eval.py lay them down in
 comparison.json: {"task", "settings", "baseline": {...}, "runs": [{"name", "summary", "samples", ...}, ...]}.
@@ -14,14 +15,17 @@ from typing import Any
 
 from PIL import Image
 
-from lance_quant.evaluation import METRICS
+from lance_quant.evaluation import metrics_of
+from lance_quant.lance.samples import TASKS, open_visual
+from lance_quant.results import open_made
 
-_THUMBNAIL = (160, 320)  # narrowest and widest picture in the page, in pixels
+_THUMBNAIL = (160, 320)  # narrowest and widest picture in the page, in pixels; the former for frames of clips
+_FRAMES = 5  # of a clip in the page
 _COLORS = ("#c2410c", "#1d4ed8", "#15803d", "#7e22ce")
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1c1917}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.35rem .7rem;border-bottom:1px solid #d6d3d1;
-text-align:left;vertical-align:top;overflow-wrap:anywhere}th{font-weight:600}
+text-align:left;vertical-align:top}td{overflow-wrap:anywhere}th{font-weight:600}
 td.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 table.samples{width:100%;table-layout:fixed}img{max-width:100%;display:block}
 ins{background:#fde68a;text-decoration:none}.note{color:#57534e;font-size:.9em}figure{margin:1rem 0}
@@ -51,7 +55,7 @@ def page(sections: Sequence[dict[str, Any]], root: Path) -> str:
     for section in sections:
         body += [f"<h2>{html.escape(section['task'])}</h2>", f"<p class=note>{html.escape(_facts(section))}</p>",
                  _table(_summary_rows(section))]
-        if section["task"] == "t2i":
+        if TASKS[section["task"]].makes != "text":
             body += [_velocity_chart(section), _contact_sheet(section, root)]
         else:
             body.append(_answers(section))
@@ -80,7 +84,7 @@ def _facts(section: dict[str, Any]) -> str:
 
 def _summary_rows(section: dict[str, Any]) -> list[list[str]]:
     """Heading and one row per model: name, size, compression, then the task's metrics."""
-    metrics = METRICS[section["task"]]
+    metrics = metrics_of(section["task"])
     source = section["baseline"]["model"]["bytes"]
     rows = [["model", "file", "compression", "bits/weight", *(heading for _, heading, _ in metrics)],
             [f"baseline ({section['baseline']['dtype']})", _size(source), "1.00 x",
@@ -110,7 +114,7 @@ def _table(rows: list[list[str]]) -> str:
 
 def _markdown_sample(section: dict[str, Any], index: int, sample: dict[str, Any]) -> list[str]:
     runs = [(run["name"], run["samples"][index]) for run in section["runs"]]
-    if section["task"] == "t2i":
+    if TASKS[section["task"]].makes != "text":
         return [f"- `{sample['key']}` {sample['prompt']!r}: " + "; ".join(
             f"{name} velocity error {one['velocity_error']:.3g}, PSNR {_number(one['psnr'])} dB"
             for name, one in runs)]
@@ -152,20 +156,24 @@ def _contact_sheet(section: dict[str, Any], root: Path) -> str:
     head = ["prompt", "baseline", *(run["name"] for run in section["runs"])]
     lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}" for cell in head)]
     for index, sample in enumerate(section["runs"][0]["samples"]):
-        name = f"{sample['key']}.png"
-        cells = [html.escape(sample["prompt"]), _picture(root / section["baseline"]["folder"] / name)]
+        name, asked = sample["file"], html.escape(sample["prompt"])
+        if "visual" in sample:
+            asked += _picture(open_visual(Path(sample["visual"]), TASKS[section["task"]].takes))
+        cells = [asked, _picture(open_made(root / section["baseline"]["folder"] / name))]
         for run in section["runs"]:
             caption = f"PSNR {_number(run['samples'][index]['psnr'])} dB"
-            cells.append(_picture(root / run["folder"] / name) + f"<span class=note>{caption}</span>")
+            cells.append(_picture(open_made(root / run["folder"] / name)) + f"<span class=note>{caption}</span>")
         lines.append("<tr>" + "".join(f"<td>{cell}" for cell in cells))
     return f"<table class=samples>{''.join(lines)}</table>"
 
 
 def _answers(section: dict[str, Any]) -> str:
-    head = ["picture", "question", "baseline", *(run["name"] for run in section["runs"])]
+    kind = TASKS[section["task"]].takes
+    head = ["shown", "question", "baseline", *(run["name"] for run in section["runs"])]
     lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}" for cell in head)]
     for index, sample in enumerate(section["runs"][0]["samples"]):
-        cells = [_picture(Path(sample["image"])), html.escape(sample["question"]), html.escape(sample["baseline"])]
+        shown = _picture(open_visual(Path(sample["visual"]), kind))
+        cells = [shown, html.escape(sample["question"]), html.escape(sample["baseline"])]
         for run in section["runs"]:
             one = run["samples"][index]
             note = f"KL {one['kl']:.3g} per token"
@@ -185,13 +193,24 @@ def _marked(baseline: str, answer: str) -> str:
     return " ".join(pieces)
 
 
-def _picture(path: Path) -> str:
-    image = Image.open(path).convert("RGB")
-    image.thumbnail((_THUMBNAIL[1], _THUMBNAIL[1]))
+def _picture(frames: Sequence[Image.Image]) -> str:
+    image = _strip(frames)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f"<img alt='' width={max(image.width, _THUMBNAIL[0])} src='data:image/png;base64,{data}'>"
+
+
+def _strip(frames: Sequence[Image.Image]) -> Image.Image:
+    """A picture, or frames of a clip from first to last, side by side."""
+    chosen = [round(step * (len(frames) - 1) / (_FRAMES - 1)) for step in range(_FRAMES)]
+    kept = [frames[index].convert("RGB") for index in sorted(set(chosen))]
+    for frame in kept:
+        frame.thumbnail((_THUMBNAIL[1], _THUMBNAIL[1]) if len(kept) == 1 else (_THUMBNAIL[0], _THUMBNAIL[0]))
+    strip = Image.new("RGB", (kept[0].width * len(kept), kept[0].height))
+    for column, frame in enumerate(kept):
+        strip.paste(frame, (column * frame.width, 0))
+    return strip
 
 
 def write(folder: Path, sections: Iterable[dict[str, Any]]) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,13 +265,16 @@ class TensorFileWriter:
     """A safetensors file whose tensors arrive one by one, in any order.
 
     Use as a context manager; leaving the block checks that every declared tensor was written.
+
+    Args:
+        done: tensors that an earlier writer of the same specs has put into the file, which then must exist.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]):
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec], done: Collection[str] = ()):
         self._specs = dict(specs)
-        self._missing = set(specs)
+        self._missing = set(specs) - set(done)
         header, self._offsets = _header(specs)
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self._file = open(path, "r+b" if done else "wb")  # noqa: SIM115 - closed by __exit__
         self._file.write(header)
         self._file.truncate(file_size(specs))
 
@@ -292,6 +295,11 @@ class TensorFileWriter:
         assert written == spec.nbytes, (name, written, spec)
         self._missing.discard(name)
 
+    def flush(self) -> None:
+        """Bring everything written so far to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def __enter__(self) -> "TensorFileWriter":
         return self
 
@@ -299,5 +307,4 @@ class TensorFileWriter:
         with self._file:
             if kind is None:
                 assert not self._missing, f"declared and never written: {sorted(self._missing)[:5]}"
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                self.flush()

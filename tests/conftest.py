@@ -1,6 +1,8 @@
 """The golden checkpoint and recordings, loaded once."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lance_quant.lance import samples
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.lance.samples import load_prompts, load_questions
 
 GOLDENS = Path(__file__).parent / "goldens"
 CPU = torch.device("cpu")
@@ -63,9 +65,22 @@ def x2t() -> dict[str, SimpleNamespace]:
 
 @pytest.fixture(scope="session")
 def prompts():
-    return load_prompts(GOLDENS / "inputs" / "t2i.json")
+    return samples.load("t2i", GOLDENS / "inputs" / "t2i.json")
 
 
 @pytest.fixture(scope="session")
 def questions():
-    return load_questions(GOLDENS / "inputs" / "x2t_image.json")
+    return samples.load("x2t_image", GOLDENS / "inputs" / "x2t_image.json")
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Callable[[str], SimpleNamespace]:
+    """Task -> its f32 recording with sample 0 of its sample file: `tensors`, `meta`, `sample`."""
+
+    @functools.cache
+    def of(task: str) -> SimpleNamespace:
+        found = recording(task, "f32")
+        found.sample = samples.load(task, GOLDENS / "inputs" / f"{task}.json")[0]
+        return found
+
+    return of

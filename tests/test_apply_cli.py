@@ -37,7 +37,7 @@ def test_a_run_prints_the_folder_and_logs_size_bits_and_counts(tmp_path, capsys,
         script.main(["--src", MODEL, "--stats", STATS, "--out", str(tmp_path / "out"), *CPU])
     assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
     last = caplog.records[-1].getMessage()
-    assert "bits per quantized weight" in last and "30 linears searched, 12 rounded plainly" in last
+    assert "bits per quantized weight" in last and "42 linears searched, 0 rounded plainly" in last
     with PackedFolder(tmp_path / "out") as folder:
         assert len(folder.linears) == 42
 

@@ -10,8 +10,10 @@ PACKAGE = sorted((ROOT / "lance_quant").rglob("*.py"))
 SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
 RUNTIME = sorted((ROOT / "lance_quant" / "lance").rglob("*.py"))
 QUANTIZER = [ROOT / "lance_quant" / f"{name}.py" for name in (
-    "int4", "nvfp4", "codec", "fuse", "awq", "published", "stats", "packed", "convert")]
-DOWN = ["int4", "nvfp4", "codec", "fuse", "awq", "published", "stats", "packed", "convert"]
+    "int4", "nvfp4", "codec", "fuse", "awq", "gptq", "published", "stats", "work", "packed",
+    "ours", "quant_report", "convert")]
+DOWN = ["int4", "nvfp4", "codec", "fuse", "awq", "gptq", "published", "stats", "work", "packed", "ours",
+        "quant_report", "convert"]
 LIMIT = 45
 by_name = {"ids": lambda path: str(path.relative_to(ROOT))}
 

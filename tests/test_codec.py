@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lance_quant.codec import Int4, Nvfp4, dequantize_to, quantize_scaled
+from lance_quant.codec import Int4, Nvfp4, dequantize_to, nearest_levels, quantize_scaled, quantize_searched
 from lance_quant.errors import InputError
 
 CODECS = [Int4(32), Int4(64), Nvfp4(), Nvfp4(slim=True)]
@@ -78,3 +78,53 @@ def test_the_linears_of_a_group_share_their_global_scale():
     small, large = gaussian(4, 64), gaussian(4, 64) * 100
     context = context_of(Nvfp4(), small, large)
     assert {q.global_scale for q in quantize_scaled(Nvfp4(), [small, large], None, context)} == {context}
+
+
+def weighted_error(codec, back_io, w_io, importance):
+    blocks = (back_io - w_io).square().mul(importance[:, None])
+    return blocks.view(-1, codec.group_size, w_io.shape[1]).sum(1)
+
+
+@codecs
+@pytest.mark.parametrize("seed", range(3))
+def test_a_searched_grid_is_never_worse_than_min_max_in_any_group(codec, seed):
+    w_io = gaussian(128, 24, seed)
+    importance = gaussian(128, 1, seed + 50).exp().pow(40)[:, 0]
+    context = context_of(codec, w_io)
+    grid = codec.grid(w_io, importance, context)
+    searched = weighted_error(codec, nearest_levels(codec, w_io, grid), w_io, importance)
+    plain = weighted_error(codec, codec.fake_quant_io(w_io, context), w_io, importance)
+    assert (searched <= plain * (1 + 1e-5)).all()  # float32 sums of 16 to 64 squares
+    assert searched.sum() < 0.95 * plain.sum()
+
+
+@codecs
+def test_levels_pack_and_come_back_exactly(codec):
+    w_io = gaussian(128, 24)
+    context = context_of(codec, w_io)
+    grid = codec.grid(w_io, torch.ones(128), context)
+    values = nearest_levels(codec, w_io, grid)
+    q = codec.encode(values.t().contiguous(), grid, context)
+    assert torch.equal(codec.dequantize(q), values.t())
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in codec.tensors(q).items()} == codec.specs((24, 128))
+
+
+@codecs
+def test_searched_packing_is_the_searched_grid_row_by_row(codec, monkeypatch):
+    weights, importance = [gaussian(9, 128), gaussian(3, 128, seed=1)], torch.arange(1.0, 129)
+    context = context_of(codec, *weights)
+    monkeypatch.setattr("lance_quant.codec.row_slices",
+                        lambda shape, _: [slice(row, row + 2) for row in range(0, shape[0], 2)])
+    for w, q in zip(weights, quantize_searched(codec, weights, importance, context), strict=True):
+        grid = codec.grid(w.t().contiguous(), importance, context)
+        assert torch.equal(codec.dequantize(q), nearest_levels(codec, w.t().contiguous(), grid).t())
+
+
+@codecs
+def test_storable_steps_stay_and_others_move_little(codec):
+    """bfloat16 has 8 significant bits and E4M3 four: half a step is at most 2^-8 and 2^-4 of the value."""
+    step = torch.rand(1000, generator=torch.Generator().manual_seed(0)) * 0.01 + 1e-3
+    stored = codec.storable(step, codec.context(0.06))
+    assert torch.equal(codec.storable(stored, codec.context(0.06)), stored)
+    bound = 2**-8 if codec.name == "int4" else 2**-4
+    assert ((stored - step).abs() <= bound * step * 1.001).all()

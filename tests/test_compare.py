@@ -44,5 +44,7 @@ def test_step_errors_come_one_per_step():
 def test_psnr_by_hand():
     """All levels off by 5.1 = 255 / 50: 20 log10(50) dB."""
     black, dark = Image.new("RGB", (2, 2)), Image.new("RGB", (2, 2), (5, 5, 5))
-    assert psnr(black, black) == math.inf
-    assert psnr(black, dark) == pytest.approx(20 * math.log10(255 / 5))
+    assert psnr([black], [black]) == math.inf
+    assert psnr([black], [dark]) == pytest.approx(20 * math.log10(255 / 5))
+    # one of two frames is equal: half the squared error, 3 dB more
+    assert psnr([black, black], [dark, black]) == pytest.approx(20 * math.log10(255 / 5) + 10 * math.log10(2))

@@ -55,27 +55,48 @@ def test_slim_saves_a_bit_per_weight(tmp_path, model, limit):
         assert file_size(convert.plan(source.specs, Nvfp4(slim=True))) <= limit
 
 
+def decibel(w, back):
+    return 10 * torch.log10(w.square().sum() / (w - back).square().sum())
+
+
+def products(read, norm, layer, expert):
+    """What scales leave alone: norm-fed weights times their norm, o_proj after v_proj, down_proj after up_proj."""
+    def weight(kind):
+        return read(layout.linear(layer, expert, kind))
+
+    fed = {name: group.norm for group in layout.groups(layer) if group.norm for name in group.linears}
+    for kind in ("q_proj", "k_proj", "gate_proj"):
+        yield kind, weight(kind) * norm(fed[layout.linear(layer, expert, kind)])
+    v, up = (weight(kind) * norm(fed[layout.linear(layer, expert, kind)]) for kind in ("v_proj", "up_proj"))
+    o = weight("o_proj")
+    width = norm(layout.head_norm(layer, expert)).shape[0]
+    shared = o.shape[1] // v.shape[0]
+    yield "v_proj o_proj", o @ v.unflatten(0, (-1, width)).repeat_interleave(shared, 0).flatten(0, 1)
+    yield "up_proj down_proj", weight("down_proj") @ up
+
+
 @codecs
-def test_the_folder_opens_and_its_weights_times_norms_are_the_models(tmp_path, codec):
-    """norm_j * W_ij is what matters. 4 bits leave about 20 dB; 17 dB is asked of the weakest linear."""
+def test_the_folder_opens_and_its_weights_are_the_models(tmp_path, codec):
+    """4 bits leave about 20 dB: 17 dB is asked of the weakest linear, and 14 of two in a row."""
     run(tmp_path / "out", codec)
     original, written = load_file(MODEL / "model.safetensors"), load_file(tmp_path / "out" / codec.state_file)
     with PackedFolder(tmp_path / "out") as folder:
-        for group in (group for layer in range(3) for group in layout.groups(layer)):
-            for name in group.linears:
-                w, back = original[f"{name}.weight"], folder.codec(name).dequantize(folder.read_weight(name))
-                if group.norm:
-                    w = w * original[f"{group.norm}.weight"]
-                    back = back * written[f"{group.norm}.weight"].float()
-                assert 10 * torch.log10(w.square().sum() / (w - back).square().sum()) > 17, name
+        for layer, expert in ((layer, expert) for layer in range(3) for expert in layout.EXPERTS):
+            wanted = products(lambda name: original[f"{name}.weight"], lambda name: original[f"{name}.weight"],
+                              layer, expert)
+            packed = products(lambda name: folder.codec(name).dequantize(folder.read_weight(name)),
+                              lambda name: written[f"{name}.weight"].float(), layer, expert)
+            for (name, w), (_, back) in zip(wanted, packed, strict=True):
+                assert decibel(w, back) > (14 if " " in name else 17), (layer, expert, name)
 
 
 def test_everything_else_is_copied_in_bf16(tmp_path):
     run(tmp_path / "out")
     original, written = load_file(MODEL / "model.safetensors"), load_file(tmp_path / "out" / Int4.state_file)
     norms = {f"{group.norm}.weight" for layer in range(3) for group in layout.groups(layer)}
-    rest = [name for name in original if name in written and name not in norms]
-    assert len(rest) == 97 - 42 - 12 and layout.IGNORED in rest
+    biases = {f"{layout.linear(layer, expert, 'v_proj')}.bias" for layer in range(3) for expert in layout.EXPERTS}
+    rest = [name for name in original if name in written and name not in norms | biases]
+    assert len(rest) == 97 - 42 - 12 - 6 and layout.IGNORED in rest
     assert all(torch.equal(written[name], original[name].bfloat16()) for name in rest)
 
 
@@ -83,21 +104,33 @@ def test_the_meta_says_where_everything_comes_from(tmp_path):
     report = run(tmp_path / "out")
     meta = json.loads((tmp_path / "out" / Int4.meta_file).read_text())
     golden = json.loads((GOLDENS / "published" / "int4_g64" / Int4.meta_file).read_text())
-    for key in golden.keys() - {"per_weight"}:
+    for key in golden.keys() - {"per_weight", "awq_linears", "plain_linears"}:
         assert meta[key] == golden[key]
     for name, entry in golden["per_weight"].items():
-        assert {key: meta["per_weight"][name][key] for key in entry} == entry
-        assert meta["per_weight"][name]["error_after"] < 0.02
+        ours = meta["per_weight"][name]
+        assert {key: ours[key] for key in entry} == entry | {"scheme": "asym_int4_grouped_awq"}
+        assert ours["error_after"] < 0.02 and ours["rounding"] == "searched"
     assert (meta["recipe"], len(meta["source_fingerprint"]), meta["without_statistics"]) == ("ours", 64, [])
     assert meta["calibration_runs"][0]["run_id"].startswith("content-")
-    assert (report.searched, report.plain) == (30, 12)
+    assert (report.searched, report.plain) == (42, 0)
 
 
-def test_a_searched_group_is_never_worse_and_a_plain_one_says_so(tmp_path):
+@codecs
+def test_every_linear_is_better_than_plainly_rounded(tmp_path, codec):
+    run(tmp_path / "out", codec)
+    entries = json.loads((tmp_path / "out" / codec.meta_file).read_text())["per_weight"]
+    assert all(0 < entry["error_after"] < entry["error_before"] for entry in entries.values())
+    assert {entry["candidate"] for entry in entries.values()} != {"s=1"}
+
+
+def test_values_share_their_scale_between_the_experts(tmp_path):
+    """Written biases tell the scale that was divided out; bfloat16 is exact to 2^-9."""
     run(tmp_path / "out")
-    for name, entry in json.loads((tmp_path / "out" / Int4.meta_file).read_text())["per_weight"].items():
-        if layout.kind_of(name.removesuffix(".weight")) in ("o_proj", "down_proj"):
-            assert entry["candidate"] == "s=1" and entry["error_before"] == entry["error_after"] > 0
+    original, written = load_file(MODEL / "model.safetensors"), load_file(tmp_path / "out" / Int4.state_file)
+    names = [f"{layout.linear(1, expert, 'v_proj')}.bias" for expert in layout.EXPERTS]
+    und, gen = (original[name] / written[name].float() for name in names)
+    torch.testing.assert_close(und, gen, rtol=2**-7, atol=0)
+    assert und.max() > 1.2 * und.min()
 
 
 def test_nvfp4_groups_share_a_global_scale_and_slim_means_the_same(tmp_path):
@@ -115,10 +148,10 @@ def test_linears_without_statistics_are_rounded_plainly_and_named(tmp_path, code
     und_only = ActStats.load(GOLDENS / "published" / "x2t_image_stats.pt")
     with caplog.at_level(logging.WARNING, "lance_quant"):
         report = run(tmp_path / "out", codec, und_only)
-    assert len(report.without_statistics) == 21 and report.searched == 15
+    assert len(report.without_statistics) == 21 and report.searched == 21
     assert "21 of 42 linears have no statistics" in caplog.text
     meta = json.loads((tmp_path / "out" / codec.meta_file).read_text())
-    assert len(meta["without_statistics"]) == 21 and meta["awq_linears"] == 15 and meta["plain_linears"] == 27
+    assert len(meta["without_statistics"]) == 21 and meta["awq_linears"] == 21 and meta["plain_linears"] == 21
     gen = meta["per_weight"][f"{layout.groups(0)[1].linears[0]}.weight"]
     assert gen["scheme"] in ("asym_int4_grouped_no_awq", "nvfp4_minmax") and gen["candidate"] == "s=1"
 
@@ -136,7 +169,7 @@ def test_bf16_and_sharded_sources_are_accepted(tmp_path):
         save_file({key: tensors[key] for key in keys}, tmp_path / file)
     index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert run(tmp_path / "out", src=tmp_path).searched == 30
+    assert run(tmp_path / "out", src=tmp_path).searched == 42
 
 
 def damaged(tmp_path, change):

@@ -5,7 +5,7 @@ import torch
 from conftest import CPU, relative
 
 from lance_quant.lance.cache import allocate
-from lance_quant.lance.mot import LatentPositions, Rotary, TimestepEmbedder
+from lance_quant.lance.mot import Attention, LatentPositions, Rotary, TimestepEmbedder
 
 # Norm-relative, float32: the recordings agree with an independent re-implementation to 9e-7; 1e-5 leaves room for
 # other threads and instruction sets and is a hundredth of the smallest real deviation (rotary rounding: 1.6e-3).
@@ -133,3 +133,36 @@ def test_time_embedder_takes_t_between_0_and_1():
     embedder(torch.tensor([1.0]), torch.float32)
     assert seen[0][0, 0].item() == pytest.approx(torch.tensor(1.0).cos().item())
     assert seen[0][0, 128].item() == pytest.approx(torch.tensor(1.0).sin().item())
+
+
+@pytest.mark.parametrize("expert", ["und", "gen"])
+def test_bfloat16_keeps_q_and_k_wide_in_calls_with_latents_only(pipeline, expert):
+    """Official precision: with latent tokens, float32 from before the norm through the rotation, then one rounding;
+    without, every step rounds. Worked out here for the keys, which the cache shows."""
+    config = pipeline.model.config
+    attention = Attention(config).to(torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in attention.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(torch.bfloat16)
+    streams = {"und": torch.randn(1, 3, config.hidden_size, generator=generator).to(torch.bfloat16)}
+    if expert == "gen":
+        streams["gen"] = torch.randn(1, 4, config.hidden_size, generator=generator).to(torch.bfloat16)
+    count = sum(x.shape[1] for x in streams.values())
+    rotary = Rotary(config)
+    rotary.compute_buffers(torch.bfloat16, CPU)
+    rope = rotary(torch.arange(count).expand(1, 3, count), torch.bfloat16)
+    (row,) = allocate(config, [count], torch.bfloat16, CPU)
+    with torch.no_grad():
+        attention(streams, rope, [row], 0, causal=False)
+
+        def keys(dtype):
+            k = attention.k_proj(streams["und"]).unflatten(-1, (-1, config.head_dim)).transpose(1, 2).to(dtype)
+            normed = k.float() * torch.rsqrt(k.float().square().mean(-1, keepdim=True) + config.rms_norm_eps)
+            k = attention.k_norm.weight * normed.to(dtype)
+            first, second = k.chunk(2, -1)
+            cos, sin = (part[:, :, :3] for part in rope)
+            return (k * cos + torch.cat([-second, first], -1) * sin).to(torch.bfloat16)[0]
+
+    wide, narrow = keys(torch.float32), keys(torch.bfloat16)
+    assert not torch.equal(wide, narrow)
+    assert torch.equal(row._keys[0, :, :3], wide if expert == "gen" else narrow)

@@ -27,7 +27,7 @@ def test_answers_are_identical_to_the_official_ones(pipelines, x2t, questions, v
     answer = pipeline.answer(packed, vit_tokens)
     assert answer.ids == official.meta["generated_ids"][sample]
     assert answer.text == official.meta["result.json"][sample]["answer"]
-    assert answer.raw == official.meta["prompt.json"][questions[sample].image.name]
+    assert answer.raw == official.meta["prompt.json"][questions[sample].visual.name]
 
 
 @pytest.mark.parametrize("variant", ["f32", "f32r"])
@@ -86,10 +86,11 @@ def test_vit_tokens_equal_the_official_ones(pipelines, x2t, questions, variant, 
 
 
 def test_bfloat16_stays_within_the_official_spread(paths, x2t, questions):
-    """The specification gives 1.0 to 1.5e-2 for the first logits of the tiny model, bf16 against f32; allow twice."""
+    """About 2e-2 is what bfloat16 may cost on the tiny model, whichever code runs it. Measured: 1.2, 1.1 and 2.2e-2;
+    on the third picture, rounding the weights alone, in float32 arithmetic, already costs 1.2e-2."""
     pipeline = Pipeline.load(paths, torch.device("cpu"), torch.bfloat16)
     for sample in range(3):
         packed, vit_tokens = ask(pipeline, questions, sample)
         forced = pipeline.forced_logprobs(packed, vit_tokens, x2t["f32"].meta["generated_ids"][sample][:1])
         official = x2t["f32"].tensors[f"s{sample}.logits.0"][0, :forced.shape[1]]
-        assert relative(centred(forced[0]), centred(official)) < 3e-2
+        assert relative(centred(forced[0]), centred(official)) < 2.5e-2

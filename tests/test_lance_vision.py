@@ -13,8 +13,8 @@ from lance_quant.lance import vision
 def test_pixels_and_patches_equal_the_official_ones(x2t, questions, sample):
     """RGB, RGBA over white and palette pictures, each in another bucket."""
     official = x2t["f32"].tensors
-    pixels = vision.vit_pixels(vision.open_image(questions[sample].image), "image_256res")
-    assert torch.equal(pixels[:, None], official[f"s{sample}.vit_u8.0"])
+    pixels = vision.vit_pixels([vision.open_image(questions[sample].visual)], "image_256res")
+    assert torch.equal(pixels, official[f"s{sample}.vit_u8.0"])
     patches, grid = vision.vit_patches(pixels)
     assert list(grid) == official[f"s{sample}.in.vit_video_grid_thw"][0].tolist()
     assert torch.equal(patches[official[f"s{sample}.vit_patch_rows.index"]],
@@ -40,9 +40,9 @@ def test_buckets_are_those_of_the_official_table(base):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (301, 300)])
 def test_extreme_pictures_fill_a_bucket(size):
-    pixels = vision.vit_pixels(Image.new("RGB", size, (10, 20, 30)), "image_256res", torch.Generator())
-    assert pixels.shape[1] % 28 == pixels.shape[2] % 28 == 0
-    assert (pixels.float().mean((1, 2)).round() == torch.tensor([10.0, 20.0, 30.0])).all()
+    pixels = vision.vit_pixels([Image.new("RGB", size, (10, 20, 30))], "image_256res", torch.Generator())
+    assert pixels.shape[2] % 28 == pixels.shape[3] % 28 == 0
+    assert (pixels.float().mean((1, 2, 3)).round() == torch.tensor([10.0, 20.0, 30.0])).all()
 
 
 def test_near_ratio_crop_is_random_officially_and_centred_without_a_generator():

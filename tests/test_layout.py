@@ -31,7 +31,7 @@ def test_four_groups_of_a_layer_follow_a_norm():
 @pytest.mark.parametrize("model", ["Lance_3B", "Lance_3B_Video"])
 def test_the_real_key_tables_pass_the_check(model):
     shapes = real_keys.shapes(model)
-    assert layout.require_linears(shapes) == 36
+    assert layout.require_complete(shapes) == 36
     assert len(shapes) == {"Lance_3B": 1021, "Lance_3B_Video": 1411}[model]
 
 
@@ -39,9 +39,17 @@ def test_a_missing_tensor_a_gap_and_a_wrong_shape_are_named():
     shapes = real_keys.shapes("Lance_3B")
     name = "language_model.model.layers.3.mlp.up_proj.weight"
     with pytest.raises(InputError, match="layers.3.mlp.up_proj"):
-        layout.require_linears({key: shape for key, shape in shapes.items() if key != name})
+        layout.require_complete({key: shape for key, shape in shapes.items() if key != name})
     with pytest.raises(InputError, match="layers.3.mlp.up_proj"):
-        layout.require_linears({**shapes, name: (11008, 2047)})
+        layout.require_complete({**shapes, name: (11008, 2047)})
+    for gone in ("vae2llm.weight", "language_model.model.layers.0.self_attn.q_proj.bias",
+                 "language_model.model.layers.35.self_attn.k_norm_moe_gen.weight", "language_model.lm_head.weight"):
+        with pytest.raises(InputError, match=f"1 tensors are missing from this checkpoint, first .*{gone}"):
+            layout.require_complete({key: shape for key, shape in shapes.items() if key != gone})
+    with pytest.raises(InputError, match="1 tensors are unknown in this checkpoint, first .*extra"):
+        layout.require_complete({**shapes, "extra": (1,)})
+    with pytest.raises(InputError, match=r"layers.3.mlp.up_proj.weight \[64, 2048\] instead of \[11008, 2048\]"):
+        layout.require_complete({**shapes, name: (64, 2048)})
     with pytest.raises(InputError, match="layer 3 is missing"):
         layout.num_layers([key for key in shapes if ".layers.3." not in key])
     with pytest.raises(InputError, match="no Lance decoder"):

@@ -1,13 +1,13 @@
-"""Text to image: rectified flow over latent tokens, the language model being the denoiser.
+"""Pictures and clips: rectified flow over latent tokens, the language model being the denoiser.
 
-The prompt is read once into the cache. Each step sends <|vision_start|>, the latent tokens and <|vision_end|> through
-the model, conditionally and, while guidance is on, unconditionally (without the prompt), and moves x_t along the
-guided velocity, which points from data to noise.
+The prompt, and for an edit its source, are read once into the cache. Each step sends <|vision_start|>, the latent
+tokens and <|vision_end|> through the model, conditionally and, while guidance is on, unconditionally (without the
+prompt), and moves x_t along the guided velocity, which points from data to noise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,14 +15,18 @@ from torch import Tensor
 from lance_quant.lance.cache import CacheRow, allocate
 from lance_quant.lance.config import LATENT_CHANNELS
 from lance_quant.lance.mot import Lance, Rope, Streams
-from lance_quant.lance.tokens import PROMPT, TARGET, Packed, Visual, mrope_positions
+from lance_quant.lance.tokens import CONDITION, PROMPT, TARGET, VIT, Grid, Packed
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a picture is sampled; the defaults are the official ones.
+    """How a picture or clip is sampled; the defaults are the official ones.
 
     batch_guidance: run both passes of guidance as one batch (same result, more memory) or one after the other.
+    cfg_low, cfg_high: guidance is on where low < t <= high.
+    cfg_renorm: how a velocity that guidance made longer than the conditional one is scaled back: by the norm over the
+        whole target ("global"), by that of each cell ("channel"), or not at all ("none").
+    solver: "euler", or "ab2", Adams and Bashforth's second order, which costs nothing more per step.
     """
 
     num_timesteps: int = 30
@@ -30,18 +34,34 @@ class Sampling:
     cfg_scale: float = 4.0
     seed: int = 42
     batch_guidance: bool = True
-
-    # Guidance is on where low < t <= high; part of the official defaults that no script exposes.
     cfg_low: float = 0.4
     cfg_high: float = 1.0
+    cfg_renorm: Literal["global", "channel", "none"] = "global"
+    solver: Literal["euler", "ab2"] = "euler"
 
     def guided(self, t: float) -> bool:
         """Whether the unconditional pass runs at timestep t."""
         return self.cfg_scale > 1 and self.cfg_low < t <= self.cfg_high
 
 
+class Given(NamedTuple):
+    """What a request shows the model beside its text.
+
+    vit_tokens: [pads, hidden], an edit's source through the ViT.
+    source: latents [frames, rows, columns, 48], an edit's source through the VAE.
+    first: latents [1, rows, columns, 48], a clip's first frame, which is not denoised.
+    """
+
+    vit_tokens: Tensor | None = None
+    source: Tensor | None = None
+    first: Tensor | None = None
+
+
+TEXT_ONLY = Given()
+
+
 class Step(NamedTuple):
-    """One denoising step: x_t [n, 48] that entered, timestep, guided velocity [n, 48]."""
+    """One denoising step: x_t [n, 48] that entered, timestep, guided velocity [n, 48] (0 where a frame is given)."""
 
     index: int
     t: float
@@ -68,38 +88,45 @@ class Denoiser:
     """Guided velocity of one request at any (x_t, t): the prompt's cache, positions and embeddings, made once."""
 
     @torch.no_grad()
-    def __init__(self, model: Lance, packed: Packed, sampling: Sampling):
-        self._model, self._sampling = model, sampling
+    def __init__(self, model: Lance, packed: Packed, sampling: Sampling, given: Given = TEXT_ONLY):
+        self._model, self._sampling, self._given = model, sampling, given
         self.grid = packed.visuals[-1].grid
-        cells = self.grid[0] * self.grid[1] * self.grid[2]
-        prompt_length = sum(split.length for split in packed.splits if split.content == PROMPT)
-        (start, end), = [bounds for bounds, split in zip(packed.bounds(), packed.splits, strict=True)
-                         if split.content == TARGET]
-        self._rows = allocate(model.config, [end, end - prompt_length], model.dtype, model.device)
-        self._read_prompt(packed)
+        self._source_cells = 0 if given.source is None else given.source[..., 0].numel()
+        self._fixed = _cells(given.first, model)
         # The unconditional query counts its positions without the prompt, although the unconditional cache was
         # filled at the conditional positions: the official code does so, and the model is used that way.
-        shifted = Visual(packed.visuals[-1].start - prompt_length, self.grid)
-        unconditional = mrope_positions(len(packed.ids) - prompt_length, [*packed.visuals[:-1], shifted])
-        queries = [packed.positions[:, start:end],
-                   unconditional[:, start - prompt_length:end - prompt_length]]
-        self._ropes = [self._stream_rope(positions) for positions in queries]
+        queries = [(whole, *whole.span(TARGET)) for whole in (packed, packed.without_prompt())]
+        self._rows = allocate(model.config, [end for _, _, end in queries], model.dtype, model.device)
+        self._read_context(packed)
+        self._ropes = [self._stream_rope(whole.positions[:, start:end]) for whole, start, end in queries]
+        start, end = packed.span(TARGET)
         self._frame = model.embed(packed.ids[[start, end - 1]])  # <|vision_start|> and <|vision_end|>
-        self._places = model.latent_pos_embed(self.grid)
-        assert self._places.shape[0] == cells
 
-    def _read_prompt(self, packed: Packed) -> None:
-        """Fill both rows: the unconditional one skips the prompt and nothing else."""
+    def _read_context(self, packed: Packed) -> None:
+        """Fill both rows with all that precedes the target: the unconditional one skips the prompt, nothing else."""
         x = self._model.embed(packed.ids)
         for (start, end), split in zip(packed.bounds(), packed.splits, strict=True):
             if split.content == TARGET:
                 return
-            rows = self._rows[:1] if split.content == PROMPT else self._rows
-            for batch in self._batches(rows):
-                self._model.read(x[start:end], packed.positions[:, start:end], batch, split.mode == "causal")
+            if split.content == VIT:
+                x[start + 1:end - 1] = self._given.vit_tokens
+            positions = packed.positions[:, start:end]
+            for batch in self._batches(self._rows[:1] if split.content == PROMPT else self._rows):
+                if split.content == CONDITION:
+                    self._read_source(x[[start, end - 1]], positions, batch)
+                else:
+                    self._model.read(x[start:end], positions, batch, split.mode == "causal")
+
+    def _read_source(self, frame: Tensor, positions: Tensor, rows: Sequence[CacheRow]) -> None:
+        """Read an edit's source latents, which are free of noise: t = 0."""
+        source = _cells(self._given.source, self._model)
+        latents = self._embed(source, 0.0, self._given.source.shape[:3], len(source))
+        self._see(frame, latents, self._stream_rope(positions), rows)
+        for row in rows:
+            row.commit(positions.shape[1])
 
     def _stream_rope(self, positions: Tensor) -> Rope:
-        """Rotary terms of the query in stream order: both understanding tokens, then the latents."""
+        """Rotary terms of a visual in stream order: both understanding tokens, then the latents."""
         return self._model.rope(torch.cat([positions[:, :1], positions[:, -1:], positions[:, 1:-1]], 1))
 
     def _batches(self, rows: Sequence[CacheRow]) -> Iterator[Sequence[CacheRow]]:
@@ -108,44 +135,86 @@ class Denoiser:
         else:
             yield from ([row] for row in rows)
 
+    def _embed(self, x: Tensor, t: float, grid: Grid, fixed: int) -> Tensor:
+        """Latent tokens [n, hidden] of cells x [n, 48] of a grid, the first `fixed` at time 0 and the others at t."""
+        model = self._model
+        times = model.time_embedder(torch.tensor([0.0, t], device=model.device), model.dtype)
+        when = torch.cat([times[:1].expand(fixed, -1), times[1:].expand(len(x) - fixed, -1)])
+        return model.vae2llm(x.to(model.device, model.dtype)) + when + model.latent_pos_embed(grid)
+
+    def _see(self, frame: Tensor, latents: Tensor, rope: Rope, rows: Sequence[CacheRow]) -> Tensor:
+        """One call on a visual: final hidden states [b, n, hidden] of its latent tokens."""
+        streams: Streams = {"und": frame.expand(len(rows), -1, -1), "gen": latents.expand(len(rows), -1, -1)}
+        return self._model.language_model.model(streams, rope, rows, causal=False)["gen"]
+
+    def noise(self, seed: int) -> Tensor:
+        """x_T [n, 48] on the CPU: a seed's noise, with the given first frame in its place.
+
+        The official code draws noise for an edit's source too, in front of the target's, and drops it.
+        """
+        cells = self.grid[0] * self.grid[1] * self.grid[2]
+        noise = initial_noise(self._source_cells + cells, seed, self._model.dtype)[self._source_cells:]
+        return torch.cat([self._fixed.to(noise), noise[len(self._fixed):]])
+
     @torch.no_grad()
     def velocity(self, x: Tensor, t: float) -> Tensor:
-        """Velocity [n, 48] at x_t [n, 48] and timestep t, guided where guidance is on."""
-        model = self._model
-        when = model.time_embedder(torch.tensor([t], device=model.device), model.dtype)
-        latents = model.vae2llm(x.to(model.device, model.dtype)) + when + self._places
+        """Velocity [n, 48] at x_t [n, 48] and timestep t, guided where guidance is on; 0 in a given first frame."""
+        latents = self._embed(x, t, self.grid, len(self._fixed))
         rows = self._rows if self._sampling.guided(t) else self._rows[:1]
         passes = torch.cat([self._run(latents, batch) for batch in self._batches(rows)])
-        return passes[0] if len(rows) == 1 else self._guide(*passes)
+        velocity = passes[0] if len(rows) == 1 else self._guide(*passes)
+        velocity[:len(self._fixed)] = 0
+        return velocity
 
     def _run(self, latents: Tensor, rows: Sequence[CacheRow]) -> Tensor:
         ropes = [self._ropes[self._rows.index(row)] for row in rows]
         rope = tuple(torch.cat(parts) for parts in zip(*ropes, strict=True))
-        streams: Streams = {"und": self._frame.expand(len(rows), -1, -1),
-                            "gen": latents.expand(len(rows), -1, -1)}
-        hidden = self._model.language_model.model(streams, rope, rows, causal=False)
-        return self._model.llm2vae(hidden["gen"])
+        return self._model.llm2vae(self._see(self._frame, latents, rope, rows))
 
     def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         """Classifier-free guidance, scaled back where it made the velocity longer than the conditional one."""
         guided = unconditional + self._sampling.cfg_scale * (conditional - unconditional)
-        shrink = conditional.float().norm() / (guided.float().norm() + 1e-8)
+        if self._sampling.cfg_renorm == "none":
+            return guided
+        over = (0, 1) if self._sampling.cfg_renorm == "global" else 1
+        lengths = [velocity.float().norm(dim=over, keepdim=True) for velocity in (conditional, guided)]
+        shrink = lengths[0] / (lengths[1] + 1e-8)
         return guided * shrink.clamp(0, 1).to(guided.dtype)
+
+
+def _cells(latents: Tensor | None, model: Lance) -> Tensor:
+    """Latents [frames, rows, columns, 48] as cells [n, 48] for the model; none of them where there are no latents."""
+    if latents is None:
+        return torch.empty(0, LATENT_CHANNELS, dtype=model.dtype, device=model.device)
+    return latents.reshape(-1, LATENT_CHANNELS).to(model.device, model.dtype)
 
 
 def sample(denoiser: Denoiser, noise: Tensor, sampling: Sampling,
            on_step: Callable[[Step], None] | None = None) -> Tensor:
-    """Integrate from noise x_T [n, 48] to latents [frames, rows, columns, 48] with Euler steps.
+    """Integrate from noise x_T [n, 48] (Denoiser.noise) to latents [frames, rows, columns, 48].
 
     x_t stays in the dtype of `noise`, also in bfloat16, as in the official code.
 
     Args:
         on_step: called after every velocity; an exception that it raises ends the request.
     """
-    times, x = timesteps(sampling), noise
+    times, x, last = timesteps(sampling), noise, None
     for index in range(sampling.num_timesteps):
-        velocity = denoiser.velocity(x, times[index].item()).to(x.device)
+        step = Step(index, times[index].item(), x, denoiser.velocity(x, times[index].item()).to(x.device))
         if on_step is not None:
-            on_step(Step(index, times[index].item(), x, velocity))
-        x = x - velocity * (times[index] - times[index + 1])
+            on_step(step)
+        x = x - _slope(step, last, times, sampling) * (times[index] - times[index + 1])
+        last = step
     return x.reshape(*denoiser.grid, LATENT_CHANNELS)
+
+
+def _slope(step: Step, last: Step | None, times: Tensor, sampling: Sampling) -> Tensor:
+    """The velocity that stands for a whole step.
+
+    Euler takes the one at its start. Second-order Adams-Bashforth extends the line through it and the last one to the
+    step's middle; where guidance was switched between the two, they lie on no common line, and Euler's is taken.
+    """
+    if sampling.solver == "euler" or last is None or sampling.guided(step.t) != sampling.guided(last.t):
+        return step.velocity
+    ahead = (times[step.index] - times[step.index + 1]) / (2 * (times[last.index] - times[step.index]))
+    return step.velocity + ahead * (step.velocity - last.velocity)

@@ -1,9 +1,10 @@
 """A loaded Lance: the language model, its tokenizer, and ViT and VAE when a request first needs them."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from PIL import Image
@@ -11,18 +12,33 @@ from torch import Tensor
 
 from lance_quant.errors import InputError
 from lance_quant.lance import generation, understanding, vision
-from lance_quant.lance.config import LATENT_STRIDE, MAX_LATENT_SIZE, LanceConfig, LancePaths
+from lance_quant.lance.config import LATENT_STRIDE, MAX_LATENT_FRAMES, MAX_LATENT_SIZE, LanceConfig, LancePaths
 from lance_quant.lance.loader import load_lance
 from lance_quant.lance.mot import Lance
-from lance_quant.lance.samples import Question
-from lance_quant.lance.tokens import LanceTokenizer, Packed, pack_generation, pack_understanding
+from lance_quant.lance.samples import Kind, Question, open_visual
+from lance_quant.lance.tokens import (
+    CONDITION,
+    EDIT_SYSTEM,
+    T2I_SYSTEM,
+    VIDEO_SYSTEM,
+    VIT,
+    Grid,
+    LanceTokenizer,
+    Packed,
+    pack_generation,
+    pack_understanding,
+)
 from lance_quant.tensorfile import Checkpoint
 
 if TYPE_CHECKING:  # importing transformers' models and diffusers takes seconds: only when first used
     from lance_quant.lance.vae import Vae
     from lance_quant.lance.vit import Vit
 
-_CROP_SEED = 2025  # the official global seed, which its random crops draw from
+# The official global seed, which random crops and the encoder's noise draw from. Here every request starts anew, so
+# that it does not depend on what ran before.
+_GLOBAL_SEED = 2025
+Offload = Literal["none", "vae_vit", "cpu"]
+OFFLOADS = get_args(Offload)
 
 
 class Answer(NamedTuple):
@@ -41,19 +57,23 @@ class Pipeline:
 
     fix_quirks: False reproduces the official code's quirks on purpose; True takes the repaired variant of those that
         are mere bugs (README, "Quirks").
+    offload: where ViT and VAE are while they are not used. "none": on the device, once they were needed; "cpu": in
+        host memory; "vae_vit": nowhere, they are loaded anew.
+    vae_tiling: see vae.load_vae.
     """
 
     def __init__(self, model: Lance, source: Checkpoint, paths: LancePaths, rotary_rounding: torch.dtype,
-                 fix_quirks: bool):
+                 fix_quirks: bool, offload: Offload = "none", vae_tiling: bool = False):
         self.model, self.paths, self.fix_quirks = model, paths, fix_quirks
+        self.offload, self.vae_tiling = offload, vae_tiling
+        self._used: set[str] = set()
         self.tokenizer = LanceTokenizer(paths.model)
         self._source, self._rotary_rounding = source, rotary_rounding
-        self._crops = None if fix_quirks else torch.Generator().manual_seed(_CROP_SEED)
 
     @classmethod
     def load(cls, paths: LancePaths, device: torch.device, dtype: torch.dtype, checkpoint: Path | None = None,
              prepare: Callable[[Lance], object] | None = None, rotary_rounding: torch.dtype | None = None,
-             fix_quirks: bool = False) -> "Pipeline":
+             fix_quirks: bool = False, offload: Offload = "none", vae_tiling: bool = False) -> "Pipeline":
         """Load the language model; ViT and VAE follow when first used.
 
         Args:
@@ -65,34 +85,81 @@ class Pipeline:
         source = Checkpoint(checkpoint or paths.model)
         rounding = rotary_rounding or dtype
         model = load_lance(source, config, device, dtype, rounding, prepare)
-        return cls(model, source, paths, rounding, fix_quirks)
+        return cls(model, source, paths, rounding, fix_quirks, offload, vae_tiling)
 
     @functools.cached_property
     def vit(self) -> "Vit":
         """The vision tower, loaded on first use."""
         from lance_quant.lance.vit import load_vit
 
-        return load_vit(self._source, self.paths.vit, self.model.device, self.model.dtype, self._rotary_rounding)
+        return load_vit(self._source, self.paths.vit, self._home, self.model.dtype, self._rotary_rounding)
 
     @functools.cached_property
     def vae(self) -> "Vae":
         """The autoencoder, loaded on first use."""
         from lance_quant.lance.vae import load_vae
 
-        return load_vae(self.paths.vae, self.model.device, self.model.dtype)
+        return load_vae(self.paths.vae, self._home, self.model.dtype, self.vae_tiling)
+
+    @property
+    def _home(self) -> torch.device:
+        return torch.device("cpu") if self.offload == "cpu" else self.model.device
+
+    @contextlib.contextmanager
+    def using(self, name: Literal["vit", "vae"]) -> Iterator["Vit | Vae"]:
+        """The ViT or VAE on the model's device for a block; after it, it goes where `offload` says. May be nested."""
+        part = getattr(self, name)
+        if name in self._used or self.offload == "none":
+            yield part
+            return
+        self._used.add(name)
+        part.move(self.model.device)
+        try:
+            yield part
+        finally:
+            self._used.remove(name)
+            part.move(self._home)
+            if self.offload == "vae_vit":
+                delattr(self, name)
+
+    def frames(self, visual: Path, kind: Kind) -> list[Image.Image]:
+        """The frames that the model sees of a picture or clip."""
+        return open_visual(visual, kind, exif=self.fix_quirks)
+
+    def look(self, frames: Sequence[Image.Image], resolution: str) -> tuple[Tensor, Grid]:
+        """Frames through the ViT: tokens [n, hidden], and their grid."""
+        patches, (pairs, rows, columns) = vision.vit_patches(vision.vit_pixels(frames, resolution, self._crops()))
+        with self.using("vit") as vit:
+            return vit(patches, (pairs, rows, columns)), (pairs, rows // vision.MERGE, columns // vision.MERGE)
+
+    def encode(self, frames: Sequence[Image.Image], resolution: str) -> Tensor:
+        """Frames through the VAE: latents [t, rows, columns, 48], random around the mean as in the official code.
+
+        Raises:
+            InputError: the frames' bucket is wider or higher than the model's table of positions.
+        """
+        pixels = vision.unit_range(vision.vae_pixels(frames, resolution, self._crops()))
+        if max(pixels.shape[2:]) > MAX_LATENT_SIZE * LATENT_STRIDE:
+            raise InputError(f"a source of {frames[0].width} x {frames[0].height} becomes {pixels.shape[3]} x "
+                             f"{pixels.shape[2]} at {resolution}, and {MAX_LATENT_SIZE * LATENT_STRIDE} is the "
+                             "longest side that the model has positions for; use a smaller --resolution")
+        with self.using("vae") as vae:
+            encoded = vae.encode(pixels)
+        return encoded.mean if self.fix_quirks else encoded.draw(torch.Generator().manual_seed(_GLOBAL_SEED))
+
+    def _crops(self) -> torch.Generator | None:
+        return None if self.fix_quirks else torch.Generator().manual_seed(_GLOBAL_SEED)
 
     def ask(self, question: Question, resolution: str) -> tuple[Packed, Tensor]:
-        """An x2t_image request as the model takes it: packed prompt, and ViT tokens [n, hidden]."""
-        image = vision.open_image(question.image, exif=self.fix_quirks)
-        patches, grid = vision.vit_patches(vision.vit_pixels(image, resolution, self._crops))
-        merged = (grid[0], grid[1] // vision.MERGE, grid[2] // vision.MERGE)
-        packed = pack_understanding(self.tokenizer, question.system, question.question, merged)
-        return packed, self.vit(patches, grid)
+        """An x2t request as the model takes it: packed prompt, and ViT tokens [n, hidden]."""
+        tokens, grid = self.look(self.frames(question.visual, question.kind), resolution)
+        return pack_understanding(self.tokenizer, question.system, question.question, grid), tokens
 
     def answer(self, packed: Packed, vit_tokens: Tensor, max_new_tokens: int = understanding.MAX_NEW_TOKENS,
-               on_token: Callable[[int], None] | None = None) -> Answer:
+               on_token: Callable[[int], None] | None = None,
+               choice: understanding.Choice = understanding.GREEDY) -> Answer:
         """Answer a request made by `ask`."""
-        ids = understanding.answer(self.model, self.tokenizer, packed, vit_tokens, max_new_tokens, on_token)
+        ids = understanding.answer(self.model, self.tokenizer, packed, vit_tokens, max_new_tokens, on_token, choice)
         return Answer(ids, self.tokenizer.decode(ids))
 
     def forced_logprobs(self, packed: Packed, vit_tokens: Tensor, answer_ids: list[int]) -> Tensor:
@@ -100,31 +167,67 @@ class Pipeline:
         logits = understanding.forced_logits(self.model, self.tokenizer, packed, vit_tokens, answer_ids)
         return logits.log_softmax(-1)
 
-    def denoiser(self, prompt: str, height: int, width: int, sampling: generation.Sampling) -> generation.Denoiser:
-        """The denoiser of a t2i request; sides in pixels, floored to multiples of 16."""
-        packed = pack_generation(self.tokenizer, prompt, latent_grid(height, width), self.fix_quirks)
+    def denoiser(self, prompt: str, height: int, width: int, sampling: generation.Sampling,
+                 num_frames: int | None = None) -> generation.Denoiser:
+        """The denoiser of a t2i request or, with a number of frames, of a t2v one; for sizes see `latent_grid`."""
+        system = T2I_SYSTEM if num_frames is None else VIDEO_SYSTEM
+        packed = pack_generation(self.tokenizer, system, prompt, latent_grid(height, width, num_frames or 1),
+                                 fix_quirks=self.fix_quirks)
         return generation.Denoiser(self.model, packed, sampling)
+
+    def animator(self, prompt: str, image: Image.Image, resolution: str, num_frames: int,
+                 sampling: generation.Sampling) -> generation.Denoiser:
+        """The denoiser of an i2v request: a clip that begins with a picture, in the size of the picture's bucket."""
+        first = self.encode([image], resolution)
+        rows, columns = first.shape[1:3]
+        grid = latent_grid(rows * LATENT_STRIDE, columns * LATENT_STRIDE, num_frames)
+        packed = pack_generation(self.tokenizer, VIDEO_SYSTEM, prompt, grid, fix_quirks=self.fix_quirks)
+        return generation.Denoiser(self.model, packed, sampling, generation.Given(first=first))
+
+    def editor(self, instruction: str, frames: Sequence[Image.Image], resolution: str, named: str,
+               sampling: generation.Sampling) -> generation.Denoiser:
+        """The denoiser of an edit, whose result has its source's size and length.
+
+        Args:
+            frames: one for image_edit; for video_edit what `frames` gives.
+            named: the word for the source in the system prompt, "image" or "video".
+        """
+        tokens, merged = self.look(frames, resolution)
+        source = self.encode(frames, resolution)
+        grid = tuple(source.shape[:3])
+        packed = pack_generation(self.tokenizer, EDIT_SYSTEM.format(named), instruction, grid,
+                                 [(VIT, merged), (CONDITION, grid)], self.fix_quirks)
+        return generation.Denoiser(self.model, packed, sampling, generation.Given(tokens, source))
 
     def sample(self, denoiser: generation.Denoiser, sampling: generation.Sampling,
                on_step: Callable[[generation.Step], None] | None = None) -> Tensor:
         """Latents [frames, rows, columns, 48] of a request, from its seed's noise."""
-        rows, columns = denoiser.grid[1:]
-        noise = generation.initial_noise(denoiser.grid[0] * rows * columns, sampling.seed, self.model.dtype)
-        return generation.sample(denoiser, noise, sampling, on_step)
+        return generation.sample(denoiser, denoiser.noise(sampling.seed), sampling, on_step)
 
     def decode(self, latent: Tensor) -> Image.Image:
         """The picture of latents [1, rows, columns, 48]."""
-        return vision.to_image(self.vae.decode(latent)[:, 0])
+        return self.decode_frames(latent)[0]
+
+    def decode_frames(self, latent: Tensor) -> list[Image.Image]:
+        """The 4 t - 3 frames of latents [t, rows, columns, 48]."""
+        with self.using("vae") as vae:
+            return [vision.to_image(frame) for frame in vae.decode(latent).unbind(1)]
 
 
-def latent_grid(height: int, width: int) -> tuple[int, int, int]:
-    """Latent cells (1, rows, columns) of a picture; sides are floored to multiples of 16 as officially.
+def latent_grid(height: int, width: int, num_frames: int = 1) -> Grid:
+    """Latent cells (frames, rows, columns) of a picture or clip.
+
+    As officially, sides are floored to multiples of 16, and frames to one more than a multiple of 4, which a latent
+    frame each stands for.
 
     Raises:
-        InputError: a side is below 16 or above 1024 pixels.
+        InputError: a side is below 16 or above 1024 pixels, or there are no frames or more than 121.
     """
     rows, columns = height // LATENT_STRIDE, width // LATENT_STRIDE
     if not (1 <= rows <= MAX_LATENT_SIZE and 1 <= columns <= MAX_LATENT_SIZE):
         raise InputError(f"picture size {height} x {width}: each side must be 16 to {MAX_LATENT_SIZE * LATENT_STRIDE} "
                          "pixels; change --video_height, --video_width")
-    return 1, rows, columns
+    longest = 4 * MAX_LATENT_FRAMES - 3
+    if not 1 <= num_frames <= longest:
+        raise InputError(f"--num_frames {num_frames} must be 1 to {longest}: the model has no positions beyond")
+    return (num_frames - 1) // 4 + 1, rows, columns

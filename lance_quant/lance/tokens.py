@@ -1,11 +1,12 @@
 """From a request to the packed sequence that Lance reads: tokenizer, templates, splits and 3-D positions.
 
-A sequence is a chain of splits. A causal split sees itself causally and everything before it; a full or noise split
-sees itself whole and everything before it. Each visual is written <|vision_start|><|video_pad|><|vision_end|> (images
+A sequence is a chain of splits. A causal split sees itself causally and everything before it; the other modes see
+themselves whole and everything before them. Each visual is written <|vision_start|><|video_pad|><|vision_end|> (images
 too), and its pad is repeated once per ViT or latent token.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,8 +17,14 @@ from transformers import Qwen2Tokenizer
 
 from lance_quant.errors import InputError
 
+# System prompts of the generation tasks, word for word (the apostrophes are U+2019); the edits' names what is edited.
 T2I_SYSTEM = ("Describe the image by detailing the color, quantity, text, shape, size, texture, spatial relationships "
               "of the objects and background:")
+VIDEO_SYSTEM = ("Describe the video by detailing the color, quantity, visible text, shape, size, texture, spatial "
+                "relationships and motion/camera movements of the objects and background:")
+EDIT_SYSTEM = ("Describe the key features of the input {0} (color, shape, size, texture, objects, background), then "
+               "explain how the user’s text instruction should alter or modify the {0}. Generate a new {0} that meets "
+               "the user’s requirements while maintaining consistency with the original input where appropriate.")
 # A sample that gives only a reference answer is a captioning request: one of these is its system prompt.
 CAPTION_SYSTEMS = (
     "Generate a detailed and accurate description of the {}, including all the key moments and visual details.",
@@ -27,14 +34,17 @@ CAPTION_SYSTEMS = (
 )
 _VISUAL = "<|vision_start|><|video_pad|><|vision_end|>"
 _TEMPORAL_STEP = 2  # position units per visual frame (tokens_per_second 2, one second per frame)
+_EDIT_TIME = 1000  # where an edit's ViT span begins on the time axis
 
-Mode = Literal["causal", "full", "noise"]
-# What a split holds, numbered as the official packer does.
-TEMPLATE, PROMPT, TARGET, VIT = -1, 0, 1, 4
+Mode = Literal["causal", "full", "full_noise", "noise"]
+# What a split holds, numbered as the official packer does, and how it is attended.
+TEMPLATE, PROMPT, TARGET, CONDITION, VIT = -1, 0, 1, 2, 4
+_MODES: dict[int, Mode] = {TEMPLATE: "causal", PROMPT: "causal", TARGET: "noise", CONDITION: "full_noise", VIT: "full"}
+Grid = tuple[int, int, int]  # frames, rows, columns
 
 
 class Split(NamedTuple):
-    """A stretch of the sequence that is attended in one way; `content` is TEMPLATE, PROMPT, TARGET or VIT."""
+    """A stretch of the sequence that is attended in one way; `content` is one of the constants above."""
 
     length: int
     mode: Mode
@@ -45,7 +55,11 @@ class Visual(NamedTuple):
     """A run of pads: index of its first token, and its grid of tokens (frames, rows, columns)."""
 
     start: int
-    grid: tuple[int, int, int]
+    grid: Grid
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
 
 
 @dataclass(frozen=True)
@@ -63,8 +77,28 @@ class Packed:
 
     def bounds(self) -> list[tuple[int, int]]:
         """First and one-past-last index of every split."""
-        ends = torch.tensor([split.length for split in self.splits]).cumsum(0).tolist()
-        return [(end - split.length, end) for end, split in zip(ends, self.splits, strict=True)]
+        return _bounds(self.splits)
+
+    def span(self, content: int) -> tuple[int, int]:
+        """Bounds of the one split that holds `content`."""
+        (found,) = [bounds for bounds, split in zip(self.bounds(), self.splits, strict=True)
+                    if split.content == content]
+        return found
+
+    def without_prompt(self) -> "Packed":
+        """What the unconditional pass reads: the same sequence less its prompt, its positions counted anew."""
+        dropped = [bounds for bounds, split in zip(self.bounds(), self.splits, strict=True) if split.content == PROMPT]
+        first, end = dropped[0] if dropped else (0, 0)
+        ids = torch.cat([self.ids[:first], self.ids[end:]])
+        visuals = tuple(Visual(visual.start - (end - first if visual.start >= end else 0), visual.grid)
+                        for visual in self.visuals)
+        splits = tuple(split for split in self.splits if split.content != PROMPT)
+        return Packed(ids, _positions(len(ids), visuals, splits), splits, visuals)
+
+
+def _bounds(splits: Sequence[Split]) -> list[tuple[int, int]]:
+    ends = itertools.accumulate(split.length for split in splits)
+    return [(end - split.length, end) for end, split in zip(ends, splits, strict=True)]
 
 
 class LanceTokenizer:
@@ -101,22 +135,70 @@ class LanceTokenizer:
         return self._tokenizer.decode(list(ids))
 
 
+class TextStream:
+    """Ids to text while they come: `write` gets what each new id adds, once its characters are complete."""
+
+    def __init__(self, tokenizer: LanceTokenizer, write: Callable[[str], None]):
+        self._tokenizer, self._write = tokenizer, write
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> None:
+        """Take one id; the closing <|im_end|> writes nothing."""
+        if token == self._tokenizer.im_end:
+            return
+        self._pending.append(token)
+        text = self._tokenizer.decode(self._pending)
+        if not text.endswith("\ufffd"):  # what an unfinished character decodes to
+            self._write(text)
+            self._pending = []
+
+
 def _render(system: str, user: str, assistant: str) -> str:
     return (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
             f"<|im_start|>assistant\n{assistant}<|im_end|>")
 
 
-def _expand(ids: list[int], pad: int, grids: Sequence[tuple[int, int, int]]) -> tuple[list[int], list[Visual]]:
-    """Repeat each single pad once per token of its grid."""
-    expanded, visuals, waiting = [], [], list(grids)
-    for token in ids:
-        if token == pad and waiting:
-            grid = waiting.pop(0)
-            visuals.append(Visual(len(expanded), grid))
-            expanded += [pad] * (grid[0] * grid[1] * grid[2])
-        else:
-            expanded.append(token)
-    return expanded, visuals
+def _expand(base: list[int], pads: Sequence[int], grids: Sequence[Grid]) -> tuple[list[int], tuple[Visual, ...]]:
+    """Repeat the pad at each index of `pads` once per token of its grid."""
+    ids, visuals, copied = [], [], 0
+    for pad, grid in zip(pads, grids, strict=True):
+        ids += base[copied:pad]
+        visuals.append(Visual(len(ids), grid))
+        ids += [base[pad]] * visuals[-1].tokens
+        copied = pad + 1
+    return ids + base[copied:], tuple(visuals)
+
+
+def _pack(ids: list[int], visuals: tuple[Visual, ...], spans: Sequence[tuple[int, int, int]]) -> Packed:
+    """Split a sequence at its spans (first, end, content); what lies between them is template text."""
+    splits, index = [], 0
+    for first, end, content in sorted(spans):
+        splits += [Split(first - index, "causal", TEMPLATE), Split(end - first, _MODES[content], content)]
+        index = end
+    splits.append(Split(len(ids) - index, "causal", TEMPLATE))
+    kept = tuple(split for split in splits if split.length)
+    return Packed(torch.tensor(ids), _positions(len(ids), visuals, kept), kept, visuals)
+
+
+def _around(visual: Visual, content: int) -> tuple[int, int, int]:
+    """The span of a visual with its <|vision_start|> and <|vision_end|>."""
+    return visual.start - 1, visual.start + visual.tokens + 1, content
+
+
+def _positions(length: int, visuals: Sequence[Visual], splits: Sequence[Split]) -> Tensor:
+    """Positions [3, length] with what edits shift: the ViT span to time 1000, and the target onto its source.
+
+    The target takes its source's positions on all axes only where both are of one length, as in the official code.
+    """
+    positions = mrope_positions(length, visuals)
+    spans = {split.content: slice(*bounds) for bounds, split in zip(_bounds(splits), splits, strict=True)}
+    if TARGET in spans and VIT in spans:
+        positions[0, spans[VIT]] += _EDIT_TIME - int(positions[0, spans[VIT].start])
+    if TARGET in spans and CONDITION in spans:
+        source, target = (positions[:, spans[content]] for content in (CONDITION, TARGET))
+        if source.shape == target.shape:
+            positions[:, spans[TARGET]] = source
+    return positions
 
 
 def mrope_positions(length: int, visuals: Sequence[Visual]) -> Tensor:
@@ -138,58 +220,65 @@ def mrope_positions(length: int, visuals: Sequence[Visual]) -> Tensor:
     return torch.cat(pieces, 1)
 
 
-def pack_understanding(tokenizer: LanceTokenizer, system: str, question: str, grid: tuple[int, int, int]) -> Packed:
+def pack_understanding(tokenizer: LanceTokenizer, system: str, question: str, grid: Grid) -> Packed:
     """The prompt of an x2t request, up to and including the newline after "assistant".
 
     Args:
         grid: merged ViT tokens as (frames, rows, columns).
     """
     base = tokenizer.encode(_render(system, _VISUAL + question, ""))[:-1]  # without the closing <|im_end|>
-    ids, visuals = _expand(base, tokenizer.video_pad, [grid])
-    if len(visuals) != 1:
-        raise InputError("the tokenizer does not keep <|video_pad|> whole: is it the one of a Lance checkpoint?")
-    first = visuals[0].start - 1
-    spanned = grid[0] * grid[1] * grid[2] + 2
-    splits = (Split(first, "causal", TEMPLATE), Split(spanned, "full", VIT),
-              Split(len(ids) - first - spanned, "causal", TEMPLATE))
-    return Packed(torch.tensor(ids), mrope_positions(len(ids), visuals), splits, tuple(visuals))
+    pads = _pads(base, tokenizer.video_pad, 1)
+    ids, visuals = _expand(base, pads[:1], [grid])
+    return _pack(ids, visuals, [_around(visuals[0], VIT)])
 
 
-def pack_generation(tokenizer: LanceTokenizer, prompt: str, grid: tuple[int, int, int],
-                    fix_quirks: bool = False) -> Packed:
-    """The sequence of a t2i request: system, prompt, template tail, noise span, closing token.
+def pack_generation(tokenizer: LanceTokenizer, system: str, prompt: str, target: Grid,
+                    sources: Sequence[tuple[int, Grid]] = (), fix_quirks: bool = False) -> Packed:
+    """The sequence of a generation request: system, sources, prompt, template tail, noise span, closing token.
 
     Args:
-        grid: latent cells as (frames, rows, columns).
+        system: T2I_SYSTEM, VIDEO_SYSTEM or a filled EDIT_SYSTEM.
+        target: latent cells as (frames, rows, columns).
+        sources: an edit's (VIT, merged grid) and (CONDITION, latent grid), in this order.
         fix_quirks: False finds the prompt as the official code does, by searching its ids in the whole sequence
             (which fails for a prompt that merges with the template, a leading newline for one, and can hit the
             system text), and reads special-token strings inside the prompt as special tokens. True builds the spans
             one by one and takes the prompt literally.
     """
+    contents, grids = [content for content, _ in sources], [grid for _, grid in sources]
+    shown = _VISUAL * len(sources)
     if fix_quirks:
-        head, _, tail = _render(T2I_SYSTEM, "\0", _VISUAL).partition("\0")
+        head, _, tail = _render(system, shown + "\0", _VISUAL).partition("\0")
         pieces = [tokenizer.encode(head), tokenizer.encode(prompt, literal=True), tokenizer.encode(tail)]
-        base, first, count = sum(pieces, []), len(pieces[0]), len(pieces[1])
+        base, wanted = sum(pieces, []), pieces[1]
     else:
-        base = tokenizer.encode(_render(T2I_SYSTEM, prompt, _VISUAL).strip())
+        base = tokenizer.encode(_render(system, shown + prompt, _VISUAL).strip())
         wanted = tokenizer.encode(prompt)
-        first, count = _find(base, wanted, prompt), len(wanted)
-    # From the end: the target's visual is the last one, whatever the prompt holds.
-    target = len(base) - 1 - base[::-1].index(tokenizer.video_pad)
-    base_head, visual_tail = base[:target], base[target + 1:]
-    cells = grid[0] * grid[1] * grid[2]
-    ids = base_head + [tokenizer.video_pad] * cells + visual_tail
-    visuals = (Visual(target, grid),)
-    splits = [Split(first, "causal", TEMPLATE), Split(count, "causal", PROMPT),
-              Split(target - 1 - first - count, "causal", TEMPLATE), Split(cells + 2, "noise", TARGET),
-              Split(len(visual_tail) - 1, "causal", TEMPLATE)]
-    return Packed(torch.tensor(ids), mrope_positions(len(ids), visuals),
-                  tuple(split for split in splits if split.length), visuals)
+    # The sources come first and the target last, whatever the prompt holds.
+    pads = _pads(base, tokenizer.video_pad, len(sources) + 1)
+    ids, visuals = _expand(base, [*pads[:len(sources)], pads[-1]], [*grids, target])
+    spans = [_around(visual, content) for visual, content in zip(visuals, [*contents, TARGET], strict=True)]
+    if fix_quirks:
+        first = len(pieces[0]) + sum(visual.tokens - 1 for visual in visuals[:-1])
+    else:
+        first = _find(ids, wanted, prompt, spans)
+    return _pack(ids, visuals, [*spans, (first, first + len(wanted), PROMPT)])
 
 
-def _find(base: list[int], wanted: list[int], prompt: str) -> int:
-    for first in range(len(base) - len(wanted) + 1):
-        if base[first:first + len(wanted)] == wanted:
+def _pads(base: list[int], pad: int, expected: int) -> list[int]:
+    found = [index for index, token in enumerate(base) if token == pad]
+    if len(found) < expected:
+        raise InputError("the tokenizer does not keep <|video_pad|> whole: is it the one of a Lance checkpoint?")
+    return found
+
+
+def _find(ids: list[int], wanted: list[int], prompt: str, spans: Sequence[tuple[int, int, int]]) -> int:
+    """Where the prompt's ids first occur; they must not be those of a visual."""
+    for first in range(len(ids) - len(wanted) + 1):
+        if ids[first:first + len(wanted)] == wanted:
+            end = first + len(wanted)
+            if any(first < span_end and span_first < end for span_first, span_end, _ in spans):
+                break
             return first
     raise InputError(f"the prompt {prompt[:40]!r} merges with the template and cannot be located in it, as in the "
                      "official code: remove leading newlines and spaces, or use --fix_quirks")

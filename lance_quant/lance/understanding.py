@@ -1,6 +1,7 @@
-"""Visual question answering: read the prompt into the cache, then greedy decoding, token by token."""
+"""Visual question answering: read the prompt into the cache, then decode token by token, greedily by default."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,10 +13,35 @@ from lance_quant.lance.tokens import VIT, LanceTokenizer, Packed, mrope_position
 MAX_NEW_TOKENS = 256  # the official limit
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen: greedily (temperature 0, as officially), or drawn.
+
+    temperature: divides the logits. top_p: only the likeliest tokens that together reach it are drawn from.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 42
+
+    def pick(self, logits: Tensor, generator: torch.Generator) -> int:
+        """A token by logits float32 [vocabulary]; drawn on the CPU, so that a seed means the same on every device."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        shares, tokens = (logits.cpu() / self.temperature).softmax(-1).sort(descending=True)
+        before = shares.cumsum(-1) - shares
+        shares[before >= self.top_p] = 0  # never the likeliest: nothing is before it
+        return int(tokens[torch.multinomial(shares, 1, generator=generator)])
+
+
+GREEDY = Choice()
+
+
 @torch.no_grad()
 def answer(model: Lance, tokenizer: LanceTokenizer, prompt: Packed, vit_tokens: Tensor,
-           max_new_tokens: int = MAX_NEW_TOKENS, on_token: Callable[[int], None] | None = None) -> list[int]:
-    """Greedy answer ids, the closing <|im_end|> included if it came within the limit. Only <|im_end|> stops.
+           max_new_tokens: int = MAX_NEW_TOKENS, on_token: Callable[[int], None] | None = None,
+           choice: Choice = GREEDY) -> list[int]:
+    """Answer ids, the closing <|im_end|> included if it came within the limit. Only <|im_end|> stops.
 
     Args:
         prompt: from tokens.pack_understanding.
@@ -27,9 +53,10 @@ def answer(model: Lance, tokenizer: LanceTokenizer, prompt: Packed, vit_tokens: 
     positions = mrope_positions(length + max_new_tokens, prompt.visuals)
     _prefill(model, prompt, vit_tokens, row)
     token, ids = int(prompt.ids[-1]), []
+    generator = torch.Generator().manual_seed(choice.seed)
     for position in range(length - 1, length - 1 + max_new_tokens):
         hidden = model.read(model.embed(torch.tensor([token])), positions[:, position:position + 1], [row], True)
-        token = int(_logits(model, hidden[0, -1:], len(tokenizer)).argmax())
+        token = choice.pick(_logits(model, hidden[0, -1:], len(tokenizer))[0], generator)
         ids.append(token)
         if on_token is not None:
             on_token(token)

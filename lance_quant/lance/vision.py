@@ -1,10 +1,11 @@
-"""Pictures to model input: opening, buckets, crop, resize, normalisation, patches. PIL and torch only.
+"""Pictures and frames to model input: opening, buckets, crop, resize, normalisation, patches. PIL and torch only.
 
 Each picture is brought to one of six aspect ratios at about the area that the resolution preset names, once for the
-ViT and once for the VAE.
+ViT and once for the VAE. A picture is a clip of one frame: pixels are [3, frames, height, width] throughout.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lance_quant.errors import InputError
+from lance_quant.lance.config import LATENT_STRIDE
 
 # Preset -> side of the square with the bucket's area: for the ViT, for the VAE.
 RESOLUTIONS = {
@@ -102,22 +104,37 @@ def fit(image: Image.Image, base: int, multiple: int, generator: torch.Generator
     return pixels[:, top:top + kept_high, left:left + kept_wide].contiguous()
 
 
-def vit_pixels(image: Image.Image, resolution: str, generator: torch.Generator | None = None) -> Tensor:
-    """The picture as the ViT sees it, before normalisation: uint8 [3, height, width], sides multiples of 28."""
-    return fit(image, RESOLUTIONS[resolution][0], PATCH * MERGE, generator)
+def vit_pixels(frames: Sequence[Image.Image], resolution: str, generator: torch.Generator | None = None) -> Tensor:
+    """Frames as the ViT sees them, before normalisation: uint8 [3, frames, height, width], sides multiples of 28."""
+    base = RESOLUTIONS[resolution][0]
+    return torch.stack([fit(frame, base, PATCH * MERGE, generator) for frame in frames], 1)
+
+
+def vae_pixels(frames: Sequence[Image.Image], resolution: str, generator: torch.Generator | None = None) -> Tensor:
+    """Frames as the VAE sees them, before normalisation: uint8 [3, frames, height, width], sides multiples of 16."""
+    base = RESOLUTIONS[resolution][1]
+    return torch.stack([fit(frame, base, LATENT_STRIDE, generator) for frame in frames], 1)
 
 
 def vit_patches(pixels: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Normalised patches of a picture (shown as two equal frames): float32 [patches, 1176] and their grid.
+    """Normalised patches float32 [patches, 1176] of frames uint8 [3, frames, height, width], and their grid.
 
-    Patches come in merge blocks of 2 x 2; the grid (frames, rows, columns) counts single patches.
+    A patch spans two frames; the last frame of an odd count is shown twice, and so is a picture. Patches come in merge
+    blocks of 2 x 2; the grid (frame pairs, rows, columns) counts single patches.
     """
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (_VIT_MEAN, _VIT_STD))
-    frames = ((pixels.float() / 255 - mean) / std)[None].expand(2, -1, -1, -1)
-    rows, columns = pixels.shape[1] // PATCH, pixels.shape[2] // PATCH
-    blocks = frames.reshape(1, 2, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
-    patches = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(rows * columns, -1)
-    return patches, (1, rows, columns)
+    if pixels.shape[1] % 2:
+        pixels = torch.cat([pixels, pixels[:, -1:]], 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (_VIT_MEAN, _VIT_STD))
+    frames = ((pixels.float() / 255 - mean) / std).transpose(0, 1)
+    pairs, rows, columns = frames.shape[0] // 2, pixels.shape[2] // PATCH, pixels.shape[3] // PATCH
+    blocks = frames.reshape(pairs, 2, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
+    patches = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(pairs * rows * columns, -1)
+    return patches, (pairs, rows, columns)
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """Float32 in -1..1 of uint8 pixels: what the VAE takes."""
+    return (pixels.float() / 255 - 0.5) / 0.5
 
 
 def to_image(pixels: Tensor) -> Image.Image:

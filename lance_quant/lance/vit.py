@@ -20,6 +20,11 @@ class Vit(nn.Module):
         super().__init__()
         self.tower, self.dtype, self.device = tower, dtype, device
 
+    def move(self, device: torch.device) -> None:
+        """Go to a device and take inputs there from now on."""
+        self.to(device)
+        self.device = device
+
     @torch.no_grad()
     def forward(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Merged tokens [patches / 4, hidden of the language model], in raster order of the merged grid.

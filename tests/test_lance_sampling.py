@@ -1,0 +1,166 @@
+"""What the official scripts do not offer, off by default: drawn answers, other guidance and solvers, streaming."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDENS, relative
+
+import run_baseline
+from benchmarks import solvers
+from lance_quant import task_cli
+from lance_quant.errors import InputError
+from lance_quant.lance import generation
+from lance_quant.lance.generation import Sampling
+from lance_quant.lance.tokens import TextStream
+from lance_quant.lance.understanding import Choice
+
+SIZE = (96, 128)
+LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0])
+
+
+def picks(choice, count=400):
+    generator = torch.Generator().manual_seed(choice.seed)
+    drawn = [choice.pick(LOGITS, generator) for _ in range(count)]
+    return torch.bincount(torch.tensor(drawn), minlength=4) / count
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    """Four standard errors of 400 draws are below 0.1."""
+    assert (picks(Choice(temperature=1.0)) - LOGITS.softmax(-1)).abs().max() < 0.1
+    assert (picks(Choice(temperature=0.5)) - (2 * LOGITS).softmax(-1)).abs().max() < 0.1
+
+
+def test_no_temperature_is_greedy():
+    assert picks(Choice(), 5).tolist() == [0, 1, 0, 0]
+
+
+def test_top_p_keeps_the_likeliest_tokens_that_reach_it():
+    """Probabilities 0.64, 0.24, 0.09, 0.03: 0.6 needs one token, 0.7 two."""
+    assert picks(Choice(temperature=1.0, top_p=0.6))[1] == 1
+    assert (picks(Choice(temperature=1.0, top_p=0.7)) > 0).tolist() == [False, True, True, False]
+    assert picks(Choice(temperature=1.0, top_p=1e-9))[1] == 1
+
+
+def test_drawn_answers_follow_their_seed(pipeline, questions):
+    packed, vit_tokens = pipeline.ask(questions[1], "image_256res")
+
+    def answer(seed):
+        return pipeline.answer(packed, vit_tokens, 16, choice=Choice(temperature=1.5, seed=seed)).ids
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+def test_streamed_pieces_join_to_the_answer_and_split_no_character(pipeline, x2t):
+    for ids in x2t["f32"].meta["generated_ids"]:
+        pieces = []
+        stream = TextStream(pipeline.tokenizer, pieces.append)
+        for token in ids:
+            stream.add(token)
+        whole = pipeline.tokenizer.decode(ids).removesuffix("<|im_end|>")
+        assert whole.startswith("".join(pieces)) or "\ufffd" in whole
+    pieces.clear()
+    for token in pipeline.tokenizer.encode("ein Käse für 5 € und 日本"):
+        stream.add(token)
+    assert "".join(pieces) == "ein Käse für 5 € und 日本"
+    assert not any("\ufffd" in piece for piece in pieces) and len(pieces) > 5
+
+
+class Decay:
+    """A denoiser whose exact solution is known: dx/dt = 4 x, so that x(0) = x(1) exp(-4)."""
+
+    grid = (1, 1, 1)
+
+    def velocity(self, x, t):
+        return 4 * x
+
+
+def error(solver, steps):
+    sampling = Sampling(num_timesteps=steps, timestep_shift=2.0, solver=solver)
+    ours = generation.sample(Decay(), torch.ones(1, 48, dtype=torch.float64), sampling)
+    return abs(ours.flatten()[0].item() - torch.tensor(-4.0, dtype=torch.float64).exp().item())
+
+
+def test_adams_bashforth_is_of_second_order_and_euler_of_first():
+    """Twice the steps: a quarter of the error, and half of it, although guidance switches once on the way."""
+    assert 1.8 < error("euler", 100) / error("euler", 200) < 2.2
+    assert 3.4 < error("ab2", 100) / error("ab2", 200) < 4.6
+    assert error("ab2", 40) < error("euler", 40) / 4
+
+
+def test_adams_bashforth_begins_with_euler_and_restarts_where_guidance_is_switched():
+    assert error("ab2", 1) == error("euler", 1)
+    switched = {step: Sampling(cfg_low=0.4).guided(t) for step, t in enumerate((0.9, 0.5, 0.3))}
+    assert switched == {0: True, 1: True, 2: False}
+    times = torch.tensor([0.9, 0.5, 0.3, 0.0])
+    steps = [generation.Step(k, times[k].item(), torch.zeros(1, 48), torch.full((1, 48), float(k))) for k in range(3)]
+    sampling = Sampling(solver="ab2")
+    assert generation._slope(steps[2], steps[1], times, sampling)[0, 0] == 2
+    # 0.2 / (2 * 0.4) of the way from 0 to 1, beyond 1
+    assert generation._slope(steps[1], steps[0], times, sampling)[0, 0] == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize("renorm", ["global", "channel", "none"])
+def test_guidance_is_scaled_back_as_asked(pipeline, prompts, renorm):
+    sampling = Sampling(cfg_renorm=renorm)
+    request = pipeline.denoiser(prompts[0].text, *SIZE, sampling)
+    x = request.noise(1)
+    plain = pipeline.denoiser(prompts[0].text, *SIZE, Sampling(cfg_scale=1.0)).velocity(x, 1.0)
+    guided = request.velocity(x, 1.0)
+    lengths = guided.norm(dim=1) / plain.norm(dim=1)
+    if renorm == "none":
+        assert guided.norm() > plain.norm()
+    else:
+        assert guided.norm() <= plain.norm() * (1 + 1e-6)
+        assert (lengths.max() <= 1 + 1e-6) == (renorm == "channel")
+
+
+def test_the_guidance_interval_decides_which_steps_are_guided(pipeline, prompts):
+    narrow = pipeline.denoiser(prompts[0].text, *SIZE, Sampling(cfg_low=0.6, cfg_high=0.8))
+    plain = pipeline.denoiser(prompts[0].text, *SIZE, Sampling(cfg_scale=1.0))
+    x = plain.noise(1)
+    assert torch.equal(narrow.velocity(x, 0.9), plain.velocity(x, 0.9))
+    assert torch.equal(narrow.velocity(x, 0.6), plain.velocity(x, 0.6))
+    assert relative(narrow.velocity(x, 0.7), plain.velocity(x, 0.7)) > 1e-2
+
+
+X2T = ["--task", "x2t_image", "--model_path", str(GOLDENS / "checkpoint/Lance_3B"), "--example_json",
+       str(GOLDENS / "inputs/x2t_image.json")]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--temperature", "-1"], "--temperature -1.0 must be at least 0"),
+    (["--top_p", "0"], "--top_p 0.0 must be above 0 and at most 1"),
+    (["--top_p", "1.5"], "--top_p 1.5 must be above 0 and at most 1"),
+    (["--cfg_interval", "0.9", "0.4"], "--cfg_interval 0.9 0.4 must be two numbers from 0 to 1"),
+])
+def test_impossible_values_are_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        task_cli.settings_of(run_baseline.parse_args([*X2T, "--save_path_gen", "none", *flags]))
+
+
+def test_settings_say_what_was_drawn_and_how():
+    def settings(*flags):
+        return task_cli.settings_of(run_baseline.parse_args([*X2T, "--save_path_gen", "none", *flags])).as_json()
+
+    assert settings()["temperature"] == 0 and "seed" not in settings("--seed", "7")
+    drawn = settings("--temperature", "0.7", "--top_p", "0.9", "--seed", "7")
+    assert (drawn["temperature"], drawn["top_p"], drawn["seed"]) == (0.7, 0.9, 7)
+
+
+def test_streaming_shows_questions_and_answers_on_stderr(tmp_path, capsys):
+    run_baseline.main([*X2T, "--resolution", "image_256res", "--limit", "2", "--max_new_tokens", "12", "--stream",
+                       "--save_path_gen", str(tmp_path / "r")])
+    out, err = capsys.readouterr()
+    assert out.strip() == str(tmp_path / "r")
+    for row in json.loads((tmp_path / "r/result.json").read_text()):
+        assert f"[{row['key']}] {row['question']}\n" in err
+        assert row["answer"].rstrip("\ufffd") in err
+
+
+def test_the_solver_benchmark_prints_a_table_and_a_result(capsys):
+    solvers.main(["--steps", "1", "2", "--reference", "2", "--limit", "1", "--device", "cpu"])
+    *_, row, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)["relative_error"]
+    assert row.split()[0] == "2" and found["euler"][1] == 0  # the reference itself
+    assert found["euler"][0] == found["ab2"][0] > 0
