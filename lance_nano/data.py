@@ -27,6 +27,7 @@ TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def prefix_text(system: str) -> str:
+    """The rendered template up to where the user text begins."""
     return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
 
 
@@ -40,6 +41,7 @@ class QuestionBatch(NamedTuple):
     labels: Tensor
 
     def to(self, device: str) -> QuestionBatch:
+        """The batch on a device."""
         return QuestionBatch(*(tensor.to(device) for tensor in self))
 
 
@@ -52,6 +54,7 @@ class PictureBatch(NamedTuple):
     bias: Tensor
 
     def to(self, device: str) -> PictureBatch:
+        """The batch on a device."""
         return PictureBatch(*(tensor.to(device) for tensor in self))
 
 

@@ -13,6 +13,7 @@ Wilson intervals.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import math
@@ -68,6 +69,7 @@ class Share(NamedTuple):
 
     @property
     def value(self) -> float:
+        """The share, 0 to 1."""
         return round(self.right / max(1, self.total), 4)
 
     def interval(self, z: float = 1.959964) -> list[float]:
@@ -180,6 +182,7 @@ def measure_pictures(
 
 
 def total(shares: dict[str, Share]) -> Share:
+    """All kinds together."""
     return Share(sum(share.right for share in shares.values()), sum(share.total for share in shares.values()))
 
 
@@ -204,7 +207,8 @@ def result(
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--model_path", type=Path, required=True, help="folder with llm_config.json; ViT and VAE beside"
@@ -214,7 +218,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of scenes, questions, captions and noise")
     parser.add_argument("--pictures", type=Path, help="folder to keep the generated pictures in")
     cli.add_device(parser)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_args(argv)
     if args.n < 1:
         raise InputError(f"--n {args.n}: at least one question and one caption are needed")
     pipeline = load(args.model_path, args.awq_dir, args.device, args.dtype)

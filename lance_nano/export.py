@@ -12,6 +12,7 @@ codec's second half of `conv1`, a constant log-variance.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -115,12 +116,18 @@ def _read(path: Path, what: str) -> dict:
     return state
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = cli.parser(__doc__)
     parser.add_argument("--state", type=Path, required=True, help="state file of lance_nano.train")
     parser.add_argument("--vae", type=Path, required=True, help="codec of lance_nano.train_vae")
     parser.add_argument("--out", type=Path, required=True, help="folder to create; never overwritten")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_args(argv)
     export(_read(args.state, "training state"), _read(args.vae, "codec"), args.out)
     cli.log.info("wrote %s", args.out)
 

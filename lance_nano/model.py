@@ -50,6 +50,7 @@ class NanoConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one head."""
         return self.hidden // self.heads
 
 
@@ -93,6 +94,7 @@ class Attention(nn.Module):
         return q, k, getattr(self, "v_proj" + suffix)(x).view(heads)
 
     def output(self, x: Tensor, suffix: str) -> Tensor:
+        """The expert's output projection."""
         return getattr(self, "o_proj" + suffix)(x)
 
 

@@ -86,6 +86,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """One update from the gradients as they are."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             updates = self._orthogonal_updates(parameters, group["momentum"])
@@ -140,9 +141,11 @@ class MuonAdamW:
         return float(norm)
 
     def state_dict(self) -> list[dict]:
+        """Both states, for `torch.save`."""
         return [optimiser.state_dict() for optimiser in self.optimisers]
 
     def load_state_dict(self, states: list[dict]) -> None:
+        """Restore what `state_dict` gave."""
         for optimiser, state in zip(self.optimisers, states, strict=True):
             optimiser.load_state_dict(state)
 

@@ -12,6 +12,7 @@ has any.
 
 from __future__ import annotations
 
+import argparse
 import math
 import shutil
 from pathlib import Path
@@ -107,7 +108,8 @@ def write(paths: LancePaths, out: Path, factor: float, share: float, seed: int) 
         path.chmod(0o644)  # safetensors writes for the owner only
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--model_path", type=Path, required=True, help="float model folder; ViT and VAE beside it"
@@ -116,7 +118,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--factor", type=float, default=32.0, help="size of the outliers, a power of two")
     parser.add_argument("--share", type=float, default=0.03, help="share of channels per site")
     parser.add_argument("--seed", type=int, default=0, help="which channels")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_args(argv)
     write(LancePaths.find(args.model_path), args.out, args.factor, args.share, args.seed)
     cli.log.info("wrote %s", args.out / MODEL_FOLDER)
 

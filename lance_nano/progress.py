@@ -32,10 +32,12 @@ class Clock:
 
     @property
     def minutes(self) -> float:
+        """Minutes since the first start."""
         return self.spent + (time.monotonic() - self.started) / 60
 
     @property
     def fraction(self) -> float:
+        """Share of the limit that is over; above 1 when it has passed."""
         return self.minutes / self.limit
 
 
@@ -47,11 +49,13 @@ class Means:
         self.count = 0
 
     def add(self, **values: float) -> None:
+        """Count one set of values."""
         self.count += 1
         for name, value in values.items():
             self.sums[name] += value
 
     def take(self) -> str:
+        """The means as text, and start again."""
         text = "  ".join(f"{name} {total / self.count:.4f}" for name, total in self.sums.items())
         self.sums.clear()
         self.count = 0

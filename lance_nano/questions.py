@@ -47,6 +47,13 @@ def questions(scene: Scene, rng: random.Random) -> list[Question]:
     return asked
 
 
+def one_per_kind(scene: Scene, rng: random.Random) -> list[Question]:
+    """One question of every kind, in random order: training gives rare kinds as much room as common ones."""
+    chosen = list({question.kind: question for question in questions(scene, rng)}.values())
+    rng.shuffle(chosen)
+    return chosen
+
+
 def description(scene: Scene, rng: random.Random) -> Question:
     """One of the two long questions: list the objects (70 %) or describe the image."""
     if rng.random() < 0.7:

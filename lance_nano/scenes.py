@@ -56,6 +56,7 @@ class Thing:
 
     @property
     def is_digit(self) -> bool:
+        """Whether this is a digit and not a shape."""
         return self.name.isdigit()
 
     @property
@@ -66,6 +67,7 @@ class Thing:
 
     @property
     def kind(self) -> tuple[str, str, str]:
+        """What makes two things equal in a caption: name, colour, size."""
         return self.name, self.colour, self.size
 
 

@@ -28,7 +28,7 @@ from lance_nano.data import IGNORE, Packer
 from lance_nano.model import NanoConfig, NanoLance, NanoViT
 from lance_nano.pool import Pool, build_pool
 from lance_nano.progress import Clock, Means, generator_for, load_state, log, save_state, start_logging
-from lance_nano.questions import description, questions
+from lance_nano.questions import description, one_per_kind
 from lance_nano.scenes import Scene, held_out, layout_words, question_scene, render
 from lance_nano.tokenizer import Words, learned_words
 from lance_nano.vae import frame_vae
@@ -72,7 +72,7 @@ def question_loss(
     scenes = [training_scene(rng) for _ in range(count)]
     rows = []
     for scene in scenes:
-        asked = questions(scene, rng)[:QUESTIONS]
+        asked = one_per_kind(scene, rng)[:QUESTIONS]
         if rng.random() < DESCRIBED:
             asked[-1] = description(scene, rng)
         rows.append([(question.text, (*packer.words.ids(question.answer), packer.end)) for question in asked])
@@ -150,6 +150,7 @@ class Run:
         return shared.item()
 
     def train(self) -> None:
+        """Train until the end of the schedule."""
         while (fraction := self._fraction()) < 1:
             self._one_step(fraction)
             if self.rank == 0 and self.step % LOG_EVERY == 0:
@@ -173,6 +174,7 @@ class Run:
         self.means.add(answer=answer.item(), right=right.item(), flow=flow.item(), norm=norm)
 
     def save(self) -> None:
+        """Write the state file, complete or not at all."""
         save_state(
             self.args.out, model=self.nano.state_dict(), average=self.average.state_dict(),
             optimiser=self.optimiser.state_dict(), config=asdict(self.nano.lance.config),
@@ -187,6 +189,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m lance_nano.train",
         description=__doc__,
@@ -219,6 +222,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
     args = parse_args(argv)
     optim.launch(train, args.processes, args)
 

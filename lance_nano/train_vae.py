@@ -66,6 +66,7 @@ def recognised(vae: AutoencoderKLWan, count: int, seed: int) -> float:
 
 
 def optimiser_for(vae: AutoencoderKLWan) -> optim.MuonAdamW:
+    """Muon for the convolutions, AdamW for biases and norms."""
     matrices = [p for p in vae.parameters() if p.ndim == 4 and p.shape[1] > 1]
     chosen = {id(p) for p in matrices}
     rest = [p for p in vae.parameters() if id(p) not in chosen]
@@ -128,6 +129,7 @@ def train(out: Path, minutes: float, batch: int, seed: int, device: str) -> None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m lance_nano.train_vae",
         description=__doc__,
@@ -149,6 +151,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
     args = parse_args(argv)
     optim.launch(train, args.processes, args.out, args.minutes, args.batch, args.seed, args.device)
 
