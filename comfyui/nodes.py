@@ -1,0 +1,344 @@
+"""What the nodes do. One function per node, its parameters being the node's inputs (table.py).
+
+Pictures are ComfyUI's IMAGE: float32 [n, height, width, 3] in 0..1 on the CPU. Nothing is written to disk.
+"""
+
+import functools
+import platform
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import host, models, toolkit
+from .handle import LanceModel, Spec, handle_of
+from .table import MAX_SEED
+from .toolkit import PackError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from lance_quant.lance.generation import Denoiser, Sampling
+    from lance_quant.lance.understanding import Choice
+
+_NANO_SIDE = 112  # lance-nano's native pictures
+_SIZES = {"image": (768, 768), "video": (848, 480)}  # what size auto means for Lance
+_PRESETS = {"image": "image_768res", "video": "video_480p"}
+_BLACKWELL = 10  # compute capability from which GPUs multiply NVFP4
+
+
+def load_model(flavor: str, precision: str, checkpoint: str, device: str, mode: str,
+               keep_loaded: bool, offload: str, vae_tiling: bool) -> tuple[LanceModel, str]:
+    """Lance Model Loader."""
+    toolkit.require()
+    choice = models.choose(flavor, precision, checkpoint, _is_blackwell(device))
+    stamp = model_fingerprint(flavor, precision, checkpoint, device)
+    model = handle_of(Spec(choice, stamp, device, mode, keep_loaded, offload, vae_tiling))
+    missing = [name for name, part in (("ViT", choice.vit), ("VAE", choice.vae)) if part is None]
+    info = "\n".join([f"{choice.found.label}: {choice.found.flavor}, {choice.found.precision}",
+                      f"weights {choice.found.weights}", f"why: {choice.reason}",
+                      *([f"not found: {', '.join(missing)}"] if missing else [])])
+    host.log.info("Lance: %s", info.replace("\n", "; "))
+    model.load()
+    return model, info
+
+
+def validate_model(flavor: str | None = None, precision: str | None = None,
+                   checkpoint: str | None = None) -> bool | str:
+    """The loader's widgets, before anything runs. A linked one arrives as None and is checked when its value is known.
+
+    ComfyUI leaves the check of combo values to a validator that names them.
+    """
+    settings = ((flavor, ("auto", *models.FLAVORS)), (precision, ("auto", "bf16", "awq_int4", "nvfp4")))
+    for value, allowed in settings:
+        if value is not None and value not in allowed:
+            return f"{value!r} is none of {', '.join(allowed)}"
+    if None in (flavor, precision, checkpoint):
+        return True
+    try:
+        models.choose(flavor, precision, checkpoint, blackwell=False)
+    except PackError as error:
+        return str(error)
+    return True
+
+
+def model_fingerprint(flavor: str, precision: str, checkpoint: str, device: str = "auto", **_: object) -> str:
+    """Changes when the loader would load something else: another file, or the same path with new content."""
+    try:
+        weights = models.choose(flavor, precision, checkpoint, _is_blackwell(device)).found.weights
+        stat = weights.stat()
+    except (PackError, OSError) as error:
+        return str(error)
+    return f"{weights} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def _is_blackwell(device: str) -> bool:
+    import torch
+
+    target = host.device(device)
+    return target.type == "cuda" and torch.cuda.get_device_capability(target)[0] >= _BLACKWELL
+
+
+def frees(run: Callable) -> Callable:
+    """A node that uses a model: frees it afterwards, also after an error, where the loader says so."""
+
+    @functools.wraps(run)
+    def freeing(model: LanceModel, *args: Any, **inputs: Any) -> Any:
+        try:
+            return run(model, *args, **inputs)
+        finally:
+            if not model.spec.keep_loaded:
+                model.release()
+
+    return freeing
+
+
+@frees
+def text_to_image(model: LanceModel, prompt: str, size: str, width: int, height: int, batch: int, steps: int,
+                  cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
+                  low_memory: bool) -> tuple["Tensor"]:
+    """Lance Text to Image."""
+    sampling = _sampling(steps, cfg, seed, timestep_shift, cfg_start, cfg_end, low_memory)
+    wide, high = _size(model, size, width, height, "image")
+    with model.ready("model") as pipeline:
+        denoiser = pipeline.denoiser(_text(prompt, "prompt"), high, wide, sampling)
+        latents = _draw(pipeline, denoiser, sampling, batch)
+    return (_decode(model, latents),)
+
+
+@frees
+def text_to_video(model: LanceModel, prompt: str, size: str, width: int, height: int, frames: int, fps: int, steps: int,
+                  cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
+                  low_memory: bool) -> tuple[Any, "Tensor"]:
+    """Lance Text to Video."""
+    _require_video(model, "Text to Video")
+    sampling = _sampling(steps, cfg, seed, timestep_shift, cfg_start, cfg_end, low_memory)
+    wide, high = _size(model, size, width, height, "video")
+    with model.ready("model") as pipeline:
+        denoiser = pipeline.denoiser(_text(prompt, "prompt"), high, wide, sampling, frames)
+        latents = _draw(pipeline, denoiser, sampling)
+    return _clip(_decode(model, latents), fps)
+
+
+@frees
+def image_to_video(model: LanceModel, image: "Tensor", prompt: str, resolution: str, frames: int, fps: int, steps: int,
+                   cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
+                   low_memory: bool) -> tuple[Any, "Tensor"]:
+    """Lance Image to Video."""
+    _require_video(model, "Image to Video")
+    sampling = _sampling(steps, cfg, seed, timestep_shift, cfg_start, cfg_end, low_memory)
+    preset = _preset(model, resolution, "video")
+    with model.ready("vae", "model", pixels=_pixels(preset)) as pipeline:
+        denoiser = pipeline.animator(_text(prompt, "prompt"), _pictures(image)[0], preset, frames, sampling)
+        latents = _draw(pipeline, denoiser, sampling)
+    return _clip(_decode(model, latents), fps)
+
+
+@frees
+def image_edit(model: LanceModel, image: "Tensor", instruction: str, resolution: str, steps: int, cfg: float, seed: int,
+               timestep_shift: float, cfg_start: float, cfg_end: float, low_memory: bool) -> tuple["Tensor"]:
+    """Lance Image Edit."""
+    sampling = _sampling(steps, cfg, seed, timestep_shift, cfg_start, cfg_end, low_memory)
+    preset, pictures = _preset(model, resolution, "image"), _pictures(image)
+    latents, progress = [], host.Progress(steps * len(pictures))
+    for picture in pictures:
+        with model.ready("vit", "vae", "model", pixels=_pixels(preset)) as pipeline:
+            denoiser = pipeline.editor(_text(instruction, "instruction"), [picture], preset, "image", sampling)
+            latents.append(pipeline.sample(denoiser, sampling, progress.step))
+    return (_decode(model, latents),)
+
+
+@frees
+def video_edit(model: LanceModel, instruction: str, source_fps: float, max_frames: int, resolution: str, fps: int,
+               steps: int, cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
+               low_memory: bool, video: Any = None, frames: "Tensor | None" = None) -> tuple[Any, "Tensor"]:
+    """Lance Video Edit."""
+    _require_video(model, "Video Edit")
+    sampling = _sampling(steps, cfg, seed, timestep_shift, cfg_start, cfg_end, low_memory)
+    watched, audio = _watched(video, frames, source_fps, max_frames)
+    preset = _preset(model, resolution, "video")
+    with model.ready("vit", "vae", "model", pixels=_pixels(preset)) as pipeline:
+        denoiser = pipeline.editor(_text(instruction, "instruction"), watched, preset, "video", sampling)
+        latents = _draw(pipeline, denoiser, sampling)
+    return _clip(_decode(model, latents), fps, audio)
+
+
+@frees
+def image_understanding(model: LanceModel, image: "Tensor", question: str, system: str, resolution: str,
+                        max_new_tokens: int, temperature: float, top_p: float, seed: int) -> dict[str, Any]:
+    """Lance Image Understanding."""
+    from lance_quant.lance.understanding import Choice
+
+    preset, choice = _preset(model, resolution, "image"), Choice(temperature, top_p, seed)
+    answers = [_answer(model, [picture], system, question, preset, max_new_tokens, choice)
+               for picture in _pictures(image)]
+    return {"ui": {"text": answers}, "result": (answers,)}
+
+
+@frees
+def video_understanding(model: LanceModel, question: str, system: str, source_fps: float, max_frames: int,
+                        resolution: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
+                        video: Any = None, frames: "Tensor | None" = None) -> dict[str, Any]:
+    """Lance Video Understanding."""
+    from lance_quant.lance.understanding import Choice
+
+    _require_video(model, "Video Understanding")
+    watched, _ = _watched(video, frames, source_fps, max_frames)
+    preset, choice = _preset(model, resolution, "video"), Choice(temperature, top_p, seed)
+    answer = _answer(model, watched, system, question, preset, max_new_tokens, choice)
+    return {"ui": {"text": [answer]}, "result": (answer,)}
+
+
+def unload(model: LanceModel, after: Any) -> tuple[Any]:
+    """Lance Unload."""
+    model.release()
+    return (after,)
+
+
+def self_check() -> dict[str, Any]:
+    """Lance Self Check: says what is wrong, and never fails itself."""
+    lines = [f"Python {platform.python_version()} on {platform.platform()}"]
+    for name, version in host.versions().items():
+        lines.append(f"{name}: {_attempt(version)}")
+    for package in ("torch", *toolkit.NEEDED):
+        lowest = f" (needs {toolkit.NEEDED[package]} or newer)" if package in toolkit.NEEDED else ""
+        lines.append(f"{package}: {toolkit.version_of(package) or 'missing'}{lowest}")
+    lines.append(f"lance_quant: {_attempt(lambda: toolkit.require() or toolkit.origin())}")
+    lines.append(f"folders: {', '.join(map(str, host.roots())) or 'none'}")
+    for found in models.scan():
+        lines.append(f"model {found.label}: {found.flavor or 'unreadable'}, {found.precision}, {found.weights}")
+        lines.append(f"  parts: {_attempt(lambda found=found: _parts(found))}")
+    lines.append(f"auto would load: {_attempt(lambda: _automatic())}")
+    report = "\n".join(lines)
+    host.log.info("Lance self check\n%s", report)
+    return {"ui": {"text": [report]}, "result": (report,)}
+
+
+def _attempt(report: Any) -> str:
+    """What `report` returns, or how it failed: one broken driver must not hide the rest of the report."""
+    try:
+        return str(report())
+    except Exception as error:  # noqa: BLE001
+        return f"FAILED: {error}"
+
+
+def _parts(found: models.Found) -> str:
+    choice = models.choose("auto", "auto", found.label, blackwell=False)
+    return f"configuration {choice.config}, ViT {choice.vit or 'missing'}, VAE {choice.vae or 'missing'}"
+
+
+def _automatic() -> str:
+    choice = models.choose("auto", "auto", "auto", _is_blackwell("auto"))
+    return f"{choice.found.label}; {choice.reason}"
+
+
+def _sampling(steps: int, cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
+              low_memory: bool) -> "Sampling":
+    from lance_quant.lance.generation import Sampling
+
+    return Sampling(num_timesteps=steps, timestep_shift=timestep_shift, cfg_scale=cfg, seed=seed,
+                    batch_guidance=not low_memory, cfg_low=cfg_start, cfg_high=cfg_end)
+
+
+def _size(model: LanceModel, size: str, width: int, height: int, kind: str) -> tuple[int, int]:
+    """Width and height that the size widgets mean."""
+    if size == "custom":
+        return width, height
+    if size == "auto":
+        return (_NANO_SIDE, _NANO_SIDE) if model.is_small else _SIZES[kind]
+    wide, high = size.split()[-1].split("x")
+    return int(wide), int(high)
+
+
+def _preset(model: LanceModel, resolution: str, kind: str) -> str:
+    if resolution != "auto":
+        return resolution
+    return "image_112res" if model.is_small else _PRESETS[kind]
+
+
+def _pixels(preset: str) -> int:
+    from lance_quant.lance.vision import RESOLUTIONS
+
+    return RESOLUTIONS[preset][1] ** 2
+
+
+def _text(text: str, what: str) -> str:
+    if not text.strip():
+        raise PackError(f"The {what} is empty. Write what the model should do.")
+    return text
+
+
+def _require_video(model: LanceModel, node: str) -> None:
+    if model.flavor == "Lance_3B":
+        raise PackError(f"{node} needs the video model, and the loaded one is the image model Lance_3B. Set the "
+                        "loader's flavor to Lance_3B_Video.")
+
+
+def _draw(pipeline: Any, denoiser: "Denoiser", sampling: "Sampling", count: int = 1) -> list["Tensor"]:
+    """Latents of `count` seeds in a row; the prompt is read once for all of them."""
+    from dataclasses import replace
+
+    progress = host.Progress(sampling.num_timesteps * count)
+    seeds = [(sampling.seed + index) % (MAX_SEED + 1) for index in range(count)]
+    return [pipeline.sample(denoiser, replace(sampling, seed=seed), progress.step) for seed in seeds]
+
+
+def _decode(model: LanceModel, latents: Sequence["Tensor"]) -> "Tensor":
+    """IMAGE of latents, one after the other; pictures of different sizes are not for one batch."""
+    import torch
+
+    _, rows, columns, _ = latents[0].shape
+    pixels = rows * columns * 16 * 16
+    images = []
+    with model.ready("vae", pixels=pixels) as pipeline:
+        for latent in latents:
+            images += [_image(frame) for frame in pipeline.decode_frames(latent)]
+    return torch.stack(images)
+
+
+def _image(picture: "Image.Image") -> "Tensor":
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(picture.convert("RGB"))).float() / 255
+
+
+def _pictures(image: "Tensor") -> list["Image.Image"]:
+    """The pictures of an IMAGE batch; an alpha channel is dropped, as elsewhere in ComfyUI."""
+    from PIL import Image
+
+    levels = (image[..., :3].float().clamp(0, 1) * 255).round().byte().cpu()
+    return [Image.fromarray(picture.numpy()) for picture in levels]
+
+
+def _clip(frames: "Tensor", fps: int, audio: Any = None) -> tuple[Any, "Tensor"]:
+    return host.video(frames, fps, audio), frames
+
+
+def _watched(video: Any, frames: "Tensor | None", fps: float, most: int) -> tuple[list["Image.Image"], Any]:
+    """The frames of a clip that the model looks at, and its sound."""
+    from lance_quant.lance.video import frame_indices
+
+    if (video is None) == (frames is None):
+        raise PackError("Connect either video or frames" + (", not both." if video is not None else "."))
+    audio = None
+    if video is not None:
+        components = video.get_components()
+        frames, fps, audio = components.images, float(components.frame_rate), components.audio
+    indices = frame_indices(len(frames), fps)
+    if len(indices) > most:
+        indices = [round(index * (len(frames) - 1) / (most - 1)) for index in range(most)]
+    return _pictures(frames[indices]), audio
+
+
+def _answer(model: LanceModel, frames: Sequence["Image.Image"], system: str, question: str, preset: str,
+            max_new_tokens: int, choice: "Choice") -> str:
+    from lance_quant.lance.tokens import pack_understanding
+
+    with model.ready("vit") as pipeline:
+        tokens, grid = pipeline.look(frames, preset)
+    with model.ready("model") as pipeline:
+        packed = pack_understanding(pipeline.tokenizer, system, _text(question, "question"), grid)
+        progress = host.Progress(max_new_tokens)
+        answer = pipeline.answer(packed, tokens, max_new_tokens, progress.step, choice)
+    progress.reach(max_new_tokens)
+    return answer.text

@@ -1,0 +1,651 @@
+"""The ComfyUI pack without ComfyUI: its contract, and what its nodes do on the golden checkpoint over small stubs."""
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDENS
+from PIL import Image
+
+from comfyui import build, classes, handle, host, install, models, nodes, table, toolkit
+from comfyui.toolkit import PackError
+from lance_quant.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+PACK = ROOT / "comfyui"
+CLASSES, TITLES = classes.mappings()
+ANSWER = "max_new_tokens temperature top_p seed"
+SAMPLING = "steps cfg seed timestep_shift cfg_start cfg_end low_memory"
+# Saved workflows hold these names, and widget values in this order: only ever add at an end.
+FROZEN = {
+    "LanceKitModelLoader": "flavor precision checkpoint device mode keep_loaded offload vae_tiling",
+    "LanceKitTextToImage": f"model prompt size width height batch {SAMPLING}",
+    "LanceKitTextToVideo": f"model prompt size width height frames fps {SAMPLING}",
+    "LanceKitImageToVideo": f"model image prompt resolution frames fps {SAMPLING}",
+    "LanceKitImageEdit": f"model image instruction resolution {SAMPLING}",
+    "LanceKitVideoEdit": f"model video frames instruction source_fps max_frames resolution fps {SAMPLING}",
+    "LanceKitImageUnderstanding": f"model image question system resolution {ANSWER}",
+    "LanceKitVideoUnderstanding": f"model video frames question system source_fps max_frames resolution {ANSWER}",
+    "LanceKitUnload": "model after",
+    "LanceKitSelfCheck": "",
+}
+by_id = pytest.mark.parametrize("node", table.NODES, ids=lambda node: node.id)
+WORKFLOWS = sorted((PACK / "example_workflows").glob("*.json"))
+
+
+class Interrupted(BaseException):
+    """As in ComfyUI: `except Exception` does not catch it."""
+
+
+class Comfy:
+    """Just enough ComfyUI: folders, model management, progress, Cancel."""
+
+    def __init__(self, root: Path):
+        self.root, self.loaded, self.progress, self.checks, self.cancel_at = root, [], [], 0, None
+
+    def throw_exception_if_processing_interrupted(self) -> None:
+        self.checks += 1
+        if self.cancel_at is not None and self.checks >= self.cancel_at:
+            self.cancel_at = None
+            raise Interrupted
+
+    def load_models_gpu(self, patchers, memory_required=0, force_full_load=False) -> None:
+        assert force_full_load and memory_required > 0
+        for patcher in patchers:
+            patcher.model.to(patcher.load_device)
+            if all(loaded.model is not patcher for loaded in self.loaded):
+                self.loaded.append(types.SimpleNamespace(model=patcher, model_unload=lambda **_: None))
+
+    def modules(self) -> dict[str, types.ModuleType]:
+        comfy = self
+
+        class ModelPatcher:
+            def __init__(self, model, load_device, offload_device):
+                self.model, self.load_device, self.offload_device = model, load_device, offload_device
+
+        class ProgressBar:
+            def __init__(self, total):
+                self.total = total
+
+            def update_absolute(self, value, total=None):
+                comfy.progress.append((value, total))
+
+        made = {
+            "folder_paths": {"models_dir": str(self.root), "get_folder_paths": lambda _: [str(self.root / "lance")]},
+            "comfy": {}, "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
+            "comfy.utils": {"ProgressBar": ProgressBar},
+            "comfy.model_management": {
+                "current_loaded_models": self.loaded, "load_models_gpu": self.load_models_gpu,
+                "get_torch_device": lambda: torch.device("cpu"), "unet_offload_device": lambda: torch.device("cpu"),
+                "soft_empty_cache": lambda: None,
+                "throw_exception_if_processing_interrupted": self.throw_exception_if_processing_interrupted},
+            "comfy_api": {}, "comfy_api.latest": {
+                "InputImpl": types.SimpleNamespace(VideoFromComponents=lambda components: components),
+                "Types": types.SimpleNamespace(VideoComponents=types.SimpleNamespace)},
+        }
+        modules = {name: types.ModuleType(name) for name in made}
+        for name, content in made.items():
+            vars(modules[name]).update(content)
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(modules[parent], child, modules[name])
+        return modules
+
+
+@pytest.fixture
+def comfy(tmp_path, monkeypatch) -> Comfy:
+    """Stubs, and an empty models/lance."""
+    (tmp_path / "lance").mkdir()
+    stub = Comfy(tmp_path)
+    for name, module in stub.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(toolkit, "nano", lambda: None)
+    models._header.cache_clear()
+    models._header_facts.cache_clear()
+    return stub
+
+
+@pytest.fixture
+def tiny(comfy) -> handle.LanceModel:
+    """The golden checkpoint, found and loaded like any other."""
+    shutil.copytree(GOLDENS / "checkpoint", comfy.root / "lance" / "some name", dirs_exist_ok=True)
+    return load()[0]
+
+
+def load(**settings) -> tuple:
+    return nodes.load_model(**defaults("LanceKitModelLoader") | settings)
+
+
+def defaults(node_id: str) -> dict:
+    (node,) = [node for node in table.NODES if node.id == node_id]
+    return {entry.name: entry.default for entry in node.widgets}
+
+
+def draw(model, **settings) -> torch.Tensor:
+    inputs = defaults("LanceKitTextToImage") | {"steps": 4, "size": "custom", "width": 96, "height": 64} | settings
+    return nodes.text_to_image(model, **inputs)[0]
+
+
+# The contract
+
+def test_importing_the_pack_is_quick_and_loads_nothing_heavy():
+    program = ("import time, sys; start = time.perf_counter(); import comfyui; took = time.perf_counter() - start;"
+               "print(took, [name for name in ('torch', 'transformers', 'diffusers', 'numpy', 'PIL', 'lance_quant') "
+               "if name in sys.modules])")
+    took, _, heavy = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True,
+                                    check=True).stdout.strip().partition(" ")
+    assert heavy == "[]"
+    assert float(took) < 0.5
+
+
+def test_names_are_frozen():
+    assert {node.id: " ".join(entry.name for entry in node.inputs) for node in table.NODES} == FROZEN
+    assert set(CLASSES) == set(TITLES) == set(FROZEN)
+    assert all(name.startswith("LanceKit") for name in FROZEN)
+
+
+@by_id
+def test_inputs_are_declared_as_comfyui_expects(node, comfy):
+    declared = CLASSES[node.id].INPUT_TYPES()
+    json.dumps(declared)
+    for entry, (kind, options) in ((entry, (declared["required"] | declared.get("optional", {}))[entry.name])
+                                   for entry in node.inputs):
+        assert options["tooltip"].endswith(".")
+        if isinstance(kind, list):
+            assert options["default"] in kind
+        elif kind in ("INT", "FLOAT"):
+            assert options["min"] <= options["default"] <= options["max"] and options["step"] > 0
+        if entry.name == "seed":
+            assert (options["min"], options["max"], options["control_after_generate"]) == (0, 2**64 - 1, True)
+
+
+@by_id
+def test_functions_take_exactly_their_inputs(node):
+    run = getattr(CLASSES[node.id], CLASSES[node.id].FUNCTION)
+    parameters = inspect.signature(run).parameters
+    assert set(parameters) == {entry.name for entry in node.inputs}
+    optional = {name for name, parameter in parameters.items() if parameter.default is not inspect.Parameter.empty}
+    assert optional == {entry.name for entry in node.inputs if entry.optional}
+
+
+@by_id
+def test_outputs_and_descriptions_are_complete(node):
+    made = CLASSES[node.id]
+    assert len(made.RETURN_TYPES) == len(made.RETURN_NAMES) == len(made.OUTPUT_TOOLTIPS) == len(made.OUTPUT_IS_LIST)
+    assert made.DESCRIPTION and made.CATEGORY == "Lance"
+
+
+def test_a_wildcard_accepts_every_type():
+    kind, _ = CLASSES["LanceKitUnload"].INPUT_TYPES()["required"]["after"]
+    assert kind == "*"
+    assert [other for other in ("IMAGE", "STRING", "LANCE_MODEL") if kind != other or other != kind] == []
+
+
+def test_the_pack_keeps_the_house_rules():
+    for path in sorted(PACK.glob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        assert ast.get_docstring(tree)
+        long = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+                and node.end_lineno - node.lineno >= 45]
+        assert long == []
+
+
+def test_only_the_host_module_knows_comfyui():
+    theirs = re.compile(r"^\s*(import|from) (comfy|comfy_api|comfyui_version|folder_paths|nodes|server)\b", re.M)
+    assert [path.name for path in sorted(PACK.glob("*.py")) if theirs.search(path.read_text("utf-8"))] == ["host.py"]
+
+
+# Files made from the table
+
+def test_locales_help_pages_and_workflows_are_up_to_date():
+    made = build.files()
+    stale = [str(path) for path, text in made.items() if not path.is_file() or path.read_text("utf-8") != text]
+    assert stale == [], "run python -m comfyui.build"
+    there = [path for folder in ("locales", "web", "example_workflows") for path in (PACK / folder).rglob("*")
+             if path.is_file() and path.suffix != ".jpg"]
+    assert set(there) == set(made)
+
+
+def test_the_chinese_texts_are_chinese_and_complete():
+    texts = [text for node in build.translated().values()
+             for part in [node, *node["inputs"].values(), *node["outputs"].values()]
+             for text in part.values() if isinstance(text, str)]
+    assert len(texts) > 150
+    assert all(any("\u4e00" <= character <= "\u9fff" for character in text) for text in texts)
+
+
+def test_every_node_has_an_example():
+    used = {node["type"] for path in WORKFLOWS for node in json.loads(path.read_text("utf-8"))["nodes"]}
+    assert set(FROZEN) <= used
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_example_workflows_fit_the_nodes(path):
+    workflow = json.loads(path.read_text("utf-8"))
+    placed = {node["id"]: node for node in workflow["nodes"]}
+    for node in workflow["nodes"]:
+        if node["type"] in CLASSES:
+            (declared,) = [entry for entry in table.NODES if entry.id == node["type"]]
+            names = [name for entry in declared.widgets for name in (entry.name, *["control"] * (entry.name == "seed"))]
+            values = dict(zip(names, node["widgets_values"], strict=True))
+            for entry in declared.widgets:
+                if entry.kind == "COMBO" and isinstance(entry.choices, tuple):
+                    assert values[entry.name] in entry.choices
+    for index, source, slot, target, socket, kind in workflow["links"]:
+        output, taken = placed[source]["outputs"][slot], placed[target]["inputs"][socket]
+        assert index in output["links"] and taken["link"] == index
+        assert kind == output["type"] and (taken["type"] == kind or "*" in (taken["type"], kind))
+    assert path.with_suffix(".jpg").is_file(), "a thumbnail of the same name"
+
+
+# Finding models
+
+def fake(folder: Path, hidden: int = 2048, positions: int = 4096, precision: str = "bf16", vit: bool = False,
+         config: bool = True) -> None:
+    """The headers and names of a checkpoint, without its gigabytes."""
+    shapes = {"language_model.model.norm.weight": [hidden], "latent_pos_embed.pos_embed": [positions, hidden]}
+    if vit:
+        shapes["vit_model.patch_embed.proj.weight"] = [1]
+    header = json.dumps({name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]}
+                         for name, shape in shapes.items()}).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = {"bf16": "model.safetensors"}.get(precision) or models._PACKED[precision][1]
+    (folder / file).write_bytes(struct.pack("<Q", len(header)) + header)
+    if precision != "bf16":
+        (folder / models._PACKED[precision][0]).write_text("{}")
+    for name in models._TOKENIZER if config else ():
+        (folder / name).write_text(json.dumps({"hidden_size": hidden}))
+
+
+def test_models_are_known_by_their_content_at_any_depth_and_under_any_name(comfy):
+    fake(comfy.root / "lance" / "a" / "My Model")
+    fake(comfy.root / "lance" / "a" / "b" / "clips", positions=126976)
+    fake(comfy.root / "lance" / "Lance-3B-Video-AWQ-INT4", precision="awq_int4", vit=True, config=False)
+    fake(comfy.root / "lance" / ".cache" / "half", config=True)
+    (comfy.root / "lance" / "a" / "loop").symlink_to(comfy.root / "lance")
+    found = {one.label: (one.flavor, one.precision) for one in models.scan()}
+    assert found == {"a/My Model": ("Lance_3B", "bf16"), "a/b/clips": ("Lance_3B_Video", "bf16"),
+                     "Lance-3B-Video-AWQ-INT4": ("Lance_3B_Video", "awq_int4")}
+    assert models.labels() == ["auto", *found]
+
+
+def test_every_registered_folder_is_searched(comfy, tmp_path, monkeypatch):
+    fake(tmp_path / "elsewhere" / "one")
+    monkeypatch.setattr(sys.modules["folder_paths"], "get_folder_paths",
+                        lambda _: [str(tmp_path / "lance"), str(tmp_path / "elsewhere"), str(tmp_path / "absent")])
+    assert [found.label for found in models.scan()] == ["one"]
+
+
+def test_a_packed_folder_takes_its_configuration_from_another_download(comfy):
+    fake(comfy.root / "lance" / "Lance-3B-AWQ-INT4", precision="awq_int4", config=False)
+    with pytest.raises(PackError, match="has no llm_config.json or tokenizer.*\n?.*hf download"):
+        models.choose("auto", "auto", "auto", blackwell=False)
+    fake(comfy.root / "lance" / "official" / "Lance_3B")
+    choice = models.choose("auto", "auto", "auto", blackwell=False)
+    assert (choice.found.precision, choice.config.name) == ("awq_int4", "Lance_3B")
+
+
+@pytest.mark.parametrize(("blackwell", "taken"), [(True, "nvfp4"), (False, "awq_int4")])
+def test_auto_precision_depends_on_the_gpu_and_says_why(comfy, blackwell, taken):
+    for precision in ("bf16", "awq_int4", "nvfp4"):
+        fake(comfy.root / "lance" / precision, precision=precision)
+    choice = models.choose("auto", "auto", "auto", blackwell)
+    assert choice.found.precision == taken
+    assert "Blackwell" in choice.reason or "SM 10" in choice.reason
+
+
+def test_parts_of_another_size_are_never_taken(comfy):
+    fake(comfy.root / "lance" / "real" / "Lance_3B")
+    vit = comfy.root / "lance" / "toy" / "Qwen2.5-VL-ViT"
+    vit.mkdir(parents=True)
+    (vit / "vit.safetensors").touch()
+    (vit / "config.json").write_text('{"out_hidden_size": 128}')
+    assert models.choose("auto", "auto", "auto", False).vit is None
+    (vit / "config.json").write_text('{"out_hidden_size": 2048}')
+    assert models.choose("auto", "auto", "auto", False).vit == vit
+
+
+@pytest.mark.parametrize(("flavor", "precision", "command", "size"), [
+    ("Lance_3B", "bf16", '--include "Lance_3B/*"', "28.9"), ("auto", "auto", "Reza2kn/Lance-3B-AWQ-INT4", "8.5"),
+    ("Lance_3B_Video", "nvfp4", "Reza2kn/Lance-3B-Video-NVFP4", "11.1")])
+def test_the_first_line_says_what_is_missing_with_command_and_size(comfy, flavor, precision, command, size):
+    with pytest.raises(PackError) as raised:
+        models.choose(flavor, precision, "auto", blackwell=False)
+    first = str(raised.value).splitlines()[0]
+    assert "is not installed. Download it" in first and f"{size} GB" in first
+    assert "hf download bytedance-research/Lance" in first and command in first and str(comfy.root / "lance") in first
+
+
+def test_without_any_model_the_built_in_one_is_taken_and_says_so(comfy, monkeypatch):
+    monkeypatch.setattr(toolkit, "nano", lambda: GOLDENS / "checkpoint" / "Lance_3B")
+    choice = models.choose("auto", "auto", "auto", blackwell=False)
+    assert choice.found.label == models.NANO_LABEL and "hf download" in choice.reason
+    assert (choice.vit.name, choice.vae.name) == ("Qwen2.5-VL-ViT", "Wan2.2_VAE.pth")
+    with pytest.raises(PackError, match="Lance_3B .* is not installed"):
+        models.choose("Lance_3B", "auto", "auto", blackwell=False)
+
+
+def test_a_broken_or_contradicting_choice_is_refused(comfy):
+    fake(comfy.root / "lance" / "good")
+    fake(comfy.root / "lance" / "cut")
+    (comfy.root / "lance" / "cut" / "model.safetensors").write_bytes(b"\x00" * 4)
+    for settings, text in ((("auto", "auto", "cut"), "cannot be read.*Download it again"),
+                           (("auto", "nvfp4", "good"), "is bf16, and precision says nvfp4"),
+                           (("Lance_3B_Video", "auto", "good"), "is Lance_3B, and flavor says Lance_3B_Video"),
+                           (("auto", "auto", "gone"), "'gone' is not in the lance folders.*Found: ")):
+        with pytest.raises(PackError, match=text):
+            models.choose(*settings, blackwell=False)
+    assert models.choose("auto", "auto", "auto", blackwell=False).found.label == "good"
+
+
+def test_the_editor_hears_of_a_missing_model_before_anything_runs(comfy):
+    assert "is not installed" in nodes.validate_model("Lance_3B", "auto", "auto")
+    assert "is none of" in nodes.validate_model("Nope", "auto", "auto")
+    assert nodes.validate_model(None, "auto", "auto") is True
+    fake(comfy.root / "lance" / "one")
+    assert nodes.validate_model("Lance_3B", "auto", "auto") is True
+
+
+def test_the_fingerprint_follows_the_file(comfy):
+    settings = {"flavor": "auto", "precision": "auto", "checkpoint": "auto"}
+    absent = nodes.model_fingerprint(**settings)
+    fake(comfy.root / "lance" / "one")
+    first = nodes.model_fingerprint(**settings)
+    (comfy.root / "lance" / "one" / "model.safetensors").open("ab").write(b"more")
+    assert len({absent, first, nodes.model_fingerprint(**settings)}) == 3
+
+
+# Running
+
+def test_pictures_are_images_and_batches_count_the_seed_up(tiny):
+    both = draw(tiny, seed=7, batch=2)
+    assert (both.shape, both.dtype, both.device.type) == ((2, 64, 96, 3), torch.float32, "cpu")
+    assert both.min() >= 0 and both.max() <= 1
+    torch.testing.assert_close(both[1:], draw(tiny, seed=8), rtol=0, atol=0)
+    assert not torch.equal(both[0], both[1])
+
+
+def test_every_sampling_widget_reaches_the_sampler(tiny):
+    plain = draw(tiny)
+    torch.testing.assert_close(plain, draw(tiny), rtol=0, atol=0)
+    for changed in ({"seed": 43}, {"cfg": 9.0}, {"steps": 5}, {"timestep_shift": 1.0}, {"cfg_start": 0.95},
+                    {"cfg_end": 0.9}, {"prompt": "a digit 7"}):
+        assert not torch.equal(plain, draw(tiny, **changed)), changed
+    torch.testing.assert_close(plain, draw(tiny, low_memory=True), rtol=0, atol=2 / 255)
+
+
+def test_the_largest_seed_wraps_within_a_batch(tiny):
+    wrapped = draw(tiny, seed=2**64 - 1, batch=2)
+    torch.testing.assert_close(wrapped[1:], draw(tiny, seed=0), rtol=0, atol=0)
+
+
+def test_sizes_are_named_by_ratio_or_the_models_own(tiny):
+    assert draw(tiny, size="auto", steps=1).shape == (1, 112, 112, 3)
+    assert nodes._size(tiny, "16:9 1024x576", 64, 64, "image") == (1024, 576)
+    assert nodes._size(tiny, "360p 9:16 352x640", 64, 64, "video") == (352, 640)
+
+
+def test_progress_counts_every_step_to_its_end(comfy, tiny):
+    comfy.progress.clear()
+    draw(tiny, steps=3, batch=2)
+    assert comfy.progress == [(done, 6) for done in range(1, 7)]
+
+
+@pytest.mark.parametrize("at", [1, 20, 90])
+def test_cancel_stops_within_a_block_and_leaves_nothing(comfy, tiny, at):
+    draw(tiny)
+    comfy.checks, comfy.cancel_at = 0, at
+    with pytest.raises(Interrupted):
+        draw(tiny)
+    assert comfy.checks == at
+    hooks = [module for patcher in tiny._managed.values() for module in patcher.model.modules()
+             if module._forward_pre_hooks]
+    assert hooks == []
+    assert draw(tiny).shape == (1, 64, 96, 3)
+
+
+def test_loading_can_be_cancelled_and_shows_progress(comfy, tiny):
+    tiny.release()
+    comfy.progress.clear()
+    comfy.checks, comfy.cancel_at = 0, 30
+    with pytest.raises(Interrupted):
+        tiny.load()
+    assert tiny._pipeline is None
+    tiny.load()
+    assert comfy.progress[-1][0] == comfy.progress[-1][1] > 90
+
+
+def test_understanding_answers_once_per_picture_as_the_pipeline_does(comfy, tiny, pipeline, questions):
+    inputs, picture = defaults("LanceKitImageUnderstanding"), pipeline.frames(questions[0].visual, "image")[0]
+    image = nodes._image(picture)[None]
+    comfy.progress.clear()
+    asked = {"question": questions[0].question, "system": questions[0].system, "resolution": "image_256res",
+             "max_new_tokens": 24}
+    result = nodes.image_understanding(tiny, torch.cat([image, 1 - image]), **inputs | asked)
+    (answers,) = result["result"]
+    packed, tokens = pipeline.ask(questions[0], "image_256res")
+    assert answers[0] == pipeline.answer(packed, tokens, 24).text and len(answers) == 2
+    assert result["ui"]["text"] == answers
+    assert comfy.progress[-1] == (24, 24)
+
+
+def test_temperature_and_seed_reach_the_choice_of_tokens(tiny):
+    inputs = defaults("LanceKitImageUnderstanding") | {"max_new_tokens": 16, "resolution": "image_112res"}
+    picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+
+    def answers(**changed):
+        return nodes.image_understanding(tiny, picture, **inputs | changed)["result"][0]
+
+    assert answers() == answers(seed=7) == answers(temperature=2.0, top_p=0.0001)
+    drawn = answers(temperature=2.0, seed=7)
+    assert drawn == answers(temperature=2.0, seed=7) and drawn != answers(temperature=2.0, seed=8)
+
+
+def test_an_answer_can_be_cancelled_between_tokens(comfy, tiny):
+    inputs = defaults("LanceKitImageUnderstanding") | {"max_new_tokens": 20, "resolution": "image_112res"}
+    picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    comfy.checks = 0
+    nodes.image_understanding(tiny, picture, **inputs)
+    comfy.cancel_at, comfy.checks = comfy.checks - 5, 0
+    with pytest.raises(Interrupted):
+        nodes.image_understanding(tiny, picture, **inputs)
+
+
+def test_an_edit_keeps_the_batch_and_uses_the_picture(tiny):
+    inputs = defaults("LanceKitImageEdit") | {"steps": 2, "resolution": "image_112res"}
+    first, second = torch.zeros(1, 64, 64, 3), torch.ones(1, 64, 64, 3)
+    (edited,) = nodes.image_edit(tiny, torch.cat([first, second]), **inputs)
+    assert edited.shape == (2, 112, 112, 3) and not torch.equal(edited[0], edited[1])
+
+
+def test_clips_have_their_frames_rate_and_sound(tiny):
+    inputs = {"steps": 1, "fps": 24}
+    clip, frames = nodes.text_to_video(tiny, **defaults("LanceKitTextToVideo") | inputs | {"frames": 5})
+    assert frames.shape == (5, 112, 112, 3) and (clip.frame_rate, clip.audio) == (24, None)
+    clip, frames = nodes.image_to_video(tiny, frames[:1], **defaults("LanceKitImageToVideo") | inputs | {
+        "frames": 9, "resolution": "image_112res"})
+    assert frames.shape == (9, 112, 112, 3)
+    clip.audio, clip.frame_rate = "sound", 12.0
+    source = types.SimpleNamespace(get_components=lambda: clip)
+    edit = defaults("LanceKitVideoEdit") | inputs | {"resolution": "image_112res"}
+    edited, frames = nodes.video_edit(tiny, **edit, video=source)
+    assert frames.shape == (9, 112, 112, 3) and edited.audio == "sound"
+    edited, frames = nodes.video_edit(tiny, **edit | {"max_frames": 5}, frames=clip.images)
+    assert frames.shape == (5, 112, 112, 3)
+    asked = nodes.video_understanding(tiny, **defaults("LanceKitVideoUnderstanding") | {
+        "max_new_tokens": 16, "resolution": "image_112res"}, frames=clip.images)
+    assert isinstance(asked["result"][0], str)
+
+
+def test_mistakes_are_answered_in_words(comfy, tiny, monkeypatch):
+    watch = defaults("LanceKitVideoUnderstanding")
+    with pytest.raises(PackError, match="The prompt is empty"):
+        draw(tiny, prompt=" \n")
+    with pytest.raises(PackError, match="Connect either video or frames."):
+        nodes.video_understanding(tiny, **watch)
+    with pytest.raises(PackError, match="not both"):
+        nodes.video_understanding(tiny, **watch, video=object(), frames=torch.zeros(5, 16, 16, 3))
+    monkeypatch.setattr(handle.LanceModel, "flavor", "Lance_3B")
+    with pytest.raises(PackError, match="needs the video model.*Lance_3B_Video"):
+        nodes.video_understanding(tiny, **watch, frames=torch.zeros(5, 16, 16, 3))
+
+
+def test_a_missing_part_is_named_where_it_is_needed(comfy):
+    shutil.copytree(GOLDENS / "checkpoint" / "Lance_3B", comfy.root / "lance" / "alone")
+    model, info = load()
+    assert "not found: ViT, VAE" in info
+    with pytest.raises(PackError, match="has no VAE beside it.*Download it .4.2 GB.*Wan2.2_VAE.pth"):
+        draw(model)
+
+
+# Memory
+
+def test_equal_loaders_share_weights_and_dropped_outputs_free_them(comfy, tiny):
+    import gc
+    import weakref
+
+    again, _ = load()
+    assert again is tiny
+    other, _ = load(mode="cached")
+    assert other is not tiny
+    gone = weakref.ref(other)
+    del other
+    gc.collect()
+    assert gone() is None
+
+
+def test_unload_frees_the_weights_and_the_next_run_brings_them_back(comfy, tiny):
+    before = draw(tiny)
+    assert len(comfy.loaded) == 2
+    (passed,) = nodes.unload(tiny, before)
+    assert passed is before and comfy.loaded == [] and tiny._pipeline is None
+    torch.testing.assert_close(draw(tiny), before, rtol=0, atol=0)
+
+
+def test_offload_after_use_leaves_nothing_on_the_device(comfy, tiny):
+    plain = draw(tiny)
+    tiny.release()
+    model, _ = load(offload="after_use", vae_tiling=True)
+    assert draw(model).shape == plain.shape and comfy.loaded == []
+    assert model._pipeline is not None and model._pipeline.vae_tiling
+
+
+def test_without_keep_loaded_every_node_cleans_up_also_after_an_error(comfy, tiny):
+    model, _ = load(keep_loaded=False)
+    draw(model)
+    assert model._pipeline is None and comfy.loaded == []
+    with pytest.raises(PackError):
+        draw(model, prompt="")
+    assert model._pipeline is None
+
+
+@pytest.mark.parametrize(("folder", "precision"), [("int4_g32", "awq_int4"), ("nvfp4", "nvfp4")])
+def test_published_packed_folders_run_in_both_modes(comfy, tiny, folder, precision):
+    shutil.copytree(GOLDENS / "published" / folder, comfy.root / "lance" / "packed")
+    small, info = load(checkpoint="packed")
+    assert precision in info
+    ondemand = draw(small)
+    torch.testing.assert_close(ondemand, draw(load(checkpoint="packed", mode="cached")[0]), rtol=0, atol=2 / 255)
+    assert not torch.equal(ondemand, draw(tiny))
+
+
+# The toolkit, and installing
+
+def test_lower_bounds_are_those_of_the_toolkit():
+    lines = (ROOT / "requirements.txt").read_text("utf-8").splitlines()
+    bounds = dict(line.split(",")[0].split(">=") for line in lines if ">=" in line)
+    assert {name: bounds[name] for name in toolkit.NEEDED} == toolkit.NEEDED
+
+
+@pytest.mark.parametrize("found", ["4.57.6", None])
+def test_an_old_or_missing_package_is_named_with_the_command(monkeypatch, found):
+    monkeypatch.setattr(toolkit, "version_of", lambda package: found if package == "transformers" else "99")
+    with pytest.raises(PackError, match='needs transformers 5.17 or newer.* -m pip install "transformers>=5.17"'):
+        toolkit.require()
+
+
+def test_a_missing_toolkit_is_explained(monkeypatch):
+    monkeypatch.delitem(sys.modules, "lance_quant")
+    monkeypatch.setattr(toolkit, "home", lambda: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(PackError, match="lance_quant package is missing.*comfyui.install"):
+        toolkit.require()
+
+
+def test_self_check_reports_and_never_fails(comfy, tiny, monkeypatch):
+    (report,) = nodes.self_check()["result"]
+    assert "some name/Lance_3B: lance_nano, bf16" in report and "transformers: " in report
+    monkeypatch.setattr(host, "device", lambda _: 1 / 0)
+    assert "FAILED: division by zero" in nodes.self_check()["result"][0]
+
+
+@pytest.fixture
+def comfyui_folder(tmp_path) -> Path:
+    (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
+    return tmp_path / "ComfyUI"
+
+
+def test_an_installed_copy_needs_nothing_of_the_checkout(comfyui_folder, capsys):
+    install.main(["--comfyui_path", str(comfyui_folder)])
+    target = comfyui_folder / "custom_nodes" / "lance-quant"
+    assert capsys.readouterr().out.strip() == str(target)
+    assert not [name for name in ("build.py", "install.py", "__pycache__") if (target / name).exists()]
+    program = ("import importlib.util, sys; before = list(sys.path);"
+               "spec = importlib.util.spec_from_file_location('pack', sys.argv[1] + '/__init__.py', "
+               "submodule_search_locations=[sys.argv[1]]); pack = importlib.util.module_from_spec(spec);"
+               "sys.modules['pack'] = pack; spec.loader.exec_module(pack);"
+               "from pack import toolkit; toolkit.require(); import lance_quant.lance.pipeline, quantized_linear;"
+               "assert sys.path == before; print(lance_quant.__file__)")
+    done = subprocess.run([sys.executable, "-c", program, str(target)], cwd=comfyui_folder, capture_output=True,
+                          text=True, check=True)
+    assert done.stdout.strip() == str(target / "runtime" / "lance_quant" / "__init__.py")
+
+
+def test_installing_never_overwrites_unless_told_to(comfyui_folder):
+    target = comfyui_folder / "custom_nodes" / "lance-quant"
+    install.main(["--comfyui_path", str(comfyui_folder), "--link"])
+    assert target.is_symlink() and target.resolve() == PACK
+    with pytest.raises(InputError, match="exists already"):
+        install.main(["--comfyui_path", str(comfyui_folder)])
+    install.main(["--comfyui_path", str(comfyui_folder), "--update"])
+    assert not target.is_symlink() and PACK.is_dir()
+    (target / "table.py").unlink()
+    with pytest.raises(InputError, match="exists already"):
+        install.main(["--comfyui_path", str(comfyui_folder), "--update"])
+    with pytest.raises(InputError, match="has no custom_nodes"):
+        install.main(["--comfyui_path", str(target)])
+
+
+def test_the_documented_install_commands_parse():
+    text = (PACK / "README.md").read_text("utf-8") + install.__doc__
+    commands = re.findall(r"python -m comfyui\.install ([^`\n]+)", text)
+    assert len(commands) >= 4
+    for command in commands:
+        install.parse_args(shlex.split(command))
+
+
+def test_the_registry_entry_pins_nothing_that_comfyui_brings():
+    text = (PACK / "pyproject.toml").read_text("utf-8")
+    (dependencies,) = [line for line in text.splitlines() if line.startswith("dependencies")]
+    assert "==" not in dependencies and "<" not in dependencies
+    assert not [name for name in ("torch", "transformers", "numpy", "pillow") if name in dependencies]
+    assert all(key in text for key in ("PublisherId", "DisplayName", "requires-comfyui", 'name = "lance-quant-nodes"'))
+
+
+def test_pictures_keep_their_levels():
+    levels = torch.arange(256).float() / 255
+    image = levels.repeat(3, 1).T.reshape(1, 16, 16, 3)
+    (picture,) = nodes._pictures(image)
+    assert isinstance(picture, Image.Image)
+    torch.testing.assert_close(nodes._image(picture)[None], image, rtol=0, atol=0)
