@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Convert an extracted understanding path to Core ML in 4 bits, with a stateful cache, on a Mac or on Linux.
+
+    python apple/export_coreml.py --src Lance_3B-und --out Lance_3B-und-CoreML-4bit
+    python apple/export_coreml.py --src Lance_3B-und --out Lance_3B-und-CoreML-palettized-4bit --storage float16
+
+Every matrix becomes 4-bit indices into palettes of 16 values per 32 rows (apple/palette.py). The network is cut into
+packages of a few layers, converted one after the other, because the converter holds every weight several times over; a
+small model is one package. Each package takes any number of new tokens up to the context, and keeps their
+keys and values in its state:
+
+    input    ids int32 [1, t] (first package) or hidden float16 [1, t, width]; cos and sin float16 [t, head width] of
+             the tokens' positions; mask float16 [t, s], 0 where a new token may look at one of s tokens so far, or -inf
+    state    keys, values float16 [layers, kv heads, context, head width]
+    output   hidden float16 [1, t, width], or logits [1, t, vocabulary] (last package)
+
+`--storage float16` writes the same values as an ordinary float16 Hugging Face folder instead (the published form, as
+large as the source), for trying out what palettes cost in any runtime. Both hold equal numbers.
+
+Reads   a folder made by apple/extract_und.py
+Writes  OUT/part_NN.mlpackage, OUT/coreml.json (the packages in order, sizes), tokenizer; or a Hugging Face folder
+Needs   coremltools (requirements-apple.txt) for packages, and 14 GB of memory for the last one, which holds the head;
+        --storage float16 3 GB. apple/README.md has times
+Next    open in Xcode, or coremltools.models.MLModel on a Mac; float16: transformers
+"""
+
+import argparse
+import importlib.util
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from apple.decoder import DecoderConfig
+from apple.extract_und import TOKENIZER_FILES
+from apple.palette import COLORS, ROWS, palettized
+from lance_quant import __version__, cli
+from lance_quant.errors import InputError
+from lance_quant.files import read_json, require_free, whole_folder, write_json
+from lance_quant.packed import require_space
+from lance_quant.tensorfile import Checkpoint, TensorFileWriter, TensorSpec, file_size
+
+log = logging.getLogger("lance_quant")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--src", type=Path, required=True, help="folder made by apple/extract_und.py")
+    parser.add_argument("--out", type=Path, help="folder to create; never overwritten; not written by --dry_run")
+    parser.add_argument("--storage", choices=["palettes", "float16"], default="palettes",
+                        help="palettes: 4-bit packages; float16: a Hugging Face folder with the same values")
+    parser.add_argument("--context", type=int, default=2048, help="tokens that the cache can hold")
+    parser.add_argument("--layers_per_part", type=int, default=2,
+                        help="layers per package; more of them need more memory to convert")
+    parser.add_argument("--dry_run", action="store_true", help="read headers only and print what would be written")
+    return parser.parse_args(argv)
+
+
+def palette_bytes(specs: Mapping[str, TensorSpec]) -> int:
+    """Bytes of indices, palettes and float16 vectors: the packages' weights less padding, programs and manifests."""
+    total = 0
+    for spec in specs.values():
+        if len(spec.shape) == 2:
+            total += spec.shape[0] * spec.shape[1] // 2 + spec.shape[0] // ROWS * COLORS * 2
+        else:
+            total += spec.shape[0] * 2
+    return total
+
+
+def require_rows(specs: Mapping[str, TensorSpec]) -> None:
+    """Raise InputError unless every matrix has whole palettes."""
+    odd = [name for name, spec in specs.items() if len(spec.shape) == 2 and spec.shape[0] % ROWS]
+    if odd:
+        raise InputError(f"palettes cover {ROWS} rows each, which does not divide those of {odd[:5]}")
+
+
+def parts_of(layers: int, per_part: int) -> list[range]:
+    """The layers of every package."""
+    return [range(first, min(first + per_part, layers)) for first in range(0, layers, per_part)]
+
+
+def names_of(specs: Mapping[str, TensorSpec], layers: range, last: int) -> list[str]:
+    """The tensors of a package: its layers, and at either end of the network what is there."""
+    wanted = [f"model.layers.{index}." for index in layers]
+    wanted += ["model.embed_tokens."] * (layers.start == 0) + ["model.norm.", "lm_head."] * (layers.stop == last)
+    return [name for name in specs if name.startswith(tuple(wanted))]
+
+
+def export_packages(src: Path, out: Path, context: int, per_part: int) -> dict[str, Any]:
+    """Write the packages; returns what coreml.json says.
+
+    Raises:
+        InputError: coremltools is absent, `out` exists, or the folder does not fit.
+    """
+    if importlib.util.find_spec("coremltools") is None:
+        raise InputError("coremltools is not installed (requirements-apple.txt); --storage float16 works without it")
+    from apple import coreml_parts  # imports coremltools, which takes seconds
+
+    require_free(out)
+    config, facts = DecoderConfig.load(src), read_json(src / "extraction.json", "extraction record")
+    with Checkpoint(src) as source, whole_folder(out) as folder:
+        require_rows(source.specs)
+        require_space(out, palette_bytes(source.specs))
+        parts = parts_of(config.num_hidden_layers, per_part)
+        names = [f"part_{index:02d}.mlpackage" for index in range(len(parts))]
+        for name, layers in zip(tqdm(names, desc="convert", disable=None), parts, strict=True):
+            wanted = {key: key for key in names_of(source.specs, layers, config.num_hidden_layers)}
+            if layers.stop == config.num_hidden_layers:
+                wanted.setdefault("lm_head.weight", "model.embed_tokens.weight")
+            tensors = {ours: palettized(source.read(theirs)) for ours, theirs in wanted.items()}
+            coreml_parts.convert(tensors, config, layers, context).save(str(folder / name))
+            log.info("%s  layers %d to %d", name, layers.start, layers.stop - 1)
+        record = {"tool": f"lance-quant {__version__}", "source": facts, "context": context, "parts": names,
+                  "layers": [[part.start, part.stop] for part in parts], "rope_theta": config.rope_theta,
+                  "weight_bytes": palette_bytes(source.specs), "bytes": _size(folder)}
+        write_json(folder / "coreml.json", record)
+        _copy_texts(src, folder, ("generation_config.json", *TOKENIZER_FILES))
+    return record
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _copy_texts(src: Path, folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, folder / name)
+
+
+def float16_specs(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """What --storage float16 writes."""
+    return {name: spec._replace(dtype=torch.float16) for name, spec in specs.items()}
+
+
+def export_float16(src: Path, out: Path) -> dict[str, Any]:
+    """Write the Hugging Face folder with palettized values; returns what export.json says. InputError as above."""
+    require_free(out)
+    facts = read_json(src / "extraction.json", "extraction record")
+    with Checkpoint(src) as source, whole_folder(out) as folder:
+        require_rows(source.specs)
+        size = file_size(float16_specs(source.specs))
+        require_space(out, size)
+        with TensorFileWriter(folder / "model.safetensors", float16_specs(source.specs)) as writer:
+            for name in tqdm(source.specs, desc="palettize", disable=None):
+                writer.write(name, palettized(source.read(name)))
+        config = read_json(src / "config.json", "model configuration")
+        write_json(folder / "config.json", {**config, "torch_dtype": "float16"})
+        record = {"tool": f"lance-quant {__version__}", "source": facts, "bytes": size,
+                  "palettes": {"colors": COLORS, "rows": ROWS}}
+        write_json(folder / "export.json", record)
+        _copy_texts(src, folder, ("generation_config.json", *TOKENIZER_FILES))
+    return record
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Plan or export, and print the result."""
+    args = parse_args(argv)
+    if args.dry_run:
+        with Checkpoint(args.src) as source:
+            size = palette_bytes(source.specs) if args.storage == "palettes" else file_size(float16_specs(source.specs))
+        print(f"output_bytes: {size}" + (" and programs" if args.storage == "palettes" else ""))
+        return
+    if args.out is None:
+        raise InputError("--out is needed unless --dry_run is given")
+    if args.context < 2 or args.layers_per_part < 1:
+        raise InputError(f"--context {args.context} must be 2 or more, --layers_per_part {args.layers_per_part} 1")
+    if args.storage == "float16":
+        record = export_float16(args.src, args.out)
+    else:
+        record = export_packages(args.src, args.out, args.context, args.layers_per_part)
+    log.info("wrote %s: %s", args.out, json.dumps({"bytes": record["bytes"]}))
+    print(args.out)
+
+
+if __name__ == "__main__":
+    cli.run(main)
