@@ -10,6 +10,7 @@
 
 import logging
 import math
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,12 +79,19 @@ class Quantized:
     details: Sequence[Mapping[str, Any]] = ()
     seconds: float = 0.0
 
+    @property
+    def alpha(self) -> float:
+        """Exponent of the activation in the chosen scale, 0 for no scaling."""
+        found = re.match(r"act\^([\d.]+)", self.label)
+        return float(found[1]) if found else 0.0
+
     def entries(self, codec: Codec, shapes: Iterable[Sequence[int]]) -> Iterator[dict[str, Any]]:
         """Meta entry of every linear of the group."""
         for index, shape in enumerate(shapes):
             entry = codec.entry(shape, self.kind, self.context)
             if self.before:
-                entry.update(candidate=self.label, error_before=self.before[index], error_after=self.after[index])
+                entry.update(candidate=self.label, alpha=self.alpha, error_before=self.before[index],
+                             error_after=self.after[index])
             if self.details:
                 entry.update(self.details[index])
             yield entry

@@ -121,6 +121,8 @@ def test_every_linear_is_better_than_plainly_rounded(tmp_path, codec):
     entries = json.loads((tmp_path / "out" / codec.meta_file).read_text())["per_weight"]
     assert all(0 < entry["error_after"] < entry["error_before"] for entry in entries.values())
     assert {entry["candidate"] for entry in entries.values()} != {"s=1"}
+    assert all(entry["alpha"] == (0.0 if entry["candidate"] == "s=1" else float(entry["candidate"][4:8]))
+               for entry in entries.values())
 
 
 def test_values_share_their_scale_between_the_experts(tmp_path):
