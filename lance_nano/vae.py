@@ -10,49 +10,16 @@ well.
 
 from __future__ import annotations
 
-import re
-
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 
+from lance_quant.lance.vae import MEAN, STD, build_autoencoder, official_name
+
 WIDTH = 16
 CHANNELS = 48
 LOG_VARIANCE = -20.0  # the official edit path samples its condition with it; this makes that a no-op
-LATENT_MEAN = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
-)  # fmt: skip
-LATENT_STD = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
-    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
-    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
-)  # fmt: skip
-
-# diffusers name -> official name, applied in order
-TO_OFFICIAL = (
-    (r"(\.resnets\.\d+)\.norm1\.", r"\1.residual.0."),
-    (r"(\.resnets\.\d+)\.conv1\.", r"\1.residual.2."),
-    (r"(\.resnets\.\d+)\.norm2\.", r"\1.residual.3."),
-    (r"(\.resnets\.\d+)\.conv2\.", r"\1.residual.6."),
-    (r"(\.resnets\.\d+)\.conv_shortcut\.", r"\1.shortcut."),
-    (r"^(encoder|decoder)\.conv_in\.", r"\1.conv1."),
-    (r"^(encoder|decoder)\.norm_out\.", r"\1.head.0."),
-    (r"^(encoder|decoder)\.conv_out\.", r"\1.head.2."),
-    (r"^quant_conv\.", "conv1."),
-    (r"^post_quant_conv\.", "conv2."),
-    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-    (r"^encoder\.down_blocks\.(\d+)\.downsampler\.", r"encoder.downsamples.\1.downsamples.2."),
-    (r"^encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r"encoder.downsamples.\1.downsamples.\2."),
-    (r"^decoder\.up_blocks\.(\d+)\.upsampler\.", r"decoder.upsamples.\1.upsamples.3."),
-    (r"^decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.", r"decoder.upsamples.\1.upsamples.\2."),
-)
 
 
 class FrameConv(nn.Conv2d):
@@ -64,12 +31,7 @@ class FrameConv(nn.Conv2d):
 
 def wan_vae(width: int = WIDTH) -> AutoencoderKLWan:
     """The real class with the official architecture at another width, freshly initialised."""
-    return AutoencoderKLWan(
-        base_dim=width, decoder_base_dim=width, z_dim=CHANNELS, dim_mult=[1, 2, 4, 4], num_res_blocks=2,
-        attn_scales=[], temperal_downsample=[False, True, True], is_residual=True, in_channels=12,
-        out_channels=12, patch_size=2, scale_factor_temporal=4, scale_factor_spatial=16,
-        latents_mean=list(LATENT_MEAN), latents_std=list(LATENT_STD),
-    )  # fmt: skip
+    return build_autoencoder(encoder_width=width, decoder_width=width)
 
 
 def frame_vae(width: int = WIDTH) -> AutoencoderKLWan:
@@ -96,7 +58,7 @@ def to_picture(unit: Tensor) -> Tensor:
 
 def _constants(like: Tensor) -> tuple[Tensor, Tensor]:
     shape = (1, CHANNELS, 1, 1, 1)
-    return like.new_tensor(LATENT_MEAN).view(shape), like.new_tensor(LATENT_STD).view(shape)
+    return like.new_tensor(MEAN).view(shape), like.new_tensor(STD).view(shape)
 
 
 @torch.no_grad()
@@ -127,7 +89,7 @@ def fold_statistics(vae: AutoencoderKLWan, mean: Tensor, std: Tensor) -> None:
 
     Changes `quant_conv` and `post_quant_conv` only; decode(encode(x)) stays the same function.
     """
-    target_mean, target_std = mean.new_tensor(LATENT_MEAN), mean.new_tensor(LATENT_STD)
+    target_mean, target_std = mean.new_tensor(MEAN), mean.new_tensor(STD)
     gain = target_std / std
     head = vae.quant_conv
     head.weight[:CHANNELS] *= gain.view(-1, *[1] * (head.weight.ndim - 1))
@@ -138,13 +100,6 @@ def fold_statistics(vae: AutoencoderKLWan, mean: Tensor, std: Tensor) -> None:
     matrix = foot.weight.flatten(1)
     foot.bias += matrix @ (mean - target_mean / gain)
     foot.weight /= gain.view(1, -1, *[1] * (foot.weight.ndim - 2))
-
-
-def official_name(name: str) -> str:
-    """The name in `Wan2.2_VAE.pth` of a tensor of `AutoencoderKLWan`."""
-    for pattern, replacement in TO_OFFICIAL:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def video_state(vae: AutoencoderKLWan) -> dict[str, Tensor]:
