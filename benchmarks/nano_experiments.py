@@ -6,9 +6,11 @@
     python benchmarks/nano_experiments.py steps        # does the error compound over denoising steps?
     python benchmarks/nano_experiments.py timesteps    # calibrate on 2 timesteps or on all?
 
+Several questions may be asked at once: what they have in common is measured once.
+
 Reads   lance_nano/checkpoint (or --model_path, an outlier variant for instance)
-Writes  nothing that stays; prints a table in Markdown and, as the last line, JSON
-Needs   about 2 CPU-minutes per model and seed at n = 200; --workers runs them side by side
+Writes  nothing that stays; prints a table in Markdown per question and, as the last line, JSON
+Needs   about 3 CPU-minutes per model and seed at n = 200; --workers runs them side by side
 
 Rates are pooled over the seeds, with 95 % Wilson intervals. KL (nats per token, teacher-forced on the float model's own
 answers) and velocity error (relative, on the float model's own trajectories) are means over the seeds, with their
@@ -21,10 +23,10 @@ import math
 import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,18 +49,41 @@ TRACED = 16  # prompts and questions per seed whose velocities and token distrib
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One model of an experiment: float (no folder), packed, or float rounded to 8 bits in memory."""
+class Packed:
+    """How a packed folder is made: format, tasks and denoising steps of the calibration, flags of the apply script."""
 
-    name: str
-    folder: Path | None = None
-    eight_bit: bool = False
+    format: Literal["int4", "nvfp4"]
+    tasks: tuple[str, ...] = TASKS
+    steps: int = 30
+    flags: tuple[str, ...] = ()
+
+
+Weights = Packed | Literal["float", "8 bits"]  # 8 bits: the float model, rounded in memory
+
+
+def _int4(group_size: int, recipe: str) -> Packed:
+    return Packed("int4", flags=("--group_size", str(group_size), "--recipe", recipe))
+
+
+INT4, NVFP4 = _int4(64, "ours"), Packed("nvfp4")
+X2T_ONLY = {"INT4 g64, x2t only": Packed("int4", TASKS[:1], flags=INT4.flags),  # gen expert rounded plainly
+            "NVFP4, x2t only": Packed("nvfp4", TASKS[:1])}
+BOTH_TASKS = {"INT4 g64, x2t + t2i": INT4, "NVFP4, x2t + t2i": NVFP4}
+TWO_STEPS = {"INT4 g64, 2 steps": Packed("int4", steps=2, flags=INT4.flags),  # what the published statistics saw
+             "NVFP4, 2 steps": Packed("nvfp4", steps=2)}
+EXPERIMENTS: dict[str, Mapping[str, Weights]] = {
+    "tasks": {"float": "float", **X2T_ONLY, **BOTH_TASKS},
+    "group_size": {"float": "float", **{f"INT4 g{size}, {recipe}": _int4(size, recipe)
+                                        for recipe in ("published", "ours") for size in (128, 64, 32)}},
+    # 8 bits are the control: an error that compounds would show there too, a sixteenth as large.
+    "steps": {"float": "float", "8 bits g64": "8 bits", **BOTH_TASKS},
+    "timesteps": {"float": "float", **TWO_STEPS, "INT4 g64, 30 steps": INT4, "NVFP4, 30 steps": NVFP4}}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__)
-    parser.add_argument("experiment", choices=EXPERIMENTS, help="the question")
+    parser.add_argument("experiments", choices=EXPERIMENTS, nargs="+", help="the questions")
     parser.add_argument("--model_path", type=Path, default=MODEL, help="a lance-nano folder")
     parser.add_argument("--n", type=int, default=200, help="questions and captions per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of scenes, captions and noise")
@@ -67,92 +92,66 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the variants, measure each with every seed, print the table."""
+    """Make the weights of all questions, measure each with every seed, print the tables."""
     args = parse_args(argv)
+    wanted = list(dict.fromkeys(weights for name in args.experiments for weights in EXPERIMENTS[name].values()))
     with tempfile.TemporaryDirectory() as work:
-        variants = [Variant("float"), *EXPERIMENTS[args.experiment](args.model_path, Path(work))]
-        jobs = [(args.model_path, variant, seed, args.n) for variant in variants for seed in args.seeds]
+        folders = {weights: made(weights, args.model_path, Path(work)) for weights in wanted
+                   if isinstance(weights, Packed)}
+        jobs = [(args.model_path, weights, folders.get(weights), seed, args.n)
+                for weights in wanted for seed in args.seeds]
         with multiprocessing.get_context("spawn").Pool(args.workers, _one_thread) as pool:
             measured = pool.starmap(measure, jobs, chunksize=1)
-    rows = [summarize(variant.name, [row for job, row in zip(jobs, measured, strict=True) if job[1] == variant])
-            for variant in variants]
-    print(table(rows))
-    print(json.dumps({"experiment": args.experiment, "model": args.model_path.name, "n": args.n, "seeds": args.seeds,
-                      "variants": rows}))
+    per_weights = {weights: [row for job, row in zip(jobs, measured, strict=True) if job[1] == weights]
+                   for weights in wanted}
+    tables = {name: [summarize(label, per_weights[weights]) for label, weights in EXPERIMENTS[name].items()]
+              for name in args.experiments}
+    for name, rows in tables.items():
+        print(f"{name}:\n\n{table(rows)}\n")
+    print(json.dumps({"model": args.model_path.name, "n": args.n, "seeds": args.seeds, "experiments": tables}))
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-# --- the variants of each question ---------------------------------------------------------------------------------
+# --- the weights ---------------------------------------------------------------------------------------------------
 
 
-def calibrate(model: Path, work: Path, name: str, tasks: Iterable[str], steps: int = 30) -> Path:
-    """Statistics of `tasks` on training-like samples."""
+def made(weights: Packed, model: Path, work: Path) -> Path:
+    """A packed folder, by the scripts of the pipeline."""
+    stats = calibrated(weights.tasks, weights.steps, model, work)
+    out = work / "-".join([weights.format, stats.stem, *weights.flags]).replace("--", "")
+    script = {"int4": awq_apply, "nvfp4": nvfp4_apply}[weights.format]
+    script.main(["--src", str(model), "--stats", str(stats), "--out", str(out), "--device", "cpu", *weights.flags])
+    return out
+
+
+def calibrated(tasks: tuple[str, ...], steps: int, model: Path, work: Path) -> Path:
+    """Merged statistics of `tasks` on training-like samples; made once."""
+    merged = work / f"{'+'.join(tasks)}_{steps}.pt"
+    if merged.exists():
+        return merged
     if not (work / "samples").exists():
         samples.write(work / "samples", CALIBRATION_SAMPLES, seed=0)
     parts = []
     for task in tasks:
-        parts.append(work / f"{name}_{task}.pt")
+        parts.append(work / f"{task} of {merged.name}")
         awq_calibrate_single.main([
             "--task", task, "--model_path", str(model), "--example_json", str(work / f"samples/calibrate_{task}.json"),
             "--resolution", RESOLUTION, "--video_height", str(SIZE), "--video_width", str(SIZE),
             "--num_timesteps", str(steps), "--device", "cpu", "--out", str(parts[-1])])
-    awq_merge_stats.main(["--inputs", *map(str, parts), "--out", str(work / f"{name}.pt")])
-    return work / f"{name}.pt"
+    awq_merge_stats.main(["--inputs", *map(str, parts), "--out", str(merged)])
+    return merged
 
 
-def quantize(model: Path, stats: Path, out: Path, script: Any, *flags: str) -> Path:
-    """A packed folder made by one of the apply scripts."""
-    script.main(["--src", str(model), "--stats", str(stats), "--out", str(out), "--device", "cpu", *flags])
-    return out
+# --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def both_formats(model: Path, stats: Path, work: Path, name: str) -> list[Variant]:
-    """INT4 g64 and NVFP4 from one statistics file."""
-    return [Variant(f"INT4 g64, {name}", quantize(model, stats, work / f"int4 {name}", awq_apply)),
-            Variant(f"NVFP4, {name}", quantize(model, stats, work / f"nvfp4 {name}", nvfp4_apply, "--slim"))]
-
-
-def tasks_experiment(model: Path, work: Path) -> list[Variant]:
-    """x2t only leaves the generation expert to plain rounding."""
-    return [variant for name, tasks in (("x2t only", TASKS[:1]), ("x2t + t2i", TASKS))
-            for variant in both_formats(model, calibrate(model, work, name, tasks), work, name)]
-
-
-def group_size_experiment(model: Path, work: Path) -> list[Variant]:
-    """Both recipes, at three sizes."""
-    stats = calibrate(model, work, "all", TASKS)
-    return [Variant(f"INT4 g{size}, {recipe}", quantize(model, stats, work / f"{recipe} {size}", awq_apply,
-                                                        "--group_size", str(size), "--recipe", recipe))
-            for recipe in ("published", "ours") for size in (128, 64, 32)]
-
-
-def steps_experiment(model: Path, work: Path) -> list[Variant]:
-    """8 bits as the control: an error that compounds would show there too, a hundredth as large."""
-    return [Variant("8 bits g64", eight_bit=True),
-            *both_formats(model, calibrate(model, work, "all", TASKS), work, "x2t + t2i")]
-
-
-def timesteps_experiment(model: Path, work: Path) -> list[Variant]:
-    """Two steps are what the published statistics saw."""
-    return [variant for name, steps in (("2 steps", 2), ("30 steps", 30))
-            for variant in both_formats(model, calibrate(model, work, name, TASKS, steps), work, name)]
-
-
-EXPERIMENTS: dict[str, Callable[[Path, Path], list[Variant]]] = {
-    "tasks": tasks_experiment, "group_size": group_size_experiment, "steps": steps_experiment,
-    "timesteps": timesteps_experiment}
-
-
-# --- measuring one variant -----------------------------------------------------------------------------------------
-
-
-def load(model: Path, variant: Variant) -> Pipeline:
-    """The variant's model on the CPU."""
-    pipeline = evaluate.load(model, variant.folder, "cpu", "float32")
-    if variant.eight_bit:
+def load(model: Path, weights: Weights, folder: Path | None) -> Pipeline:
+    """A model on the CPU."""
+    pipeline = evaluate.load(model, folder, "cpu", "float32")
+    if weights == "8 bits":
         for name in layout.linears(pipeline.model.config.num_hidden_layers):
             weight = pipeline.model.get_submodule(name).weight
             weight.data = round_to_8_bits(weight.data)
@@ -168,9 +167,9 @@ def round_to_8_bits(w: torch.Tensor, group_size: int = 64) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure(model: Path, variant: Variant, seed: int, n: int) -> dict[str, Any]:
-    """Rates and errors of a variant with one seed."""
-    pipeline, reference = load(model, variant), load(model, Variant("float"))
+def measure(model: Path, weights: Weights, folder: Path | None, seed: int, n: int) -> dict[str, Any]:
+    """Rates and errors of a model with one seed."""
+    pipeline, reference = load(model, weights, folder), load(model, "float", None)
     questions = evaluate.held_out_questions(n, seed)
     captions = evaluate.held_out_captions(n, seed)
     answers = evaluate.total(evaluate.measure_answers(pipeline, questions))

@@ -34,6 +34,7 @@ from lance_nano.tokenizer import Words, learned_words
 from lance_nano.vae import frame_vae
 
 QUESTIONS, COPIES = 5, 2
+LAGGING = ("compare", "count")  # kinds learned last: asked about every picture that allows them
 DESCRIBED = 0.5  # share of pictures with one long answer among the five
 DROPPED = 0.1  # share of captions left out, for guidance
 TIME_SHIFT = 2.0
@@ -72,7 +73,7 @@ def question_loss(
     scenes = [training_scene(rng) for _ in range(count)]
     rows = []
     for scene in scenes:
-        asked = one_per_kind(scene, rng)[:QUESTIONS]
+        asked = sorted(one_per_kind(scene, rng), key=lambda question: question.kind not in LAGGING)[:QUESTIONS]
         if rng.random() < DESCRIBED:
             asked[-1] = description(scene, rng)
         rows.append([(question.text, (*packer.words.ids(question.answer), packer.end)) for question in asked])
