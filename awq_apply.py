@@ -14,7 +14,7 @@ Next    run_quant_eval.py --awq_dir OUT
 
 import argparse
 
-from lance_quant import capture, cli, convert
+from lance_quant import capture, cli, convert, sensitivity
 from lance_quant.codec import Int4
 from lance_quant.errors import InputError
 
@@ -25,24 +25,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     cli.add_conversion(parser)
     parser.add_argument("--group_size", type=int, default=Int4().group_size,
                         help="inputs per scale: 64 is 4.375 bits per weight, 128 is 4.1875, 32 is 4.75")
+    parser.add_argument("--bits_budget", type=float,
+                        help="choose 128, 64 or 32 inputs per scale, or bfloat16, for every linear, so that all take at"
+                             " most this many stored bits per weight; by --capture, if given, else by --stats")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Plan or convert, and print the result."""
     args = parse_args(argv)
-    codec = Int4(args.group_size)
+    cli.set_threads(args.threads)
+    codec, device = Int4(args.group_size), cli.device_of(args.device)
+    effects = sensitivity.effects_of(args.src, args.capture, device) if args.capture and args.bits_budget else None
+    sizes = convert.Sizes(args.bits_budget, args.head_bits, effects)
     if args.dry_run:
-        print(convert.dry_run(args.src, codec))
+        print(convert.dry_run(args.src, codec, sizes, args.stats, device))
         return
     if args.stats is None or args.out is None:
         raise InputError("--stats and --out are needed unless --dry_run is given")
     if args.capture and args.recipe == "published":
         raise InputError("--capture has no place in the published recipe: leave it out, or use --recipe ours")
-    device = cli.device_of(args.device)
     replay = capture.replay_of(args.src, args.capture, device) if args.capture else None
     print(convert.convert(args.src, args.stats, args.out, codec, args.recipe, device, replay,
-                          args.resume).out)
+                          args.resume, sizes).out)
 
 
 if __name__ == "__main__":

@@ -17,20 +17,19 @@ Next    awq_merge_stats.py --inputs calib/x2t_image.pt calib/t2i.pt --out calib/
 """
 
 import argparse
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lance_quant import capture, cli, layout, task_cli
+from lance_quant import capture, cli, distributed, layout, task_cli
+from lance_quant.distributed import Team
 from lance_quant.errors import InputError
-from lance_quant.files import require_free
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.lance.samples import TASKS, TIMED
 from lance_quant.results import describe, versions
 from lance_quant.stats import ActStats, Collector, coverage, merge, model_fingerprint
-from lance_quant.tasks import Settings, answer_all, draw_all, load_samples
+from lance_quant.tasks import Settings, load_samples, run_watched
 from lance_quant.tensorfile import Checkpoint
 
 ALL = "all"
@@ -51,20 +50,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    jobs = [_job(one) for one in _tasks(args)]
-    require_free(args.out)
-    captures = [_capture_path(args, job) for job in jobs]
-    for path in filter(None, captures):
-        require_free(path)
-    with Checkpoint(args.model_path) as source:
-        linears = layout.linears(layout.require_complete({name: spec.shape for name, spec in source.specs.items()}))
-        fingerprint = model_fingerprint(source)
-    pipeline = task_cli.load(args, jobs[0].paths)
-    parts = [_measure(pipeline, job, linears, fingerprint, path) for job, path in zip(jobs, captures, strict=True)]
-    stats = parts[0] if len(parts) == 1 else merge(parts)
-    stats.save(args.out)
-    cli.log.info("%s", coverage(stats, linears))
-    print(args.out)
+    with distributed.joined(args.device) as team:
+        with team.agreed():
+            jobs = [_job(one) for one in _tasks(args)]
+            captures = [_capture_path(args, job) for job in jobs]
+            for path in filter(None, [args.out, *captures]):
+                team.require_free(path)
+            with Checkpoint(args.model_path) as source:
+                shapes = {name: spec.shape for name, spec in source.specs.items()}
+                linears, fingerprint = layout.linears(layout.require_complete(shapes)), model_fingerprint(source)
+        team.require_same(model=fingerprint, samples=[[describe(sample) for sample in job.samples] for job in jobs])
+        pipeline = task_cli.load(args, jobs[0].paths)
+        parts = [_measure(pipeline, job, linears, fingerprint, path, team)
+                 for job, path in zip(jobs, captures, strict=True)]
+        stats = parts[0] if len(parts) == 1 else merge(parts)
+        if team.leads:
+            stats.save(args.out)
+            cli.log.info("%s", coverage(stats, linears))
+            print(args.out)
 
 
 class Job(NamedTuple):
@@ -101,15 +104,17 @@ def _capture_path(args: argparse.Namespace, job: Job) -> Path | None:
     return args.capture.with_stem(f"{args.capture.stem}_{job.settings.task}")
 
 
-def _measure(pipeline: Pipeline, job: Job, linears: Sequence[str], fingerprint: str, captured: Path | None) -> ActStats:
+def _measure(pipeline: Pipeline, job: Job, linears: Sequence[str], fingerprint: str, captured: Path | None,
+             team: Team) -> ActStats:
     settings, samples, _ = job
-    run = answer_all if settings.kind.makes == "text" else draw_all
-    recording = capture.recording(pipeline.model, captured, settings.task, fingerprint)
-    with Collector(pipeline.model, linears) as collector, recording:
-        deque(run(pipeline, samples, settings), maxlen=0)
-    return collector.stats(settings.task, {
-        "model": fingerprint, "seed": settings.sampling.seed, "settings": settings.as_json(),
-        "samples": [describe(sample)["key"] for sample in samples], "versions": versions()})
+    recording = capture.recording(pipeline.model, captured, settings.task, fingerprint, team)
+    with Collector(pipeline.model, linears) as collector, recording as begin:
+        run_watched(pipeline, team.share(samples), settings, team.share(range(len(samples))), begin)
+    collector.pool(team)
+    with team.agreed():
+        return collector.stats(settings.task, {
+            "model": fingerprint, "seed": settings.sampling.seed, "settings": settings.as_json(),
+            "samples": [describe(sample)["key"] for sample in samples], "versions": versions()})
 
 
 if __name__ == "__main__":

@@ -34,11 +34,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Plan or convert, and print the result."""
     args = parse_args(argv)
+    cli.set_threads(args.threads)
     codec = Nvfp4(args.slim)
     if args.block_size != codec.group_size:
         raise InputError(f"--block_size {args.block_size}: NVFP4 has blocks of {codec.group_size}")
+    sizes = convert.Sizes(head_bits=args.head_bits)
     if args.dry_run:
-        print(convert.dry_run(args.src, codec))
+        print(convert.dry_run(args.src, codec, sizes))
         return
     if args.stats is None or args.out is None:
         raise InputError("--stats and --out are needed unless --dry_run is given")
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     device = cli.device_of(args.device)
     replay = capture.replay_of(args.src, args.capture, device) if args.capture else None
     print(convert.convert(args.src, args.stats, args.out, codec, args.recipe, device, replay,
-                          args.resume).out)
+                          args.resume, sizes).out)
 
 
 if __name__ == "__main__":

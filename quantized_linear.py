@@ -2,16 +2,17 @@
 
 A layer holds the bytes of a packed folder under the names they have there and dequantizes them through
 `lance_quant.int4` and `lance_quant.nvfp4`, the only definition of what the bytes mean. Weights are 4-bit, arithmetic is
-not: this saves memory, not multiplications. Two modes:
+not: this saves memory and its traffic, not multiplications. Two modes:
 
-    ondemand  keep the packed bytes and dequantize in every forward
+    ondemand  keep the packed bytes and compute on them, with the kernel that suits device, dtype and format
+              (lance_quant.kernels)
     cached    dequantize once, keep the result in the compute dtype and drop the packed bytes: as fast and as large as
               an unquantized model, never larger
 
 `swap_linears` serves models that are still on `meta`, so a whole float model never exists.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lance_quant import int8, kernels
 from lance_quant.codec import Codec, Int4, Nvfp4, PackedWeight, dequantize_to
 from lance_quant.errors import InputError
 from lance_quant.int4 import Int4Weight
@@ -33,13 +35,14 @@ class _PackedLinear(nn.Module):
     """What both formats share; see WQLinearINT4."""
 
     def __init__(self, in_features: int, out_features: int, codec: Codec, bias: bool, dtype: torch.dtype,
-                 device: torch.device | str | None, mode: Mode):
+                 device: torch.device | str | None, mode: Mode, kernel: kernels.Choice):
         super().__init__()
         if mode not in ("ondemand", "cached"):
             raise ValueError(f"mode {mode!r} is neither ondemand nor cached")
         codec.require_fits("this linear", (out_features, in_features))
         self.in_features, self.out_features = in_features, out_features
-        self.codec, self.dtype, self.mode = codec, dtype, mode
+        self.codec, self.dtype, self.mode, self.choice = codec, dtype, mode, kernel
+        self._kernel: tuple[torch.device, kernels.Kernel] | None = None
         self._specs = codec.specs((out_features, in_features))
         for suffix, spec in self._specs.items():
             if suffix != "scales_fp8":  # repeats scales_bf16 with less precision
@@ -70,6 +73,24 @@ class _PackedLinear(nn.Module):
         own = set(self._specs) | ({"bias"} if self.bias is not None else set())
         return {f"{prefix}.{suffix}" for suffix in own}
 
+    def kind(self) -> Hashable:
+        """Equal for layers whose rows may follow one another in one layer."""
+        return (type(self), self.codec, self.in_features, self.bias is None, self.dtype, self.mode,
+                self.choice, next(self.buffers()).device)
+
+    def row_buffers(self) -> list[str]:
+        """Names of the buffers that are there; each has one row per output."""
+        return [name for name, _ in self.named_buffers()]
+
+    def empty_like(self, out_features: int) -> "_PackedLinear":
+        """A layer of the same kind with another number of outputs, on meta."""
+        raise NotImplementedError
+
+    @staticmethod
+    def stacked(linears: Sequence[nn.Module]) -> "_PackedLinear | None":
+        """See merge_rows; for code that knows a layer but not this file."""
+        return merge_rows(linears)
+
     def dequantize(self) -> Tensor:
         """float32 [out, in] (in cached mode: of what is kept, so rounded to the compute dtype)."""
         if self.cached is not None:
@@ -78,8 +99,19 @@ class _PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] in the compute dtype -> [..., out]."""
-        weight = self.cached if self.cached is not None else dequantize_to(self.codec, self._packed(), self.dtype)
-        return F.linear(x, weight, self.bias)
+        if self.cached is not None:
+            return F.linear(x, self.cached, self.bias)
+        if x.dtype != self.dtype or x.shape[-1] != self.in_features:
+            raise ValueError(f"expected {self.in_features} inputs in {self.dtype}, got {x.shape[-1]} in {x.dtype}")
+        y = self.kernel().linear(x.reshape(-1, self.in_features), self._packed(), self.codec, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def kernel(self) -> kernels.Kernel:
+        """What computes this layer where it is now; InputError if one was asked for that cannot."""
+        device = self.qweight.device
+        if self._kernel is None or self._kernel[0] != device:
+            self._kernel = device, kernels.choose(self.choice, self.codec, self.in_features, self.dtype, device)
+        return self._kernel[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # model.to(dtype) must move the scales, not round them, so `fn` is shown bytes; the compute dtype is set once,
@@ -104,11 +136,18 @@ class WQLinearINT4(_PackedLinear):
         dtype: compute dtype: of the bias, of the dequantized weight and of the inputs that are expected.
         device: where the buffers are; "meta" is fine.
         mode: "ondemand" or "cached", see the module docstring.
+        kernel: what computes in mode ondemand, see lance_quant.kernels.
     """
 
     def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool = True, *,
-                 dtype: torch.dtype, device: torch.device | str | None = None, mode: Mode = "ondemand"):
-        super().__init__(in_features, out_features, Int4(group_size), bias, dtype, device, mode)
+                 dtype: torch.dtype, device: torch.device | str | None = None, mode: Mode = "ondemand",
+                 kernel: kernels.Choice = "auto"):
+        super().__init__(in_features, out_features, Int4(group_size), bias, dtype, device, mode, kernel)
+
+    def empty_like(self, out_features: int) -> "WQLinearINT4":
+        """See _PackedLinear.empty_like."""
+        return WQLinearINT4(self.in_features, out_features, self.codec.group_size, self.bias is not None,
+                            dtype=self.dtype, device="meta", mode=self.mode, kernel=self.choice)
 
     def _packed(self) -> Int4Weight:
         return Int4Weight(self.qweight, self.scales, self.zeros)
@@ -118,7 +157,8 @@ class WQLinearNVFP4(_PackedLinear):
     """Drop-in nn.Linear over NVFP4 bytes.
 
     Buffers: qweight uint8 [out, in/2], scales_bf16 bfloat16 [out, in/16] or, slim, scales_e4m3 uint8 [out, in/16]; bias
-    in the compute dtype. The published file's scales_fp8 is not kept. `global_scale` is a float, from the meta.
+    in the compute dtype. The published file's scales_fp8 is not kept. A slim layer's `global_scale` float32 [out, 1]
+    comes from the meta and is no part of the state dict; it has a row per output because merged layers have several.
 
     Args:
         slim: the file holds scales_e4m3 instead of scales_bf16.
@@ -126,22 +166,62 @@ class WQLinearNVFP4(_PackedLinear):
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, slim: bool = False, *,
-                 dtype: torch.dtype, device: torch.device | str | None = None, mode: Mode = "ondemand"):
-        super().__init__(in_features, out_features, Nvfp4(slim), bias, dtype, device, mode)
-        self.global_scale = 1.0
+                 dtype: torch.dtype, device: torch.device | str | None = None, mode: Mode = "ondemand",
+                 kernel: kernels.Choice = "auto"):
+        super().__init__(in_features, out_features, Nvfp4(slim), bias, dtype, device, mode, kernel)
+        self.register_buffer("global_scale", torch.ones(out_features, 1, device=device) if slim else None,
+                             persistent=False)
 
     def fill(self, q: Nvfp4Weight, bias: Tensor | None) -> None:
         """See _PackedLinear.fill."""
-        self.global_scale = q.global_scale
         super().fill(q, bias)
+        if self.codec.slim:
+            ones = torch.ones(self.out_features, 1, device=q.packed.device)
+            self.global_scale = ones * q.global_scale if self.mode == "ondemand" else None
+
+    def empty_like(self, out_features: int) -> "WQLinearNVFP4":
+        """See _PackedLinear.empty_like."""
+        return WQLinearNVFP4(self.in_features, out_features, self.bias is not None, self.codec.slim,
+                             dtype=self.dtype, device="meta", mode=self.mode, kernel=self.choice)
 
     def _packed(self) -> Nvfp4Weight:
-        return Nvfp4Weight(self.qweight, self.scales_e4m3 if self.codec.slim else self.scales_bf16, self.global_scale)
+        if self.codec.slim:
+            return Nvfp4Weight(self.qweight, self.scales_e4m3, self.global_scale)
+        return Nvfp4Weight(self.qweight, self.scales_bf16, 1.0)
+
+
+def merge_rows(linears: Sequence[nn.Module]) -> "WQLinearINT4 | WQLinearNVFP4 | None":
+    """One packed linear that computes torch.cat([linear(x) for linear in linears], -1) in one call.
+
+    The packed rows are concatenated as they are, since rows of either format are independent. No second copy stays:
+    the buffers of `linears` become views of the merged ones, so the old layers go on working and dropping them frees
+    nothing more. Merge when the model is on its device: `.to(device)` copies old and merged layers separately.
+
+    Args:
+        linears: filled layers that read the same input.
+
+    Returns:
+        The merged layer, or None where there is none: a member is no packed linear, or they differ in format, group
+        size, inputs, presence of a bias, dtype, device, mode or kernel. Global scales of NVFP4 may differ.
+    """
+    if not all(isinstance(linear, _PackedLinear) for linear in linears) or len({part.kind() for part in linears}) > 1:
+        return None
+    first = linears[0]
+    whole = first.empty_like(sum(linear.out_features for linear in linears))
+    for name in first.row_buffers():
+        setattr(whole, name, torch.cat([getattr(linear, name) for linear in linears]))
+        rows = getattr(whole, name).split([linear.out_features for linear in linears])
+        for linear, part in zip(linears, rows, strict=True):
+            setattr(linear, name, part)
+    for name in set(dict(whole.named_buffers())) - set(first.row_buffers()):
+        setattr(whole, name, None)  # in cached mode the packed bytes are gone
+    return whole
 
 
 def swap_linears(model: nn.Module, folder: PackedFolder | Path, dtype: torch.dtype, device: torch.device | str,
-                 mode: Mode = "ondemand") -> list[str]:
-    """Replace exactly the linears that a packed folder lists, and fill them from its file.
+                 mode: Mode = "ondemand", kernel: kernels.Choice = "auto") -> list[str]:
+    """Replace exactly the linears that a packed folder lists, and an 8-bit head and embedding (lance_quant/int8.py),
+    and fill them from its file.
 
     Args:
         model: its module names are those of the checkpoint; may be on `meta`.
@@ -149,26 +229,31 @@ def swap_linears(model: nn.Module, folder: PackedFolder | Path, dtype: torch.dty
         dtype: compute dtype of the new layers.
         device: where their buffers go, one layer at a time.
         mode: see the module docstring.
+        kernel: what computes in mode ondemand, see lance_quant.kernels.
 
     Returns:
         Names of the replaced modules.
 
     Raises:
         InputError: a listed linear is no nn.Linear of the model, or its shape or bias differs; the first five are
-            named and the model is left as it was.
+            named and the model is left as it was. Or `kernel` was asked for by name and cannot serve one of them.
     """
     if not isinstance(folder, PackedFolder):
         with PackedFolder(folder) as opened:
-            return swap_linears(model, opened, dtype, device, mode)
+            return swap_linears(model, opened, dtype, device, mode, kernel)
     modules = dict(model.named_modules())
     wrong = [text for name in folder.linears if (text := _misfit(name, modules.get(name), folder))]
     if wrong:
         raise InputError(f"{folder.path} does not fit this model in {len(wrong)} linears, first: "
                          f"{'; '.join(wrong[:5])}")
+    if mode == "ondemand" and kernel != "auto":  # one that cannot run is refused before anything is replaced
+        for name, spec in folder.linears.items():
+            kernels.choose(kernel, folder.codec(name), spec.shape[1], dtype, torch.device(device))
+    head = int8.swap(model, folder, dtype, device, cached=mode == "cached")
     for name in folder.linears:
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, _filled(name, folder, dtype, device, mode))
-    return list(folder.linears)
+        setattr(modules[parent], child, _filled(name, folder, dtype, device, mode, kernel))
+    return [*folder.linears, *head]
 
 
 def _misfit(name: str, module: nn.Module | None, folder: PackedFolder) -> str | None:
@@ -184,11 +269,12 @@ def _misfit(name: str, module: nn.Module | None, folder: PackedFolder) -> str | 
     return None
 
 
-def _filled(name: str, folder: PackedFolder, dtype: torch.dtype, device: torch.device | str, mode: Mode) -> nn.Module:
+def _filled(name: str, folder: PackedFolder, dtype: torch.dtype, device: torch.device | str, mode: Mode,
+            kernel: kernels.Choice) -> nn.Module:
     spec = folder.linears[name]
     n_out, n_in = spec.shape
     has_bias = f"{name}.bias" in folder.checkpoint.specs
-    shared = {"bias": has_bias, "dtype": dtype, "device": "meta", "mode": mode}
+    shared = {"bias": has_bias, "dtype": dtype, "device": "meta", "mode": mode, "kernel": kernel}
     if folder.format == "int4":
         layer = WQLinearINT4(n_in, n_out, spec.group_size, **shared)
     else:

@@ -8,16 +8,18 @@ Reads   MODEL_PATH (llm_config.json, tokenizer, model.safetensors); the ViT for 
         the VAE for everything but x2t
 Writes  SAVE_PATH_GEN/{prompt.json,run.json}, pictures, clips or result.json; with --save_latents also what
         run_quant_eval.py compares with (latents.safetensors or logits.safetensors)
-Needs   the model in the compute dtype (12.4 GB for Lance_3B in bfloat16); host memory beside it stays below 2 GB
+Needs   the model in the compute dtype (12.4 GB for Lance_3B in bfloat16); host memory beside it stays below 2 GB;
+        --backend official runs ByteDance's code instead, which needs a checkout, its own Python, ViT and VAE
 Next    awq_calibrate_single.py, or run_quant_eval.py --baseline SAVE_PATH_GEN
 """
 
 import argparse
 from pathlib import Path
 
-from lance_quant import cli, task_cli
-from lance_quant.files import require_free, whole_folder
-from lance_quant.results import RunRecord, run_task
+from lance_quant import cli, distributed, official, task_cli
+from lance_quant.errors import InputError
+from lance_quant.files import whole_folder
+from lance_quant.results import RunRecord, describe, run_task
 from lance_quant.tasks import load_samples
 
 
@@ -27,6 +29,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     task_cli.add_model(parser)
     task_cli.add_task(parser)
     task_cli.add_stream(parser)
+    task_cli.add_compile(parser)
+    parser.add_argument("--backend", choices=["native", "official"], default="native",
+                        help="what runs the model: this package, or ByteDance's own code in a process of its own "
+                             "(README, The official source)")
+    official.add_official(parser)
     parser.add_argument("--save_path_gen", type=Path, required=True, help="results folder; must not exist")
     parser.add_argument("--save_latents", action="store_true",
                         help="keep every step's x_t and velocity, or every answer token's log-probabilities "
@@ -38,16 +45,35 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    settings = task_cli.settings_of(args)
-    paths = task_cli.paths_of(args)
+    if args.backend == "official":
+        return _run_official(args)
+    if args.official_src or args.official_python:
+        raise InputError("--official_src and --official_python go with --backend official")
+    with distributed.joined(args.device) as team:
+        with team.agreed():
+            settings = task_cli.settings_of(args)
+            paths = task_cli.paths_of(args)
+            samples = load_samples(args.example_json, settings, args.limit)
+            team.require_free(args.save_path_gen)
+            device, on_text = cli.device_of(args.device), task_cli.stream_of(args, team)
+            facts = task_cli.float_facts(args.model_path)
+            record = RunRecord(device, cli.dtype_of(args.dtype, device), facts, vars(args))
+        team.require_same(model=facts["fingerprint"], samples=[describe(sample) for sample in samples])
+        with team.folder(args.save_path_gen) as folder:
+            with record.stage("load"):
+                pipeline = task_cli.load_to_run(args, paths)
+            run_task(pipeline, samples, settings, record, folder, args.save_latents, on_text, team)
+        if team.leads:
+            print(args.save_path_gen)
+
+
+def _run_official(args: argparse.Namespace) -> None:
+    settings, paths = task_cli.settings_of(args), task_cli.paths_of(args)
     samples = load_samples(args.example_json, settings, args.limit)
-    require_free(args.save_path_gen)
-    device = cli.device_of(args.device)
-    record = RunRecord(device, cli.dtype_of(args.dtype, device), task_cli.float_facts(args.model_path), vars(args))
+    official.require_possible(args, paths)
+    source, facts = official.find(args.official_src), task_cli.float_facts(args.model_path)
     with whole_folder(args.save_path_gen) as folder:
-        with record.stage("load"):
-            pipeline = task_cli.load(args, paths)
-        run_task(pipeline, samples, settings, record, folder, args.save_latents, cli.show if args.stream else None)
+        official.run_task(args, source, settings, samples, paths, facts, folder)
     print(args.save_path_gen)
 
 

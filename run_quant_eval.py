@@ -15,13 +15,14 @@ import argparse
 import functools
 from pathlib import Path
 
-from lance_quant import cli, report, task_cli
+from lance_quant import cli, distributed, report, task_cli
+from lance_quant.distributed import Team
 from lance_quant.errors import InputError
 from lance_quant.evaluation import compare_run, run_entry, section
-from lance_quant.files import require_free, whole_folder, write_json
+from lance_quant.files import write_json
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.packed import PackedFolder
-from lance_quant.results import Results, RunRecord, drop_traces, require_source, run_task
+from lance_quant.results import Results, RunRecord, describe, drop_traces, require_source, run_task
 from lance_quant.tasks import Settings, load_samples
 from quantized_linear import swap_linears
 
@@ -32,10 +33,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     task_cli.add_model(parser)
     task_cli.add_task(parser)
     task_cli.add_stream(parser)
+    task_cli.add_compile(parser)
     parser.add_argument("--awq_dir", type=Path, nargs="+", required=True,
                         help="packed folders from awq_apply.py or nvfp4_apply.py, or published ones")
     parser.add_argument("--mode", choices=["ondemand", "cached"], default="ondemand",
-                        help="ondemand unpacks a linear at every call; cached keeps it in the compute dtype")
+                        help="ondemand computes on the packed bytes; cached keeps linears in the compute dtype")
+    task_cli.add_kernel(parser)
     parser.add_argument("--baseline", type=Path,
                         help="results folder of run_baseline.py --save_latents; default: run the float model first")
     parser.add_argument("--save_path_gen", type=Path, required=True, help="results folder; must not exist")
@@ -46,26 +49,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    settings = task_cli.settings_of(args)
-    samples = load_samples(args.example_json, settings, args.limit)
-    packed = _open(args.awq_dir)
-    task_cli.paths_of(args)
-    require_free(args.save_path_gen)
-    _require_comparable(args, settings, samples, packed)
-    with whole_folder(args.save_path_gen) as folder:
-        if not args.baseline:
-            _run(args, settings, samples, folder / "baseline")
-        baseline = Results(args.baseline or folder / "baseline")
-        sections = [section(settings, baseline, folder)]
-        for name, one in packed.items():
-            compared = _compare(args, settings, samples, one, baseline, folder / name)
-            sections[0]["runs"].append(run_entry(name, settings.task, compared, folder))
-        write_json(folder / "comparison.json", sections)
-        report.write(folder, sections)
-        if not args.save_latents:
-            drop_traces(folder)
-    cli.log.info("%s", report.summary_table(sections))
-    print(args.save_path_gen / "report.html")
+    with distributed.joined(args.device) as team:
+        with team.agreed():
+            settings = task_cli.settings_of(args)
+            samples = load_samples(args.example_json, settings, args.limit)
+            packed = _open(args.awq_dir)
+            task_cli.paths_of(args)
+            task_cli.stream_of(args, team)
+            team.require_free(args.save_path_gen)
+            _require_comparable(args, settings, samples, packed)
+        team.require_same(models=[one.meta for one in packed.values()], samples=[describe(one) for one in samples])
+        with team.folder(args.save_path_gen) as folder:
+            sections = _compare_all(args, settings, samples, packed, folder, team)
+            if team.leads:
+                write_json(folder / "comparison.json", sections)
+                report.write(folder, sections)
+                if not args.save_latents:
+                    drop_traces(folder)
+        if team.leads:
+            cli.log.info("%s", report.summary_table(sections))
+            print(args.save_path_gen / "report.html")
 
 
 def _open(folders: list[Path]) -> dict[str, PackedFolder]:
@@ -80,8 +83,8 @@ def _require_comparable(args: argparse.Namespace, settings: Settings, samples: l
                         packed: dict[str, PackedFolder]) -> None:
     """Raise InputError, before anything is loaded, unless baseline and packed folders compare."""
     if args.baseline:
-        baseline = Results(args.baseline)
-        baseline.require_same(settings, samples, cli.dtype_of(args.dtype, cli.device_of(args.device)))
+        with Results(args.baseline) as baseline:
+            baseline.require_same(settings, samples, cli.dtype_of(args.dtype, cli.device_of(args.device)))
         fingerprint, what = baseline.run["model"].get("fingerprint"), f"the model of baseline {args.baseline}"
     else:
         fingerprint, what = task_cli.float_facts(args.model_path)["fingerprint"], f"--model_path {args.model_path}"
@@ -89,26 +92,42 @@ def _require_comparable(args: argparse.Namespace, settings: Settings, samples: l
         require_source(one, fingerprint, what)
 
 
+def _compare_all(args: argparse.Namespace, settings: Settings, samples: list, packed: dict[str, PackedFolder],
+                 folder: Path, team: Team) -> list[dict]:
+    """Run and compare every packed folder, after the float model where there is no baseline; the report's sections,
+    complete on the leader."""
+    if not args.baseline:
+        _run(args, settings, samples, folder / "baseline", team)
+    with Results(args.baseline or folder / "baseline") as baseline:
+        sections = [section(settings, baseline, folder)]
+        for name, one in packed.items():
+            compared = _compare(args, settings, samples, one, baseline, folder / name, team)
+            if team.leads:
+                sections[0]["runs"].append(run_entry(name, settings.task, compared, folder))
+    return sections
+
+
 def _compare(args: argparse.Namespace, settings: Settings, samples: list, packed: PackedFolder, baseline: Results,
-             folder: Path) -> list[dict]:
+             folder: Path, team: Team) -> list[dict]:
     """Run one packed folder and compare it; the model is gone when this returns, before the next one is loaded."""
-    pipeline = _run(args, settings, samples, folder, packed)
-    return compare_run(pipeline, samples, settings, baseline, folder)
+    pipeline = _run(args, settings, samples, folder, team, packed)
+    return compare_run(pipeline, samples, settings, baseline, folder, team)
 
 
-def _run(args: argparse.Namespace, settings: Settings, samples: list, folder: Path,
+def _run(args: argparse.Namespace, settings: Settings, samples: list, folder: Path, team: Team,
          packed: PackedFolder | None = None) -> Pipeline:
     """Run the task with the float weights or with packed ones, into `folder`; return the model."""
     device = cli.device_of(args.device)
     dtype = cli.dtype_of(args.dtype, device)
     facts = packed.facts() if packed else task_cli.float_facts(args.model_path)
     record = RunRecord(device, dtype, facts, vars(args))
-    prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device, mode=args.mode)
+    prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device, mode=args.mode,
+                                           kernel=args.kernel)
     folder.mkdir()
     with record.stage("load"):
-        pipeline = task_cli.load(args, task_cli.paths_of(args), packed and packed.checkpoint.path, prepare)
+        pipeline = task_cli.load_to_run(args, task_cli.paths_of(args), packed and packed.checkpoint.path, prepare)
     keep_trace = packed is None or settings.kind.makes != "text"  # of answers, only the baseline's trace is read
-    run_task(pipeline, samples, settings, record, folder, keep_trace, cli.show if args.stream else None)
+    run_task(pipeline, samples, settings, record, folder, keep_trace, task_cli.stream_of(args, team), team)
     return pipeline
 
 

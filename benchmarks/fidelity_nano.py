@@ -1,68 +1,93 @@
 #!/usr/bin/env python3
-"""Compare quantizers on a trained two-expert model: KL of answers and velocity error of pictures, on lance-nano.
+"""Compare quantizers on a trained two-expert model: answers and pictures of lance-nano, and how far each is off.
 
     python benchmarks/fidelity_nano.py --seeds 0 1 2
+    python benchmarks/fidelity_nano.py --seeds 0 1 2 --variant outliers       # or like_lance
 
 Reads   lance_nano/checkpoint (or --model_path)
-Writes  nothing that stays; the last line on stdout is the result as JSON: per format and method the mean over the seeds
-        of `kl`, nats per token on the float model's own answers, and of `velocity`, relative error on its own
-        trajectories, both on held-out samples, with every seed's values beside them
-Needs   1.5 GB of memory; on one CPU core about 10 minutes per seed
+Writes  nothing that stays; prints a table in Markdown and, as the last line, JSON
+Needs   1.5 GB of memory per worker; on one CPU core about 40 minutes per seed
 
 A seed decides which samples calibrate and which are held out, and the noise of the pictures. rtn: nearest rounding,
 nothing scaled. published: `--recipe published`. ours_diagonal: ours from statistics alone. ours: with --capture.
+
+Rates are pooled over the seeds, with 95 % Wilson intervals; answers are compared with the truth, and with the float
+model's. KL: nats per token, teacher-forced on the float model's own answers, short ones and descriptions. Velocity:
+relative error (not squared) on the float model's own trajectories, guidance included, mean over steps and at three of
+them. Both are means over the seeds, in brackets the range; `of published` is the ratio of the means, for velocity of
+their squares.
 """
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lance_nano import samples
-from lance_nano.evaluate import RESOLUTION
-from lance_nano.scenes import SIZE
+from lance_nano import evaluate, export, outliers, samples
+from lance_nano.evaluate import RESOLUTION, Caption, Share
+from lance_nano.questions import Question
+from lance_nano.recognise import shows
+from lance_nano.scenes import SIZE, Scene
 from lance_quant import capture, cli, convert, layout, task_cli
 from lance_quant.codec import Codec, Int4, Nvfp4
 from lance_quant.compare import step_errors, token_divergence
 from lance_quant.lance.config import LancePaths
+from lance_quant.lance.generation import Sampling, Step
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.packed import PackedFolder
 from lance_quant.stats import ActStats, Collector, merge, model_fingerprint
-from lance_quant.tasks import Settings, answer_all, draw_all, load_samples, replay
+from lance_quant.tasks import Settings, load_samples, run_watched
 from lance_quant.tensorfile import Checkpoint
-from quantized_linear import swap_linears
 
 MODEL = Path(__file__).parent.parent / "lance_nano" / "checkpoint" / "Lance_nano"
 TASKS = ("x2t_image", "t2i")
 METHODS = ("rtn", "published", "ours_diagonal", "ours")
 CODECS: dict[str, Codec] = {"int4": Int4(64), "nvfp4": Nvfp4()}
+VARIANTS = {"outliers": [], "like_lance": ["--factor", "16", "--fed_factor", "0.125", "--share", "0.005"]}
 CPU = torch.device("cpu")
 
 
-class Baseline(NamedTuple):
-    """What the float model did on the held-out samples, and what that was asked for."""
+@dataclass
+class Baseline:
+    """What the float model did on the held-out samples of a seed.
 
-    settings: dict[str, Settings]
-    answers: list
-    pictures: list
+    asked: short questions, then descriptions, with its answer's token ids and their log-probabilities
+    texts: those answers, decoded
+    traces: all steps of the first pictures
+    """
+
+    asked: list[tuple[Scene, Question]]
+    ids: list[list[int]]
+    logprobs: list[Tensor]
+    texts: list[str]
+    captions: list[Caption]
+    traces: list[list[Step]]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--model_path", type=Path, default=MODEL, help="a model for 112 x 112 pictures")
+    parser.add_argument("--model_path", type=Path, default=MODEL, help="a lance-nano folder")
+    parser.add_argument("--variant", choices=("plain", *VARIANTS), default="plain",
+                        help="with outliers put in, see lance_nano/outliers.py: its defaults, or as large as Lance's")
+    parser.add_argument("--formats", nargs="+", choices=CODECS, default=list(CODECS), help="which to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="see above")
-    parser.add_argument("--calibrate", type=int, default=32, help="calibration samples per task")
-    parser.add_argument("--test", type=int, default=16, help="held-out samples per task")
+    parser.add_argument("--questions", type=int, default=256, help="that calibrate")
+    parser.add_argument("--captions", type=int, default=64, help="that calibrate")
+    parser.add_argument("--n", type=int, default=100, help="held-out questions, and captions, per seed")
+    parser.add_argument("--traced", type=int, default=16, help="captions of those whose velocities are compared")
     parser.add_argument("--steps", type=int, default=30, help="denoising steps")
+    parser.add_argument("--workers", type=int, default=1, help="seeds measured side by side")
     return parser.parse_args(argv)
 
 
@@ -76,98 +101,175 @@ def settings_of(task: str, file: Path, seed: int, args: argparse.Namespace) -> S
                                                    for part in (f"--{name}", value)]))
 
 
-def run(pipeline: Pipeline, settings: Settings, file: Path, limit: int, keep_trace: bool) -> list:
-    """Answer or draw the first `limit` samples of a file."""
-    samples = load_samples(file, settings, limit)
-    if settings.task == "x2t_image":
-        return list(answer_all(pipeline, samples, settings))
-    return list(draw_all(pipeline, samples, settings, keep_trace))
-
-
-def calibrate(pipeline: Pipeline, work: Path, seed: int, args: argparse.Namespace) -> ActStats:
+def calibrate(model: Path, work: Path, seed: int, args: argparse.Namespace) -> ActStats:
     """Statistics of both tasks, and a capture of each in `work`."""
-    with Checkpoint(args.model_path) as source:
+    samples.write(work / "samples", max(args.questions, args.captions), seed)
+    pipeline = Pipeline.load(LancePaths.find(model), CPU, torch.float32)
+    with Checkpoint(model) as source:
         fingerprint, names = model_fingerprint(source), layout.linears(layout.num_layers(source.specs))
     parts = []
-    for task in TASKS:
+    for task, count in zip(TASKS, (args.questions, args.captions), strict=True):
         file = work / f"samples/calibrate_{task}.json"
+        settings = settings_of(task, file, seed, args)
+        wanted = load_samples(file, settings, count)
         with Collector(pipeline.model, names) as collector, \
-                capture.recording(pipeline.model, work / f"{task}.safetensors", task, fingerprint):
-            run(pipeline, settings_of(task, file, seed, args), file, args.calibrate, keep_trace=False)
+                capture.recording(pipeline.model, work / f"{task}.safetensors", task, fingerprint) as begin:
+            run_watched(pipeline, wanted, settings, range(len(wanted)), begin)
         parts.append(collector.stats(task, {"model": fingerprint}))
     return merge(parts)
 
 
-def baseline_of(pipeline: Pipeline, work: Path, seed: int, args: argparse.Namespace) -> Baseline:
+def sampling_of(seed: int, args: argparse.Namespace) -> Sampling:
+    """The official sampler with a number of steps."""
+    return Sampling(num_timesteps=args.steps, seed=seed)
+
+
+@torch.no_grad()
+def baseline_of(pipeline: Pipeline, seed: int, args: argparse.Namespace) -> Baseline:
     """The float model on the held-out samples."""
-    files = {task: work / f"samples/test_{task}.json" for task in TASKS}
-    settings = {task: settings_of(task, file, seed, args) for task, file in files.items()}
-    return Baseline(settings, *(run(pipeline, settings[task], files[task], args.test, True) for task in TASKS))
+    asked = [*evaluate.held_out_questions(args.n, seed), *evaluate.held_out_descriptions(max(1, args.n // 4), seed)]
+    ids, logprobs, texts = [], [], []
+    for prompt in prompts_of(pipeline, asked):
+        answer = pipeline.answer(*prompt, evaluate.MAX_ANSWER_TOKENS)
+        ids.append(answer.ids)
+        texts.append(answer.text)
+        logprobs.append(pipeline.forced_logprobs(*prompt, answer.ids))
+    captions, traces = evaluate.held_out_captions(args.n, seed), []
+    for caption in captions[:args.traced]:
+        steps: list[Step] = []
+        sampling = sampling_of(seed, args)
+        pipeline.sample(pipeline.denoiser(caption.text, SIZE, SIZE, sampling), sampling, steps.append)
+        traces.append(steps)
+    return Baseline(asked, ids, logprobs, texts, captions, traces)
 
 
-def pack(work: Path, format_: str, method: str, stats: ActStats, args: argparse.Namespace) -> Path:
+def prompts_of(pipeline: Pipeline, asked: list[tuple[Scene, Question]]) -> list[tuple]:
+    """The runtime's inputs for questions about scenes."""
+    with tempfile.TemporaryDirectory() as folder:
+        return [pipeline.ask(evaluate.request(scene, question, Path(folder)), RESOLUTION) for scene, question in asked]
+
+
+def pack(model: Path, work: Path, format_: str, method: str, stats: ActStats) -> Path:
     """Quantize with one method; the folder."""
     out = work / f"{format_}-{method}"
     if method == "rtn":
         stats = ActStats({}, [], [{"run_id": "none"}], 0)
-    activations = capture.replay_of(args.model_path, [work / f"{task}.safetensors" for task in TASKS], CPU) \
+    activations = capture.replay_of(model, [work / f"{task}.safetensors" for task in TASKS], CPU) \
         if method == "ours" else None
     recipe = "published" if method == "published" else "ours"
-    with Checkpoint(args.model_path) as source:
+    with Checkpoint(model) as source:
         convert.quantize_checkpoint(source, stats, CODECS[format_], out, recipe, CPU, False, activations)
     return out
 
 
 @torch.no_grad()
-def distance(folder: Path, baseline: Baseline, args: argparse.Namespace) -> dict[str, float]:
-    """How far a packed model is from the baseline on its own tokens and trajectories."""
-    with PackedFolder(folder) as packed:
-        pipeline = Pipeline.load(LancePaths.find(args.model_path), CPU, torch.float32, packed.checkpoint.path,
-                                 lambda model: swap_linears(model, packed, torch.float32, CPU, "cached"))
-    kl: list[Tensor] = []
-    for done in baseline.answers:
-        prompt, vit_tokens = pipeline.ask(done.question, baseline.settings["x2t_image"].resolution)
-        kl.append(token_divergence(done.logprobs, pipeline.forced_logprobs(prompt, vit_tokens, done.answer.ids)).kl)
-    errors: list[float] = []
-    for done in baseline.pictures:
-        x, velocity = (torch.stack([getattr(step, part) for step in done.steps]) for part in ("x", "velocity"))
-        times = torch.tensor([step.t for step in done.steps])
-        errors += step_errors(replay(pipeline, done.prompt, baseline.settings["t2i"], x, times), velocity)
-    return {"kl": torch.cat(kl).mean().item(), "velocity": statistics.fmean(errors)}
+def distance(pipeline: Pipeline, baseline: Baseline, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Rates of a model, and how far it is from the baseline on the baseline's own tokens and trajectories."""
+    texts, kl = [], []
+    for prompt, ids, logprobs in zip(prompts_of(pipeline, baseline.asked), baseline.ids, baseline.logprobs,
+                                     strict=True):
+        texts.append(pipeline.answer(*prompt, evaluate.MAX_ANSWER_TOKENS).text)
+        kl.append(token_divergence(logprobs, pipeline.forced_logprobs(*prompt, ids)).kl)
+    right = [text == question.answer for text, (_, question) in zip(texts, baseline.asked, strict=True)][:args.n]
+    errors = []
+    for caption, trace in zip(baseline.captions, baseline.traces, strict=False):
+        denoiser = pipeline.denoiser(caption.text, SIZE, SIZE, sampling_of(seed, args))
+        velocity = torch.stack([denoiser.velocity(step.x, step.t) for step in trace])
+        errors.append(step_errors(velocity, torch.stack([step.velocity for step in trace])))
+    drawn = [shows(caption.scene, np.asarray(draw(pipeline, caption.text, seed * 1_000_003 + index, args)))
+             for index, caption in enumerate(baseline.captions)]
+    return {"answers": Share(sum(right), len(right)), "pictures": Share(sum(drawn), len(drawn)),
+            "same": Share(sum(ours == theirs for ours, theirs in zip(texts, baseline.texts, strict=True)), len(texts)),
+            "kl": torch.cat(kl).mean().item(),
+            "velocity": [statistics.fmean(step) for step in zip(*errors, strict=True)]}
 
 
-def measure(seed: int, args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
-    """format -> method -> metric of one seed."""
-    out: dict[str, dict[str, dict[str, float]]] = {name: {} for name in CODECS}
-    pipeline = Pipeline.load(LancePaths.find(args.model_path), CPU, torch.float32)
+def draw(pipeline: Pipeline, text: str, seed: int, args: argparse.Namespace) -> Any:
+    """A picture for a caption."""
+    sampling = sampling_of(seed, args)
+    return pipeline.decode(pipeline.sample(pipeline.denoiser(text, SIZE, SIZE, sampling), sampling))
+
+
+def measure(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Name of a model -> what `distance` found, for one seed."""
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        samples.write(work / "samples", max(args.calibrate, args.test), seed)
-        stats = calibrate(pipeline, work, seed, args)
-        baseline = baseline_of(pipeline, work, seed, args)
-        for name in CODECS:
+        work, model = Path(folder), args.model_path
+        if args.variant != "plain":
+            outliers.main(["--model_path", str(model), "--out", str(work / "variant"), *VARIANTS[args.variant]])
+            model = work / "variant" / export.MODEL_FOLDER
+        stats = calibrate(model, work, seed, args)
+        pipeline = evaluate.load(model, None, "cpu", "float32")
+        baseline = baseline_of(pipeline, seed, args)
+        found["float"] = distance(pipeline, baseline, seed, args)
+        for format_ in args.formats:
             for method in METHODS:
                 started = time.perf_counter()
-                packed = pack(work, name, method, stats, args)
+                packed = pack(model, work, format_, method, stats)
                 seconds = time.perf_counter() - started
-                out[name][method] = found = distance(packed, baseline, args)
-                print(f"seed {seed}  {name:<6} {method:<14} KL {found['kl']:.3e}  velocity {found['velocity']:.4f}  "
-                      f"packed in {seconds:.0f} s", file=sys.stderr)
-    return out
+                name = f"{format_} {method}"
+                found[name] = distance(evaluate.load(model, packed, "cpu", "float32"), baseline, seed, args)
+                print(f"seed {seed}  {name:<20} KL {found[name]['kl']:.3e}  "
+                      f"velocity {statistics.fmean(found[name]['velocity']):.4f}  packed in {seconds:.0f} s",
+                      file=sys.stderr)
+    return found
+
+
+def summarize(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One model over its seeds."""
+    def pooled(key: str) -> dict[str, Any]:
+        share = Share(sum(row[key].right for row in rows), sum(row[key].total for row in rows))
+        return {"rate": share.value, "interval": share.interval(), "n": share.total}
+
+    velocity = [statistics.fmean(row["velocity"]) for row in rows]
+    kl = [row["kl"] for row in rows]
+    return {"model": name, "answers": pooled("answers"), "same": pooled("same"), "pictures": pooled("pictures"),
+            "kl": statistics.fmean(kl), "kl_by_seed": kl, "velocity": statistics.fmean(velocity),
+            "velocity_by_seed": velocity,
+            "velocity_by_step": [statistics.fmean(step) for step in zip(*(row["velocity"] for row in rows),
+                                                                        strict=True)]}
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Add each packed model's errors relative to the published recipe's in the same format."""
+    by_name = {row["model"]: row for row in rows}
+    for row in rows:
+        published = by_name.get(f"{row['model'].split()[0]} published")
+        if published is not None:
+            row["kl_of_published"] = row["kl"] / published["kl"] if published["kl"] else float("nan")
+            row["squared_of_published"] = (row["velocity"] / published["velocity"]) ** 2
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The summary in Markdown; velocity errors at the first, middle and last step."""
+    steps = len(rows[0]["velocity_by_step"])
+    picked = [0, (steps - 1) // 2, steps - 1]
+    head = ["model", "exact answers", "as the float model", "recognised pictures", "KL per token", "of published",
+            "velocity error", "of published (squared)", *(f"step {index + 1}" for index in picked)]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        rates = [f"{100 * row[key]['rate']:.1f} % ({100 * row[key]['interval'][0]:.1f} .. "
+                 f"{100 * row[key]['interval'][1]:.1f})" for key in ("answers", "same", "pictures")]
+        errors = [[f"{row[key]:.3g} ({min(row[f'{key}_by_seed']):.3g} .. {max(row[f'{key}_by_seed']):.3g})",
+                   f"{row[ratio]:.2f}" if ratio in row else ""]
+                  for key, ratio in (("kl", "kl_of_published"), ("velocity", "squared_of_published"))]
+        lines.append([row["model"], *rates, *errors[0], *errors[1],
+                      *(f"{row['velocity_by_step'][index]:.3f}" for index in picked)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    runs = [measure(seed, args) for seed in args.seeds]
-    result: dict[str, object] = {"seeds": args.seeds, "cpu": platform.processor() or platform.machine(),
-                                 "torch": torch.__version__, "calibrate": args.calibrate, "test": args.test}
-    for key in ("kl", "velocity"):
-        values = {name: {method: [run[name][method][key] for run in runs] for method in METHODS} for name in CODECS}
-        result[key] = {name: {method: statistics.fmean(each) for method, each in methods.items()}
-                       for name, methods in values.items()}
-        result[f"{key}_by_seed"] = values
-    print(json.dumps(result))
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        runs = pool.starmap(measure, [(seed, args) for seed in args.seeds], chunksize=1)
+    rows = [summarize(name, [run[name] for run in runs]) for name in runs[0]]
+    compare(rows)
+    print(table(rows))
+    settings = {key: value for key, value in vars(args).items() if key not in ("model_path", "workers")}
+    print(json.dumps({**settings, "model": args.model_path.name, "cpu": platform.processor() or platform.machine(),
+                      "torch": torch.__version__, "models": rows}))
 
 
 if __name__ == "__main__":

@@ -13,14 +13,15 @@ Writes  nothing; the last line on stdout is the result as JSON, all sizes in byt
 import argparse
 import functools
 import json
-import resource
-import sys
 import time
 from pathlib import Path
+
+import torch
 
 from lance_quant import cli
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.pipeline import Pipeline
+from lance_quant.memory import peak_memory
 from lance_quant.packed import PackedFolder
 from quantized_linear import swap_linears
 
@@ -34,11 +35,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def peak_rss() -> int:
-    """Highest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
@@ -46,12 +42,12 @@ def main(argv: list[str] | None = None) -> None:
     dtype = cli.dtype_of(args.dtype, device)
     packed = PackedFolder(args.awq_dir) if args.awq_dir else None
     prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device)
-    before, start = peak_rss(), time.perf_counter()
+    before, start = peak_memory(torch.device("cpu"))["host"], time.perf_counter()
     paths = LancePaths.find(args.model_path)
     pipeline = Pipeline.load(paths, device, dtype, packed and packed.checkpoint.path, prepare)
     tensors = [*pipeline.model.parameters(), *pipeline.model.buffers()]
     model = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-    rise = peak_rss() - before
+    rise = peak_memory(torch.device("cpu"))["host"] - before
     on_host = model if device.type == "cpu" else 0
     print(json.dumps({"model": model, "peak_above_start": rise, "beside_model": rise - on_host,
                       "seconds": round(time.perf_counter() - start, 1), "device": str(device),

@@ -42,7 +42,7 @@ from lance_nano.scenes import (
     render,
 )
 from lance_nano.tokenizer import UNDERSTANDING_SYSTEM
-from lance_quant import cli
+from lance_quant import cli, task_cli
 from lance_quant.errors import InputError
 from lance_quant.lance import samples
 from lance_quant.lance.config import LancePaths
@@ -137,7 +137,9 @@ def draw(pipeline: Pipeline, text: str, seed: int) -> Image.Image:
     return pipeline.decode(pipeline.sample(pipeline.denoiser(text, SIZE, SIZE, sampling), sampling))
 
 
-def load(model_path: Path, awq_dir: Path | None, device_name: str, dtype_name: str) -> Pipeline:
+def load(
+    model_path: Path, awq_dir: Path | None, device_name: str, dtype_name: str, kernel: str = "auto"
+) -> Pipeline:
     """The runtime on the float weights, or on those of a packed folder."""
     device = cli.device_of(device_name)
     dtype = cli.dtype_of(dtype_name, device)
@@ -145,7 +147,7 @@ def load(model_path: Path, awq_dir: Path | None, device_name: str, dtype_name: s
     if awq_dir is None:
         return Pipeline.load(paths, device, dtype)
     packed = PackedFolder(awq_dir)
-    prepare = functools.partial(swap_linears, folder=packed, dtype=dtype, device=device)
+    prepare = functools.partial(swap_linears, folder=packed, dtype=dtype, device=device, kernel=kernel)
     return Pipeline.load(paths, device, dtype, packed.checkpoint.path, prepare)
 
 
@@ -214,6 +216,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--model_path", type=Path, required=True, help="folder with llm_config.json; ViT and VAE beside"
     )
     parser.add_argument("--awq_dir", type=Path, help="quantized folder that replaces the float weights")
+    task_cli.add_kernel(parser)
     parser.add_argument("--n", type=int, default=200, help="questions, and captions")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, questions, captions and noise")
     parser.add_argument("--pictures", type=Path, help="folder to keep the generated pictures in")
@@ -226,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.n < 1:
         raise InputError(f"--n {args.n}: at least one question and one caption are needed")
-    pipeline = load(args.model_path, args.awq_dir, args.device, args.dtype)
+    pipeline = load(args.model_path, args.awq_dir, args.device, args.dtype, args.kernel)
     answers = measure_answers(pipeline, held_out_questions(args.n, args.seed))
     described = total(measure_answers(pipeline, held_out_descriptions(max(1, args.n // 4), args.seed)))
     pictures, placed = measure_pictures(

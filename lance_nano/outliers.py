@@ -1,13 +1,17 @@
 """Make a function-preserving variant of a checkpoint with activation outliers, as large models have them.
 
     python -m lance_nano.outliers --model_path lance_nano/checkpoint/Lance_nano --out runs/outliers
+    python -m lance_nano.outliers --model_path lance_nano/checkpoint/Lance_nano --out runs/like_lance \
+        --factor 16 --fed_factor 0.125 --share 0.005
 
 A few random channels are made `factor` times larger where they are produced and smaller where they are
 consumed: norm -> q, k, v; norm -> gate, up; v -> o; up -> down. Values of both experts meet in one attention,
 so the same v channels are scaled in both. With a power of two every scaling is exact in any float format: the
 variant computes the same function bit for bit, up to the order of sums, but plain rounding to 4 bits destroys
-it at large factors. These outliers are put in by construction; they say nothing about where the real Lance
-has any.
+it at large factors. Behind v and up a factor below 1 makes large weights instead: columns of o_proj and
+down_proj, where the published ratios of Lance-3B have their outliers. The second command comes near those
+ratios (benchmarks/outlier_ratios.py); the first is harsher than anything published. These outliers are put in
+by construction; they say nothing about where the real Lance has any.
 """
 
 from __future__ import annotations
@@ -47,16 +51,25 @@ def _scale_outputs(tensors: dict[str, Tensor], linear: str, rows: Tensor, factor
 
 
 def rescale(
-    tensors: dict[str, Tensor], config: LanceConfig, factor: float, share: float, seed: int
+    tensors: dict[str, Tensor],
+    config: LanceConfig,
+    factor: float,
+    share: float,
+    seed: int,
+    fed_factor: float | None = None,
 ) -> dict[str, Tensor]:
     """A copy of a checkpoint's tensors with outlier channels; the function they compute is unchanged.
 
     Args:
         factor: a power of two above 1, the size of the outliers.
         share: of the channels of every site.
+        fed_factor: a power of two, the size of the outliers behind v_proj and up_proj; None for `factor`.
     """
+    fed_factor = factor if fed_factor is None else fed_factor
     if factor <= 1 or not math.log2(factor).is_integer():
         raise InputError(f"--factor {factor:g} must be a power of two above 1, so that the scaling is exact")
+    if fed_factor <= 0 or not math.log2(fed_factor).is_integer():
+        raise InputError(f"--fed_factor {fed_factor:g} must be a power of two, so that the scaling is exact")
     if not 0 < share <= 1:
         raise InputError(f"--share {share:g} must lie in (0, 1]")
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -71,11 +84,11 @@ def rescale(
                 _scale_inputs(tensors, group.linears, channels, factor)
             elif group.place == "mlp_out":
                 channels = _channels(width, share, generator)
-                _scale_outputs(tensors, group.linears[0].replace("down_proj", "up_proj"), channels, factor)
-                _scale_inputs(tensors, group.linears, channels, factor)
+                _scale_outputs(tensors, group.linears[0].replace("down_proj", "up_proj"), channels, fed_factor)
+                _scale_inputs(tensors, group.linears, channels, fed_factor)
             else:
-                _scale_outputs(tensors, group.linears[0].replace("o_proj", "v_proj"), values, factor)
-                _scale_inputs(tensors, group.linears, _readers(values, config), factor)
+                _scale_outputs(tensors, group.linears[0].replace("o_proj", "v_proj"), values, fed_factor)
+                _scale_inputs(tensors, group.linears, _readers(values, config), fed_factor)
     return tensors
 
 
@@ -87,10 +100,12 @@ def _readers(values: Tensor, config: LanceConfig) -> Tensor:
     return (heads * config.head_dim + channel[:, None]).flatten()
 
 
-def write(paths: LancePaths, out: Path, factor: float, share: float, seed: int) -> None:
+def write(
+    paths: LancePaths, out: Path, factor: float, share: float, seed: int, fed_factor: float | None = None
+) -> None:
     """Write the variant with its ViT and VAE into the new folder `out`, in the layout of `export`."""
     config = LanceConfig.load(paths.model / "llm_config.json")
-    tensors = rescale(load_file(paths.model / "model.safetensors"), config, factor, share, seed)
+    tensors = rescale(load_file(paths.model / "model.safetensors"), config, factor, share, seed, fed_factor)
     with whole_folder(out) as folder:
         shutil.copytree(
             paths.model, folder / MODEL_FOLDER, ignore=shutil.ignore_patterns("model.safetensors")
@@ -100,6 +115,7 @@ def write(paths: LancePaths, out: Path, factor: float, share: float, seed: int) 
         facts = {
             "format": "pt",
             "outlier_factor": f"{factor:g}",
+            "outlier_fed_factor": f"{factor if fed_factor is None else fed_factor:g}",
             "outlier_share": f"{share:g}",
             "seed": str(seed),
         }
@@ -116,6 +132,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to create; never overwritten")
     parser.add_argument("--factor", type=float, default=32.0, help="size of the outliers, a power of two")
+    parser.add_argument(
+        "--fed_factor", type=float, help="the same behind v_proj and up_proj, default: --factor"
+    )
     parser.add_argument("--share", type=float, default=0.03, help="share of channels per site")
     parser.add_argument("--seed", type=int, default=0, help="which channels")
     return parser.parse_args(argv)
@@ -124,7 +143,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    write(LancePaths.find(args.model_path), args.out, args.factor, args.share, args.seed)
+    write(LancePaths.find(args.model_path), args.out, args.factor, args.share, args.seed, args.fed_factor)
     cli.log.info("wrote %s", args.out / MODEL_FOLDER)
 
 

@@ -16,7 +16,7 @@ The file is a safetensors file: `call.N.und`, `call.N.gen` [b, t, hidden] (b = 1
 import json
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from lance_quant import gptq, layout
+from lance_quant.distributed import ALONE, Team
 from lance_quant.errors import InputError
 from lance_quant.files import require_free, whole_file
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance, Layer, Rope, Streams
-from lance_quant.layout import SUFFIX
+from lance_quant.layout import SUFFIX, Expert
 from lance_quant.ours import Weights
 from lance_quant.stats import model_fingerprint
 from lance_quant.tensorfile import Checkpoint, TensorFile, TensorFileWriter, TensorSpec
@@ -43,7 +44,10 @@ FORMAT = 1
 # is where more stop to matter. 1.1 GB of float32 hidden states while they are replayed, float and packed together.
 LIMIT = 1 << 16
 _BATCH = 4096  # tokens of calls that are replayed as one; short calls are slow one by one
-_THINNEST = 64  # denoising steps are thinned to every 64th before whole requests are dropped
+_PIECE = 1024  # tokens that go through an MLP at once; the inputs of a real down_proj are 45 MB
+_NORMS = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm", "mlp_out": "post_attention_layernorm"}
+_THINNEST = 64  # denoising steps are thinned to every 64th before whole samples are dropped
+_SPREAD = 31  # odd: steps that are left of one sample are others than those of the next
 
 
 @dataclass
@@ -99,11 +103,34 @@ class Call:
                     tuple(torch.cat(parts) for parts in zip(self.rope, other.rope, strict=True)))
 
 
+@dataclass
+class _Entry:
+    """A recorded call.
+
+    number: what it is thinned by.
+    read: whether a later call read what it left in the cache.
+    open: whether no later call has used its rows, so that one may still read it.
+    """
+
+    number: int
+    call: Call
+    read: bool = False
+    open: bool = True
+
+    def precedes(self, call: Call) -> None:
+        """Note what a later call does with its rows."""
+        ends = {row: length + self.call.length for row, length in zip(self.call.rows, self.call.lengths, strict=True)}
+        shared = [(ends[row], length) for row, length in zip(call.rows, call.lengths, strict=True) if row in ends]
+        self.open = self.open and not shared
+        self.read = self.read or any(length >= end for end, length in shared)
+
+
 class Recorder:
     """Collects calls through a hook on the decoder. Subsamples evenly when there are too many tokens.
 
-    What later calls read from the cache is kept; calls that leave nothing there (denoising steps) are thinned to every
-    second, fourth, ... in order, and after that whole requests are.
+    Causal calls and what later ones read from the cache are kept; calls that leave nothing there (denoising steps) are
+    thinned to every second, fourth, ..., and after that whole samples are. This depends on sample and place in it
+    alone, so that processes that share the samples keep together what one process keeps.
 
     Args:
         limit: tokens that are kept, see LIMIT.
@@ -112,10 +139,9 @@ class Recorder:
     def __init__(self, model: Lance, limit: int = LIMIT):
         self._model, self._limit = model, limit
         self._numbers: weakref.WeakKeyDictionary[CacheRow, int] = weakref.WeakKeyDictionary()
-        self._request: dict[int, int] = {}  # row -> request
-        self._kept: list[tuple[int, Call]] = []  # running number, call
-        self._rows = self._calls = 0
-        self._stride = self._request_stride = 1
+        self._rows = self._sample = self._step = 0
+        self._kept: dict[int, list[_Entry]] = {}  # by sample
+        self._stride = self._sample_stride = 1
 
     def __enter__(self) -> "Recorder":
         self._handle = self._model.language_model.model.register_forward_pre_hook(self._observe, with_kwargs=True)
@@ -124,23 +150,32 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._handle.remove()
 
+    def begin(self, sample: int) -> None:
+        """Calls from now on are those of a sample; samples come in ascending order."""
+        self._sample, self._step = sample, 0
+
     @property
     def calls(self) -> list[Call]:
         """What is kept, in order."""
-        return [call for _, call in self._kept]
+        return [call for calls in self._by_sample() for call in calls]
+
+    def _by_sample(self) -> list[list[Call]]:
+        return [[entry.call for entry in entries if self._keeps(sample, entry)]
+                for sample, entries in self._kept.items()]
 
     def _observe(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("streams", "rope", "rows", "causal"), args, strict=False)) | kwargs
         call = Call(tuple(self._number(row) for row in given["rows"]), tuple(row.length for row in given["rows"]),
                     given["causal"], {expert: _stored(x) for expert, x in given["streams"].items()},
                     tuple(_stored(x) for x in given["rope"]))
-        request = next((self._request[row] for row in call.rows if row in self._request), self._rows)
-        self._request.update(dict.fromkeys(call.rows, request))
-        if self._kept and call.continues(self._kept[-1][1]):
-            self._kept[-1] = self._kept[-1][0], self._kept[-1][1].joined(call)
+        entries = self._kept.setdefault(self._sample, [])
+        if entries and call.continues(entries[-1].call):
+            entries[-1].call = entries[-1].call.joined(call)
         else:
-            self._kept.append((self._calls, call))
-            self._calls += 1
+            for entry in entries:
+                entry.precedes(call)
+            entries.append(_Entry(_SPREAD * self._sample + self._step, call))
+            self._step += 1
         self._thin()
 
     def _number(self, row: CacheRow) -> int:
@@ -149,34 +184,43 @@ class Recorder:
             self._rows += 1
         return self._numbers[row]
 
+    def _keeps(self, sample: int, entry: _Entry) -> bool:
+        wanted = sample % self._sample_stride == 0
+        return wanted and (entry.read or entry.call.causal or entry.number % self._stride == 0)
+
+    def _tokens(self) -> int:
+        return sum(call.tokens for calls in self._by_sample() for call in calls)
+
     def _thin(self) -> None:
-        while True:
-            self._kept = self._worth_keeping()
-            if sum(call.tokens for call in self.calls) <= self._limit or self._request_stride > self._rows:
-                return
-            if self._stride < _THINNEST:
-                self._stride *= 2
-            else:
-                self._request_stride *= 2
+        while self._tokens() > self._limit and self._sample_stride <= self._sample + 1:
+            self._coarsen()
+        for sample in self._kept:
+            running = sample == self._sample and sample % self._sample_stride == 0
+            self._kept[sample] = [entry for entry in self._kept[sample]
+                                  if self._keeps(sample, entry) or (running and entry.open)]
 
-    def _worth_keeping(self) -> list[tuple[int, Call]]:
-        """Calls of the requests that are kept, and of those that leave nothing behind every stride-th."""
-        if self._stride == self._request_stride == 1:
-            return self._kept
-        end: dict[int, int] = {}  # longest past of a row that a later call reads
-        kept = []
-        for number, call in reversed(self._kept):
-            read = any(end.get(row, 0) >= length + call.length
-                       for row, length in zip(call.rows, call.lengths, strict=True))
-            last = not any(row in end for row in call.rows)  # what comes next may still read it
-            end.update({row: max(length, end.get(row, 0)) for row, length in zip(call.rows, call.lengths, strict=True)})
-            wanted = self._request[call.rows[0]] % self._request_stride == 0
-            if wanted and (read or last or number % self._stride == 0):
-                kept.append((number, call))
-        return kept[::-1]
+    def _coarsen(self) -> None:
+        if self._stride < _THINNEST:
+            self._stride *= 2
+        else:
+            self._sample_stride *= 2
 
-    def save(self, path: Path, task: str, fingerprint: str) -> None:
-        """Write the capture, whole or not at all.
+    def _pooled(self, team: Team) -> list[Call]:
+        """What the processes of a team keep together, in the order of the samples; complete on the leader."""
+        strides, sample_strides, last = zip(*team.everyone((self._stride, self._sample_stride, self._sample)),
+                                            strict=True)
+        self._stride, self._sample_stride = max(strides), max(sample_strides)
+        while sum(team.everyone(self._tokens())) > self._limit and self._sample_stride <= max(last) + 1:
+            self._coarsen()
+        own, numbers, calls = self._by_sample(), {}, []
+        for sample, part in enumerate(team.collect(own, sum(team.everyone(len(own))))):
+            for call in part:
+                rows = tuple(numbers.setdefault((sample, row), len(numbers)) for row in call.rows)
+                calls.append(replace(call, rows=rows))
+        return calls
+
+    def save(self, path: Path, task: str, fingerprint: str, team: Team = ALONE) -> None:
+        """Write the capture, whole or not at all; of a team, what all of them recorded, by its leader.
 
         Args:
             fingerprint: of the model, see stats.model_fingerprint.
@@ -184,16 +228,19 @@ class Recorder:
         Raises:
             InputError: the file exists, or no call was made.
         """
-        if not self._kept:
+        calls = self._pooled(team)
+        if not team.leads:
+            return
+        if not calls:
             raise InputError("nothing to capture: the model was never called")
         facts = {"format": FORMAT, "task": task, "model": fingerprint, "config": asdict(self._model.config),
-                 "calls": [{"rows": call.rows, "lengths": call.lengths, "causal": call.causal} for call in self.calls]}
+                 "calls": [{"rows": call.rows, "lengths": call.lengths, "causal": call.causal} for call in calls]}
         text = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-        tensors = {"capture": text, **{f"call.{index}.{key}": x for index, call in enumerate(self.calls)
+        tensors = {"capture": text, **{f"call.{index}.{key}": x for index, call in enumerate(calls)
                                        for key, x in (*call.streams.items(), *zip(("cos", "sin"), call.rope,
                                                                                   strict=True))}}
         _write(Path(path), tensors)
-        log.info("captured %d calls, %d tokens: %s", len(self._kept), sum(call.tokens for call in self.calls), path)
+        log.info("captured %d calls, %d tokens: %s", len(calls), sum(call.tokens for call in calls), path)
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -210,19 +257,23 @@ def _stored(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def recording(model: Lance, path: Path | None, task: str, fingerprint: str) -> Iterator[None]:
+def recording(model: Lance, path: Path | None, task: str, fingerprint: str,
+              team: Team = ALONE) -> Iterator[Callable[[int], None]]:
     """Capture what runs in the block into a file; do nothing where `path` is None.
+
+    Yields what to call with the index of each sample before it runs (Recorder.begin).
 
     Raises:
         InputError: the file exists.
     """
     if path is None:
-        yield
+        yield lambda sample: None
         return
-    require_free(path)
+    if team.leads:
+        require_free(path)
     with Recorder(model) as recorder:
-        yield
-    recorder.save(path, task, fingerprint)
+        yield recorder.begin
+    recorder.save(path, task, fingerprint, team)
 
 
 def load(path: Path, fingerprint: str) -> tuple[LanceConfig, list[Call]]:
@@ -272,6 +323,7 @@ class Replay:
                  facts: Sequence[dict[str, Any]] = ()):
         self._config, self._device, self.facts = config, device, facts
         self._exact = self._packed = _batched(calls)
+        self._attended = False  # whether the states are those between attention and MLP
         self._ends: dict[int, int] = {}
         for call in calls:
             for row, length in zip(call.rows, call.lengths, strict=True):
@@ -280,14 +332,18 @@ class Replay:
 
     @torch.no_grad()
     def moments(self, group: layout.Group, target: Weights, current: Weights) -> gptq.Moments | None:
-        """See ours.Activations. Both experts of a place are measured in one pass, except at down_proj, where one Gram
-        matrix is as large as a layer."""
-        wanted = [other for other in layout.groups(group.layer) if other.place == group.place
-                  and (other.expert == group.expert or group.place != "mlp_out")]
-        wanted = [other for other in wanted if any(other.expert in call.streams for call in self._exact)]
-        if group not in wanted:
+        """See ours.Activations; places come in the order of ours.PLACES. Where attention was run, both experts are
+        measured at once; elsewhere one at a time, since a Gram matrix of down_proj is as large as a layer."""
+        assert group.place.startswith("mlp") or not self._attended, "the attention of this layer is behind us"
+        if group.place.startswith("mlp") and not self._attended:
+            self._go_on(self._past_attention, group.layer, target, current)
+            self._attended = True
+        if not any(group.expert in call.streams for call in self._exact):
             return None
         if group.name not in self._found:
+            wanted = [other for other in layout.groups(group.layer) if other.place == group.place
+                      and (group.place == "attn_out" or other.expert == group.expert)
+                      and any(other.expert in call.streams for call in self._exact)]
             self._found = self._measure(wanted, target, current)
         return self._found.pop(group.name)
 
@@ -296,35 +352,50 @@ class Replay:
         # What is packed so far shows in the inputs only behind the first packed linear of the model.
         paired = any(a is not b for a, b in zip(self._exact, self._packed, strict=True)) \
             or any(current[name] is not target[name] for name in target)
-        sums = {group.name: gptq.Sums(target[f"{group.linears[0]}.weight"].shape[1], self._device, paired)
-                for group in groups}
-        exact, packed = self._watched(groups, target, self._exact), self._watched(groups, current, self._packed)
-        for seen, seen_packed in zip(exact, packed, strict=True):
-            for name, x in seen.items():
-                sums[name].add(seen_packed[name], x)
+        sums = {}
+        for group in groups:
+            weight = target[f"{group.linears[0]}.weight"]
+            sums[group.name] = gptq.Sums(weight.shape[1], self._device, paired,
+                                         weight if group.norm is None else None)
+        exact, packed = self._inputs(groups, target, self._exact), self._inputs(groups, current, self._packed)
+        for (name, x, stream), (_, xq, stream_q) in zip(exact, packed, strict=True):
+            sums[name].add(xq, x, stream - stream_q)
         return {name: part.moments() for name, part in sums.items()}
 
-    def _watched(self, groups: Sequence[layout.Group], weights: Weights,
-                 calls: Sequence[Call]) -> Iterator[dict[str, Tensor]]:
-        """Per call the inputs [tokens, in] of each group."""
-        index = groups[0].layer
-        layer, seen = _layer(self._config, index, weights), {}
-        if groups[0].place == "attn_in":  # needs no attention
-            for call in calls:
-                yield {group.name: layer.get_submodule(_inside(group.norm, index))(
-                    call.streams[group.expert].to(self._device)).flatten(0, -2)
-                    for group in groups if group.expert in call.streams}
+    def _inputs(self, groups: Sequence[layout.Group], weights: Weights,
+                calls: Sequence[Call]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Group, its inputs [tokens, in] and the residual stream [tokens, hidden] beside them, piece by piece."""
+        layer, place = layer_around(self._config, groups[0].layer, weights), groups[0].place
+        if place == "attn_out":
+            yield from self._attention_outputs(groups, layer, calls)
             return
+        (group,) = groups
+        norm, mlp = (getattr(layer, part + SUFFIX[group.expert]) for part in (_NORMS[place], "mlp"))
+        mlp.down_proj = nn.Identity()  # what is left of the MLP gives down_proj's inputs
+        for call in calls:
+            if group.expert in call.streams:
+                for stream in call.streams[group.expert].flatten(0, -2).split(_PIECE):
+                    stream = stream.to(self._device)
+                    yield group.name, norm(stream) if place.endswith("_in") else mlp(norm(stream)), stream
+
+    def _attention_outputs(self, groups: Sequence[layout.Group], layer: Layer,
+                           calls: Sequence[Call]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        seen: dict[str, Tensor] = {}
         for group in groups:
             def observe(_: nn.Module, args: tuple[Tensor, ...], name: str = group.name) -> None:
                 seen[name] = args[0].flatten(0, -2)
 
-            layer.get_submodule(_inside(group.linears[0], index)).register_forward_pre_hook(observe)
-        for _ in self._outputs(layer, calls):
-            yield dict(seen)
-            seen.clear()
+            layer.get_submodule(_inside(group.linears[0], group.layer)).register_forward_pre_hook(observe)
+        for call, _ in zip(calls, self._after_attention(layer, calls), strict=True):
+            for group in groups:
+                if group.expert in call.streams:
+                    stream = call.streams[group.expert].to(self._device)
+                    yield group.name, seen.pop(group.name), stream.flatten(0, -2)
 
-    def _outputs(self, layer: Layer, calls: Iterable[Call]) -> Iterator[Streams]:
+    def _after_attention(self, layer: Layer, calls: Iterable[Call]) -> Iterator[Streams]:
+        """Each call's streams with what attention adds to them."""
+        for suffix in SUFFIX.values():
+            setattr(layer, f"mlp{suffix}", _Zero())
         rows = {row: self._row(end) for row, end in self._ends.items()}
         for call in calls:
             for row, length in zip(call.rows, call.lengths, strict=True):
@@ -340,14 +411,33 @@ class Replay:
     @torch.no_grad()
     def advance(self, layer: int, target: Weights, current: Weights) -> None:
         """See ours.Activations."""
-        self._exact = self._after(layer, target, self._exact)
-        self._packed = self._after(layer, current, self._packed)
+        if not self._attended:
+            self._go_on(self._past_attention, layer, target, current)
+        self._go_on(self._past_mlp, layer, target, current)
+        self._attended = False
 
-    def _after(self, index: int, weights: Weights, calls: Sequence[Call]) -> list[Call]:
-        outputs = self._outputs(_layer(self._config, index, weights), calls)
+    def _go_on(self, step: Callable[[Layer, Sequence[Call]], list[Call]], index: int, target: Weights,
+               current: Weights) -> None:
+        """Replace the states of both models."""
+        self._exact, self._packed = (step(layer_around(self._config, index, weights), calls)
+                                     for weights, calls in ((target, self._exact), (current, self._packed)))
+
+    def _past_attention(self, layer: Layer, calls: Sequence[Call]) -> list[Call]:
         return [replace(call, streams={expert: x.cpu() for expert, x in streams.items()})
-                for call, streams in zip(calls, outputs, strict=True)]
+                for call, streams in zip(calls, self._after_attention(layer, calls), strict=True)]
 
+    def _past_mlp(self, layer: Layer, calls: Sequence[Call]) -> list[Call]:
+        return [replace(call, streams={expert: self._fed(layer, expert, x) for expert, x in call.streams.items()})
+                for call in calls]
+
+    def _fed(self, layer: Layer, expert: Expert, streams: Tensor) -> Tensor:
+        norm, mlp = (getattr(layer, part + SUFFIX[expert]) for part in (_NORMS["mlp_in"], "mlp"))
+        pieces = (x.to(self._device) for x in streams.flatten(0, -2).split(_PIECE))
+        return torch.cat([(x + mlp(norm(x))).cpu() for x in pieces]).view(streams.shape)
+
+    def hidden(self) -> Iterator[tuple[Call, Call]]:
+        """The calls as they stand, in the float model and in the packed one: after the last layer, its outputs."""
+        return zip(self._exact, self._packed, strict=True)
 
     def save(self, path: Path) -> None:
         """See ours.Activations: the hidden states of both models."""
@@ -368,6 +458,13 @@ class Replay:
         return [("exact", self._exact), ("packed", self._packed)]
 
 
+class _Zero(nn.Module):
+    """An MLP that adds nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 def _batched(calls: Iterable[Call]) -> list[Call]:
     out: list[Call] = []
     for call in calls:
@@ -378,11 +475,12 @@ def _batched(calls: Iterable[Call]) -> list[Call]:
     return out
 
 
-def _layer(config: LanceConfig, index: int, weights: Weights) -> Layer:
+def layer_around(config: LanceConfig, index: int, weights: Weights) -> Layer:
     """The runtime's layer around these tensors, without copying them."""
     with torch.device("meta"):
         layer = Layer(config)
-    layer.load_state_dict({_inside(name, index): tensor for name, tensor in weights.items()}, assign=True)
+    given = {_inside(name, index): tensor for name, tensor in weights.items()}
+    layer.load_state_dict({**layer.state_dict(), **given}, assign=True)  # an expert that is not given stays on meta
     return layer.requires_grad_(False)
 
 
@@ -398,6 +496,12 @@ def replay_of(src: Path, paths: Sequence[Path], device: torch.device) -> Replay:
     """
     with Checkpoint(src) as source:
         fingerprint = model_fingerprint(source)
+    config, calls, facts = load_all(paths, fingerprint)
+    return Replay(config, calls, device, facts)
+
+
+def load_all(paths: Sequence[Path], fingerprint: str) -> tuple[LanceConfig, list[Call], list[dict[str, Any]]]:
+    """Several captures of one model as one, with distinct row numbers, and a line on each for the meta. See `load`."""
     calls: list[Call] = []
     facts = []
     for path in paths:
@@ -407,4 +511,4 @@ def replay_of(src: Path, paths: Sequence[Path], device: torch.device) -> Replay:
         with Checkpoint(path) as file:
             facts.append({"fingerprint": file.fingerprint(file.specs), "calls": len(more),
                           "tokens": sum(call.tokens for call in more)})
-    return Replay(config, calls, device, facts)
+    return config, calls, facts

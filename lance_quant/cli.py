@@ -82,8 +82,20 @@ def add_conversion(to: argparse.ArgumentParser) -> None:
     to.add_argument("--out", type=Path, help="folder to create; never overwritten; not written by --dry_run")
     to.add_argument("--recipe", choices=["ours", "published"], default="ours",
                     help="ours searches by second moments; published repeats Reza2kn/lance-quant tensor for tensor")
+    to.add_argument("--head_bits", type=int, choices=[8, 16], default=16,
+                    help="bits of the output head and the token embedding; published readers know only 16, bfloat16")
     to.add_argument("--dry_run", action="store_true", help="read headers only and print what would be written")
+    to.add_argument("--threads", type=int, help="CPU threads, which change nothing but the time; default: all cores")
     add_device(to, dtype=False)
+
+
+def set_threads(count: int | None) -> None:
+    """What --threads asks for; None leaves torch's default, all cores or OMP_NUM_THREADS."""
+    if count is None:
+        return
+    if count < 1:
+        raise InputError(f"--threads {count} is not positive: leave it out to use all cores")
+    torch.set_num_threads(count)
 
 
 def device_of(name: str) -> torch.device:

@@ -6,7 +6,6 @@ plans them from a shape alone. Everything above (search, conversion, folders) is
 Shape suffixes: o out, i in.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -75,6 +74,9 @@ class Codec(Protocol):
 
     def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
         """The nearest level of each value [n, out]; the grid's tensors broadcast against it."""
+
+    def round_io(self, w_io: Tensor, grid: Grid, context: float | None) -> tuple[PackedWeight, Tensor]:
+        """The nearest levels of a float32 weight [in, out] in its groups' grids: packed, and as float32 [in, out]."""
 
     def storable(self, step: Tensor, context: float | None) -> Tensor:
         """Positive steps, float32, rounded to what a file can hold."""
@@ -146,6 +148,10 @@ class Int4:
     def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
         """See int4.nearest."""
         return int4.nearest(w_io, grid.step, grid.zero)
+
+    def round_io(self, w_io: Tensor, grid: Grid, context: None = None) -> tuple[Int4Weight, Tensor]:
+        """See int4.round_io."""
+        return int4.round_io(w_io, grid.step, grid.zero)
 
     def storable(self, step: Tensor, context: None = None) -> Tensor:
         """Rounded to bfloat16."""
@@ -229,6 +235,10 @@ class Nvfp4:
         """See nvfp4.nearest."""
         return nvfp4.nearest(w_io, grid.step)
 
+    def round_io(self, w_io: Tensor, grid: Grid, context: float) -> tuple[Nvfp4Weight, Tensor]:
+        """See nvfp4.round_io."""
+        return nvfp4.round_io(w_io, grid.step, context)
+
     def storable(self, step: Tensor, context: float) -> Tensor:
         """Rounded to E4M3 times the global scale."""
         return nvfp4.round_e4m3((step / context).clamp(nvfp4.MIN_E4M3, nvfp4.E4M3_MAX)) * context
@@ -272,34 +282,59 @@ class Nvfp4:
                 "fp4_lut_pos": list(nvfp4.MAGNITUDES), "layout": "slim" if self.slim else "published"}
 
 
-class RowBlock(NamedTuple):
-    """Some rows of one weight of a group."""
+class Block(NamedTuple):
+    """A piece of one weight [out, in] of a group."""
 
     index: int  # which weight
     rows: slice
+    columns: slice
+
+
+_CPU_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24  # weights whose temporaries stay in a core's share of the cache, or small
+_CPU_ROWS = 256  # the innermost axis of a transposed block: long enough for vectorized loops
 
 
 def row_slices(shape: Sequence[int], device: torch.device) -> list[slice]:
     """Cut a weight [out, in] into rows whose temporaries stay in a core's cache (CPU) or small (GPU)."""
-    step = max(1, (1 << (19 if device.type == "cpu" else 24)) // shape[1])
+    step = max(1, (2 * _CPU_BLOCK if device.type == "cpu" else _GPU_BLOCK) // shape[1])
     return [slice(row, row + step) for row in range(0, shape[0], step)]
 
 
-def map_blocks(function: Callable[[RowBlock], Any], weights: Sequence[Tensor]) -> list[Any]:
-    """Call `function` on every row block, in order; on the CPU with one single-threaded worker per core.
+def blocks(weights: Sequence[Tensor], group_size: int | None = None) -> list[Block]:
+    """Cut the weights [out, in] of a group into blocks, in order.
+
+    Args:
+        group_size: columns may be cut between groups of so many; None: blocks are whole rows.
+    """
+    return [Block(index, rows, columns) for index, w in enumerate(weights)
+            for rows, columns in _cuts(w.shape, w.device, group_size)]
+
+
+def _cuts(shape: Sequence[int], device: torch.device, group_size: int | None) -> Iterator[tuple[slice, slice]]:
+    if group_size is None or device.type != "cpu":
+        yield from ((rows, slice(None)) for rows in row_slices(shape, device))
+        return
+    width = max(1, _CPU_BLOCK // _CPU_ROWS // group_size) * group_size
+    for row in range(0, shape[0], _CPU_ROWS):
+        yield from ((slice(row, row + _CPU_ROWS), slice(column, column + width))
+                    for column in range(0, shape[1], width))
+
+
+def map_blocks(function: Callable[[Block], Any], weights: Sequence[Tensor], group_size: int | None = None) -> list[Any]:
+    """Call `function` on every block, in order; on the CPU with single-threaded workers, torch.get_num_threads() many.
 
     Blocks that fit a cache are too short for torch's own threads: at each operation they would wait for one another
-    (measured on a loaded 4-core machine: 242 s instead of 1.3 s for one MLP group).
+    (measured on a loaded 4-core machine: 242 s instead of 1.3 s for one MLP group). What a block gives does not depend
+    on the number of workers.
     """
-    blocks = _row_blocks(weights)
-    if weights[0].device.type != "cpu" or len(blocks) == 1:
-        return [function(block) for block in blocks]
-    with _single_threaded_torch() as workers, ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(function, blocks))
-
-
-def _row_blocks(weights: Sequence[Tensor]) -> list[RowBlock]:
-    return [RowBlock(index, rows) for index, w in enumerate(weights) for rows in row_slices(w.shape, w.device)]
+    cut = blocks(weights, group_size)
+    if weights[0].device.type != "cpu":
+        return [function(block) for block in cut]
+    with _single_threaded_torch() as workers:
+        if workers == 1 or len(cut) == 1:
+            return [function(block) for block in cut]
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(function, cut))
 
 
 @contextmanager
@@ -307,7 +342,7 @@ def _single_threaded_torch() -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield min(before, os.cpu_count() or 1)
+        yield before
     finally:
         torch.set_num_threads(before)
 
@@ -316,25 +351,37 @@ def quantize_scaled(codec: Codec, weights: Sequence[Tensor], scale: Tensor | Non
                     context: float | None) -> list[PackedWeight]:
     """Pack the weights [out, in] of a group, columns multiplied by `scale` [in] (None: as they are)."""
 
-    def quantize(block: RowBlock) -> PackedWeight:
-        w = weights[block.index][block.rows]
-        return codec.quantize(w if scale is None else w * scale, context)
+    def quantize(block: Block) -> PackedWeight:
+        w = weights[block.index][block.rows, block.columns]
+        return codec.quantize(w if scale is None else w * scale[block.columns], context)
 
-    parts = list(zip(_row_blocks(weights), map_blocks(quantize, weights), strict=True))
-    return [_joined([part for block, part in parts if block.index == index]) for index in range(len(weights))]
+    return _joined(blocks(weights, codec.group_size), map_blocks(quantize, weights, codec.group_size))
 
 
 def quantize_searched(codec: Codec, weights: Sequence[Tensor], importance: Tensor,
                       context: float | None) -> list[PackedWeight]:
     """Pack the weights [out, in] of a group with grids searched for inputs of some importance [in]."""
+    return quantize_measured(codec, weights, importance, context)[0]
 
-    def quantize(block: RowBlock) -> PackedWeight:
-        w_io = weights[block.index][block.rows].t().contiguous()
-        grid = codec.grid(w_io, importance, context)
-        return codec.encode(nearest_levels(codec, w_io, grid).t().contiguous(), grid, context)
 
-    parts = list(zip(_row_blocks(weights), map_blocks(quantize, weights), strict=True))
-    return [_joined([part for block, part in parts if block.index == index]) for index in range(len(weights))]
+def quantize_measured(codec: Codec, weights: Sequence[Tensor], importance: Tensor,
+                      context: float | None) -> tuple[list[PackedWeight], list[float]]:
+    """As quantize_searched, and with each weight's squared error relative to its square, both weighted."""
+
+    def quantize(block: Block) -> tuple[PackedWeight, list[float]]:
+        w_io, weight = weights[block.index][block.rows, block.columns].t().contiguous(), importance[block.columns]
+        grid = codec.grid(w_io, weight, context)
+        packed, back_io = codec.round_io(w_io, grid, context)
+        error = back_io.sub_(w_io).square_().sum(1) @ weight
+        return packed, torch.stack([error, w_io.square().sum(1) @ weight]).tolist()
+
+    cut = blocks(weights, codec.group_size)
+    parts, sums = zip(*map_blocks(quantize, weights, codec.group_size), strict=True)
+    totals = torch.zeros(len(weights), 2, dtype=torch.float64)
+    for block, found in zip(cut, sums, strict=True):
+        totals[block.index] += torch.tensor(found, dtype=torch.float64)
+    errors = [error / signal if signal > 0 else 0.0 for error, signal in totals.tolist()]
+    return _joined(cut, parts), errors
 
 
 def nearest_levels(codec: Codec, w_io: Tensor, grid: Grid) -> Tensor:
@@ -344,8 +391,19 @@ def nearest_levels(codec: Codec, w_io: Tensor, grid: Grid) -> Tensor:
     return codec.nearest(blocks_gio, Grid(grid.step[:, None], zero)).view(w_io.shape)
 
 
-def _joined(parts: Sequence[PackedWeight]) -> PackedWeight:
-    fields = [torch.cat(field) if isinstance(field[0], Tensor) else field[0] for field in zip(*parts, strict=True)]
+def _joined(cut: Sequence[Block], parts: Sequence[PackedWeight]) -> list[PackedWeight]:
+    """The weights of a group from their blocks."""
+    across: dict[tuple[int, int], list[PackedWeight]] = {}
+    for block, part in zip(cut, parts, strict=True):
+        across.setdefault((block.index, block.rows.start), []).append(part)
+    down: dict[int, list[PackedWeight]] = {}
+    for (index, _), row in across.items():
+        down.setdefault(index, []).append(_concatenated(row, 1))
+    return [_concatenated(rows, 0) for rows in down.values()]
+
+
+def _concatenated(parts: Sequence[PackedWeight], dim: int) -> PackedWeight:
+    fields = [torch.cat(field, dim) if isinstance(field[0], Tensor) else field[0] for field in zip(*parts, strict=True)]
     return type(parts[0])(*fields)
 
 

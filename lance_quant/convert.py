@@ -1,13 +1,16 @@
 """From a float checkpoint to a packed folder: the loop behind awq_apply.py and nvfp4_apply.py.
 
-A decoder layer is read, scaled, packed and written before the next is read, and everything outside of the layers is
-copied in pieces, so memory stays at about one layer however large the model is. What a run writes is known
-from the headers alone (`plan`), which is how the output file can be laid out first and --dry_run can be exact.
+While a decoder layer is scaled, packed and written, the next is read, and everything outside of the layers is copied in
+pieces, so memory stays at about two layers however large the model is. What a run writes is known from the headers
+alone (`plan`), which is how the output file can be laid out first and --dry_run can be exact.
 """
 
+import functools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,17 +21,18 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lance_quant import __version__, layout, packed, published, quant_report
-from lance_quant.codec import Codec
+from lance_quant import __version__, budget, int8, layout, packed, published, quant_report
+from lance_quant.codec import Codec, Int4
 from lance_quant.errors import InputError
 from lance_quant.files import require_free
-from lance_quant.ours import Activations, Quantized, Weights, quantize_layer
+from lance_quant.ours import BF16_ENTRY, Activations, Choices, Quantized, Weights, quantize_layer
 from lance_quant.stats import ActStats, model_fingerprint
 from lance_quant.tensorfile import Checkpoint, TensorSpec, file_size, require_finite
 from lance_quant.work import Work
 
 log = logging.getLogger("lance_quant")
 
+CPU = torch.device("cpu")
 Recipe = Literal["ours", "published"]
 
 
@@ -38,7 +42,7 @@ def shapes_of(specs: Mapping[str, TensorSpec], codec: Codec) -> dict[str, tuple[
     Raises:
         InputError: not a float Lance checkpoint, or a width that the codec cannot pack.
     """
-    if any(name.rpartition(".")[2] in packed.SUFFIXES for name in specs):
+    if any(name.rpartition(".")[2] in (*packed.SUFFIXES, *int8.SUFFIXES) for name in specs):
         raise InputError("this checkpoint is packed already: give the float one")
     count = layout.require_complete({name: spec.shape for name, spec in specs.items()})
     shapes = {name: specs[f"{name}.weight"].shape for name in layout.linears(count)}
@@ -49,30 +53,118 @@ def shapes_of(specs: Mapping[str, TensorSpec], codec: Codec) -> dict[str, tuple[
     return shapes
 
 
-def plan(specs: Mapping[str, TensorSpec], codec: Codec) -> dict[str, TensorSpec]:
+@dataclass(frozen=True)
+class Sizes:
+    """What is stored in other sizes than the codec's.
+
+    bits_budget: stored bits per quantized weight that group sizes may take together, see budget.py; None: one size
+    head_bits: of the output head and the token embedding, 8 (see int8.py) or 16
+    effects: with a budget, measured effects of errors (sensitivity.py); None takes relative output errors
+    """
+
+    bits_budget: float | None = None
+    head_bits: Literal[8, 16] = 16
+    effects: budget.Effects | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What a meta and a resumed job must know."""
+        asked = {} if self.bits_budget is None else \
+            {"bits_budget": self.bits_budget, "harm": "relative output error" if self.effects is None else "captures"}
+        return asked if self.head_bits == 16 else {**asked, "head_bits": self.head_bits}
+
+
+ONE_SIZE = Sizes()
+
+
+def plan(specs: Mapping[str, TensorSpec], codec: Codec, choices: Choices | None = None,
+         head_bits: int = 16) -> dict[str, TensorSpec]:
     """Name, dtype and shape of everything that a run writes, from the source's headers.
+
+    Args:
+        choices: linears that have another format than `codec`.
+        head_bits: see Sizes.
 
     Raises:
         InputError: see shapes_of.
     """
-    shapes = shapes_of(specs, codec)
+    formats = dict.fromkeys(shapes_of(specs, codec), codec) | dict(choices or {})
     out: dict[str, TensorSpec] = {}
     for name, spec in specs.items():
-        linear = name.removesuffix(".weight")
-        if linear in shapes and linear != name:
-            out.update({f"{linear}.{suffix}": part for suffix, part in codec.specs(spec.shape).items()})
+        module = name.removesuffix(".weight")
+        if module != name and formats.get(module) is not None:
+            out.update({f"{module}.{suffix}": part for suffix, part in formats[module].specs(spec.shape).items()})
+        elif module != name and module in layout.VOCABULARY and head_bits == 8:
+            out.update({f"{module}.{suffix}": part for suffix, part in int8.specs(spec.shape).items()})
         else:
             out[name] = spec._replace(dtype=torch.bfloat16) if spec.dtype.is_floating_point else spec
     return out
 
 
-def dry_run(src: Path, codec: Codec) -> str:
-    """The plan as text: a table by kind, bits per weight, and the exact size of the file as the last line."""
+def choose(source: Checkpoint, stats: ActStats, codec: Codec, sizes: Sizes, device: torch.device, progress: bool,
+           work: Work | None = None) -> dict[str, Codec | None]:
+    """The format of every linear under a budget; nothing where there is none.
+
+    Every layer is scaled as it will be and measured, so this takes about as long again as the conversion.
+
+    Args:
+        work: keeps what was measured, for the next run of a job.
+
+    Raises:
+        InputError: the budget is below the smallest choice.
+    """
+    if sizes.bits_budget is None:
+        return {}
+    shapes = shapes_of(source.specs, codec)
+    nbytes = budget.limit(shapes, sizes.bits_budget)
+
+    def measured() -> dict[str, list[budget.Option]]:
+        found: dict[str, list[budget.Option]] = {}
+        # From the last layer to the first: effects are handed down that way.
+        for index in _bar(range(layout.num_layers(source.specs))[::-1], "measure", progress):
+            weights = {name: _finite(source.stored(name), name, device)
+                       for name in layout.of_layer(source.specs, index)}
+            found |= budget.measure(index, weights, stats, codec, sizes.effects)
+        return found
+
+    options = measured() if work is None else work.kept("options", measured)
+    chosen = budget.allocate({name: [budget.Option(*option) for option in options[name]] for name in shapes}, nbytes)
+    return {name: None if option.group_size is None else Int4(option.group_size) for name, option in chosen.items()}
+
+
+def dry_run(src: Path, codec: Codec, sizes: Sizes = ONE_SIZE, stats_path: Path | None = None,
+            device: torch.device = CPU) -> str:
+    """The plan as text: a table by kind, bits per weight, and the exact size of the file as the last line.
+
+    Headers say it all, but for a budget: choices depend on weights and statistics, which are then read.
+
+    Raises:
+        InputError: a budget without statistics, or one that is too small.
+    """
+    if sizes.bits_budget is not None and stats_path is None:
+        raise InputError("--dry_run with --bits_budget needs --stats: what is chosen, and so the size, depends on them")
     with Checkpoint(src) as source:
-        specs = plan(source.specs, codec)
-        bits = packed.bits_per_weight(specs, shapes_of(source.specs, codec))
-    size = file_size(specs)
-    return f"{packed.table(specs)}\n{bits:.4f} bits per quantized weight, {size / 1e9:.2f} GB\noutput_bytes: {size}"
+        shapes, choices = shapes_of(source.specs, codec), {}
+        if sizes.bits_budget is not None:
+            stats = _fitting(ActStats.load(stats_path), source, shapes)
+            choices = choose(source, stats, codec, sizes, device, progress=True)
+        specs = plan(source.specs, codec, choices, sizes.head_bits)
+        bits = packed.bits_per_weight(specs, shapes)
+    size, chosen = file_size(specs), f"{_counted(choices)}\n" if choices else ""
+    return (f"{packed.table(specs)}\n{chosen}{bits:.4f} bits per quantized weight, {size / 1e9:.2f} GB\n"
+            f"output_bytes: {size}")
+
+
+def _counted(choices: Choices) -> str:
+    """How many linears of each kind have which format."""
+    count = Counter((layout.kind_of(name), "bf16" if codec is None else f"g{codec.group_size}")
+                    for name, codec in choices.items())
+    return "\n".join(f"{kind:<9} " + "  ".join(f"{size} x {number}" for (other, size), number in sorted(count.items())
+                                               if other == kind) for kind in layout.KINDS)
+
+
+def _fitting(stats: ActStats, source: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> ActStats:
+    stats.require_model(model_fingerprint(source), {name: shape[1] for name, shape in shapes.items()})
+    return stats
 
 
 @dataclass
@@ -82,7 +174,8 @@ class Report:
     out: the folder
     nbytes: size of its tensor file
     bits_per_weight: stored bits per quantized weight
-    searched, plain: linears scaled into what precedes them, and the others
+    searched, plain: packed linears that were scaled into what precedes them, and the others
+    kept: linears that a budget left in bfloat16
     without_statistics: linears for which the statistics hold nothing
     rows: what the report page lists
     """
@@ -92,6 +185,7 @@ class Report:
     bits_per_weight: float
     searched: int = 0
     plain: int = 0
+    kept: int = 0
     without_statistics: list[str] = field(default_factory=list)
     rows: list[quant_report.Row] = field(default_factory=list)
 
@@ -101,11 +195,17 @@ class Report:
         self.rows = [quant_report.Row(name.removesuffix(".weight"), entry, seconds[name])
                      for name, entry in entries.items()]
         self.searched = sum(entry["scheme"] == codec.SCHEMES["searched"] for entry in entries.values())
-        self.plain = len(entries) - self.searched
+        self.kept = sum(map(_is_kept, entries.values()))
+        self.plain = len(entries) - self.searched - self.kept
 
     def __str__(self) -> str:
+        kept = f", {self.kept} kept in bfloat16" if self.kept else ""
         return (f"wrote {self.out}: {self.nbytes / 1e9:.2f} GB, {self.bits_per_weight:.4f} bits per quantized weight, "
-                f"{self.searched} linears searched, {self.plain} rounded plainly")
+                f"{self.searched} linears searched, {self.plain} rounded plainly{kept}")
+
+
+def _is_kept(entry: Mapping[str, Any]) -> bool:
+    return entry["scheme"] == BF16_ENTRY["scheme"]
 
 
 def quantize_published(index: int, weights: Weights, stats: ActStats, codec: Codec,
@@ -139,7 +239,7 @@ RECIPES: dict[Recipe, Callable[..., Iterator[tuple[layout.Group, Quantized]]]] =
 @torch.no_grad()
 def quantize_checkpoint(source: Checkpoint, stats: ActStats, codec: Codec, out: Path, recipe: Recipe,
                         device: torch.device, progress: bool = True, activations: Activations | None = None,
-                        resume: bool = False) -> Report:
+                        resume: bool = False, sizes: Sizes = ONE_SIZE) -> Report:
     """Write a packed folder.
 
     Args:
@@ -152,29 +252,43 @@ def quantize_checkpoint(source: Checkpoint, stats: ActStats, codec: Codec, out: 
         progress: show a bar where stderr is a terminal.
         activations: layer inputs for GPTQ, see ours.py.
         resume: keep finished layers beside `out` (work.py), and go on from those that are there.
+        sizes: what is stored in other sizes than the codec's.
 
     Raises:
         InputError: the checkpoint, the statistics and the codec do not fit together, `out` exists, the disk is too
             small, or a weight holds NaN or Inf.
     """
-    specs, shapes = plan(source.specs, codec), shapes_of(source.specs, codec)
-    fingerprint = model_fingerprint(source)
-    stats.require_model(fingerprint, {name: shape[1] for name, shape in shapes.items()})
+    shapes, fingerprint = shapes_of(source.specs, codec), model_fingerprint(source)
+    _fitting(stats, source, shapes)
+    if sizes.bits_budget is not None:
+        budget.limit(shapes, sizes.bits_budget)  # refused before a work folder is made
+    facts = {**_facts(codec, stats, recipe, fingerprint, activations), **sizes.facts()}
+    work = Work(Path(out), facts) if resume else None
+    choices = choose(source, stats, codec, sizes, device, progress, work)
+    specs = plan(source.specs, codec, choices, sizes.head_bits)
     report = Report(Path(out), file_size(specs), packed.bits_per_weight(specs, shapes),
                     without_statistics=[name for name in shapes if name not in stats.linears])
     _warn_of_gaps(report, len(shapes))
-    facts = _facts(codec, stats, recipe, fingerprint, activations)
-    work = Work(Path(out), facts) if resume else None
     with packed.new_folder(Path(out), codec, specs, work) as writer:
-        job = _Job(source, stats, codec, recipe, device, specs, shapes, writer, activations, work)
+        job = _Job(source, stats, codec, recipe, device, specs, shapes, writer, activations, work, choices)
         layers = job.run(progress)
         entries = _merged(layers, "entries")
         report.count(layers, codec)
         _copy_rest(source, specs, writer, progress)
+        per_weight = {name: entry for name, entry in entries.items() if not _is_kept(entry)}
         writer.meta.update({**codec.header(), "awq_linears": report.searched, "plain_linears": report.plain, **facts,
-                            "without_statistics": report.without_statistics, "per_weight": entries})
-        writer.texts[quant_report.FILE] = _page(codec, report, stats, recipe, specs)
+                            "without_statistics": report.without_statistics, **_tables(source, entries, sizes),
+                            "per_weight": per_weight})
+        writer.texts[quant_report.FILE] = _page(codec, report, stats, recipe, specs, sizes)
     return report
+
+
+def _tables(source: Checkpoint, entries: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
+    """The meta's tables of weights that are not in the codec's format."""
+    kept = {name: entry for name, entry in entries.items() if _is_kept(entry)}
+    head = {f"{name}.weight": int8.entry(source.specs[f"{name}.weight"].shape) for name in layout.VOCABULARY} \
+        if sizes.head_bits == 8 else {}
+    return {**({packed.KEPT: kept} if kept else {}), **({int8.META_KEY: head} if head else {})}
 
 
 def _warn_of_gaps(report: Report, total: int) -> None:
@@ -211,6 +325,7 @@ class _Job:
     writer: packed.PackedWriter
     activations: Activations | None
     work: Work | None
+    choices: Choices
 
     def run(self, progress: bool) -> list[dict[str, Any]]:
         """Convert the layers that an earlier run has not finished; what `layer` returned for each, in order."""
@@ -218,39 +333,59 @@ class _Job:
         if layers and self.activations is not None:
             self.activations.load(self.work.state_file(len(layers)))
         todo = range(len(layers), layout.num_layers(self.source.specs))
-        for index in _bar(todo, f"quantize to {self.codec.name}", progress):
-            layers.append(self.layer(index))
-            if self.work is not None:
-                self._keep(layers[-1])
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as disk:
+            coming = reader.submit(self._stored, todo.start) if todo else None
+            for index in _bar(todo, f"quantize to {self.codec.name}", progress):
+                stored, coming = coming.result(), None
+                if index + 1 in todo:
+                    coming = reader.submit(self._stored, index + 1)
+                layers.append(self.layer(index, stored, disk))
+                if self.work is not None:
+                    self._keep(layers[-1])
         return layers
 
-    def layer(self, index: int) -> dict[str, Any]:
+    def _stored(self, index: int) -> Weights:
+        """A layer as the source has it; runs while the layer before is worked on."""
+        return {name: self.source.stored(name) for name in layout.of_layer(self.source.specs, index)}
+
+    def layer(self, index: int, stored: Weights, disk: ThreadPoolExecutor) -> dict[str, Any]:
         """Write a layer's groups as they are finished, then its norms and biases, which scales may have changed.
+
+        Args:
+            stored: the layer's tensors; emptied.
+            disk: one thread, in which tensors are written; all of them are when this returns.
 
         Returns:
             Plain values: `tensors`, the names that were written; `entries`, for the meta; `seconds` of each linear's
             group.
         """
-        weights = {name: _finite(self.source, name, self.device)
-                   for name in layout.of_layer(self.source.specs, index)}
+        weights = {name: _finite(stored.pop(name), name, self.device) for name in list(stored)}
+        writing: list[Future[None]] = []
         out: dict[str, Any] = {"tensors": [], "entries": {}, "seconds": {}}
-        for group, done in RECIPES[self.recipe](index, weights, self.stats, self.codec, self.activations):
+        recipe = RECIPES[self.recipe]
+        if self.choices:
+            recipe = functools.partial(recipe, choices=self.choices)
+        for group, done in recipe(index, weights, self.stats, self.codec, self.activations):
             names = [f"{name}.weight" for name in group.linears]
             tensors = {f"{name}.{suffix}": tensor for name, parts in zip(group.linears, done.tensors, strict=True)
                        for suffix, tensor in parts.items()}
-            out["tensors"] += self._write(tensors)
+            writing.append(disk.submit(self._write, tensors))
+            out["tensors"] += tensors
             shapes = (self.shapes[name] for name in group.linears)
-            out["entries"].update(zip(names, done.entries(self.codec, shapes), strict=True))
+            codecs = (self.choices.get(name, self.codec) for name in group.linears)
+            out["entries"].update(zip(names, done.entries(codecs, shapes), strict=True))
             out["seconds"].update(dict.fromkeys(names, done.seconds))
             log.info("%-22s %s", group.name, done)
-        rest = sorted(weights.keys() & self.specs.keys())
-        out["tensors"] += self._write({name: weights[name].to(self.specs[name].dtype) for name in rest})
+        rest = sorted((weights.keys() & self.specs.keys()) - set(out["tensors"]))
+        writing.append(disk.submit(self._write, {name: weights[name].to(self.specs[name].dtype) for name in rest}))
+        out["tensors"] += rest
+        for written in writing:
+            written.result()
         return out
 
-    def _write(self, tensors: Mapping[str, Tensor]) -> list[str]:
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self.writer.tensors.write(name, tensor)
-        return list(tensors)
 
     def _keep(self, layer: Mapping[str, Any]) -> None:
         """Make a finished layer survive a kill."""
@@ -260,8 +395,9 @@ class _Job:
         self.work.finish_layer(layer)
 
 
-def _finite(source: Checkpoint, name: str, device: torch.device) -> Tensor:
-    tensor = source.read(name, torch.float32, device)
+def _finite(stored: Tensor, name: str, device: torch.device) -> Tensor:
+    """A weight in float32, on `device`."""
+    tensor = stored.to(device, torch.float32)
     require_finite(tensor, name)
     return tensor
 
@@ -270,7 +406,24 @@ def _copy_rest(source: Checkpoint, specs: Mapping[str, TensorSpec], writer: pack
                progress: bool) -> None:
     rest = [name for name in source.specs if not name.startswith(f"{layout.LAYERS}.")]
     for name in _bar(rest, "copy the rest", progress):
-        writer.tensors.write_pieces(name, _checked(source.pieces(name), name))
+        pieces = _checked(source.pieces(name), name)
+        if name in specs:
+            writer.tensors.write_pieces(name, pieces)
+        else:
+            _write_8_bit(name.removesuffix(".weight"), pieces, source.specs[name].shape[1], writer)
+
+
+def _write_8_bit(module: str, pieces: Iterable[Tensor], width: int, writer: packed.PackedWriter) -> None:
+    scales: list[Tensor] = []
+
+    def codes() -> Iterator[Tensor]:
+        for q in int8.quantize_rows(pieces, width):
+            scales.append(q.scale)
+            yield q.codes.reshape(-1)
+
+    codes_name, scales_name = (f"{module}.{suffix}" for suffix in int8.SUFFIXES)
+    writer.tensors.write_pieces(codes_name, codes())
+    writer.tensors.write(scales_name, torch.cat(scales))
 
 
 def _checked(pieces: Iterable[Tensor], name: str) -> Iterator[Tensor]:
@@ -280,11 +433,13 @@ def _checked(pieces: Iterable[Tensor], name: str) -> Iterator[Tensor]:
         yield piece
 
 
-def _page(codec: Codec, report: Report, stats: ActStats, recipe: Recipe, specs: Mapping[str, TensorSpec]) -> str:
+def _page(codec: Codec, report: Report, stats: ActStats, recipe: Recipe, specs: Mapping[str, TensorSpec],
+          sizes: Sizes) -> str:
     facts = {"format": str(codec), "recipe": recipe, "size": f"{report.nbytes / 1e9:.3f} GB",
              "bits per quantized weight": f"{report.bits_per_weight:.4f}", "calibrated on": ", ".join(stats.tasks),
              "linears scaled": f"{report.searched} of {report.searched + report.plain}",
-             "linears without statistics": str(len(report.without_statistics)), "tool": f"lance-quant {__version__}"}
+             "linears without statistics": str(len(report.without_statistics)), "tool": f"lance-quant {__version__}",
+             **{key.replace("_", " "): str(value) for key, value in sizes.facts().items()}}
     by_layer = sorted(report.rows, key=lambda row: int(row.name.removeprefix(f"{layout.LAYERS}.").split(".")[0]))
     return quant_report.page(f"Quantization to {codec.name}", facts, by_layer, packed.sizes(specs))
 
@@ -305,7 +460,7 @@ def _lines_above_bar(progress: bool) -> Iterator[None]:
 
 
 def convert(src: Path, stats_path: Path, out: Path, codec: Codec, recipe: Recipe, device: torch.device,
-            activations: Activations | None = None, resume: bool = False) -> Report:
+            activations: Activations | None = None, resume: bool = False, sizes: Sizes = ONE_SIZE) -> Report:
     """From paths to a packed folder: everything cheap is checked before a weight is read.
 
     Raises:
@@ -313,9 +468,13 @@ def convert(src: Path, stats_path: Path, out: Path, codec: Codec, recipe: Recipe
     """
     if recipe == "published" and getattr(codec, "slim", False):
         raise InputError("--slim is not part of the published layout: use it with --recipe ours")
+    if recipe == "published" and sizes != ONE_SIZE:
+        flag = "--head_bits 8" if sizes.bits_budget is None else "--bits_budget"
+        raise InputError(f"{flag} is not part of the published recipe: leave it out, or use --recipe ours")
     require_free(Path(out))
     stats = ActStats.load(stats_path)
     with Checkpoint(src) as source:
-        report = quantize_checkpoint(source, stats, codec, out, recipe, device, activations=activations, resume=resume)
+        report = quantize_checkpoint(source, stats, codec, out, recipe, device, activations=activations, resume=resume,
+                                     sizes=sizes)
     log.info("%s", report)
     return report

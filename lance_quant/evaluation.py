@@ -4,13 +4,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lance_quant.compare import psnr, relative_error, step_errors, text_similarity, token_divergence
+from lance_quant.distributed import ALONE, Team
 from lance_quant.errors import InputError
 from lance_quant.files import read_json
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.lance.samples import TASKS, Prompt, Question
+from lance_quant.progress import progress
 from lance_quant.results import Results, made, open_made
 from lance_quant.tasks import Settings, replay
 
@@ -38,15 +38,17 @@ def metrics_of(task: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def compare_run(pipeline: Pipeline, samples: list[Question] | list[Prompt], settings: Settings, baseline: Results,
-                folder: Path) -> list[dict[str, Any]]:
+                folder: Path, team: Team = ALONE) -> list[dict[str, Any]]:
     """Per sample, the distance of a finished run in `folder` from `baseline`, in the keys of METRICS and more.
 
-    Runs the quantized model once more, on the baseline's own tokens and points x_t.
+    Runs the quantized model once more, on the baseline's own tokens and points x_t. Of a team, each process compares
+    its share of the samples, and the leader gets all of it.
     """
     compare = _compare_answer if settings.kind.makes == "text" else _compare_made
-    run = Results(folder)
-    return [compare(pipeline, sample, settings, baseline, run)
-            for sample in tqdm(samples, desc="compare", unit="sample")]
+    with Results(folder) as run:
+        own = [compare(pipeline, sample, settings, baseline, run)
+               for sample in progress(team.share(samples), desc="compare", unit="sample")]
+    return list(team.collect(own, len(samples)))
 
 
 def _compare_answer(pipeline: Pipeline, question: Question, settings: Settings, baseline: Results,

@@ -58,9 +58,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        os.replace(partial, path)
+        move_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def move_folder(folder: Path, path: Path) -> None:
+    """Give a finished folder its place, which is absent or an empty folder."""
+    if path.is_dir():
+        path.rmdir()  # Windows replaces files, but no folders
+    os.replace(folder, path)
 
 
 def size_text(count: int) -> str:

@@ -6,8 +6,9 @@ correlated. With H = sum x x^T the error of one column can be compensated by the
 - Static groups: every group's grid is searched on the original weight, so that columns can be rounded in the order of
   falling E[x^2] and the file needs no permutation.
 - Afterwards every code is revisited, others fixed (coordinate descent), and every step is refitted by least squares.
-- In a model whose earlier layers are packed already, the inputs xq differ from the float model's x. The target is then
-  moved towards W x: W* = W + f W (sum (x - xq) xq^T)(H + lam I)^-1, and H is that of xq.
+- In a model whose earlier layers are packed already, the inputs xq differ from the float model's x, and so does the
+  residual stream rq from r, to which o_proj and down_proj add. The target is then moved towards what makes the outputs
+  agree: W* = W + f (sum (W (x - xq) + r - rq) xq^T)(H + lam I)^-1, and H is that of xq.
 - Tokens are held back from H. Where nearest rounding is better on them, it is kept.
 
 Measured on trained linears (36 of all-MiniLM-L6-v2, output error of the whole model, docs/experiments.md).
@@ -19,16 +20,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lance_quant.codec import Codec, Grid, nearest_levels
+from lance_quant.codec import Codec, Grid, map_blocks, nearest_levels
 
 BLOCK = 128  # columns per step: what is behind a block is corrected once per block, by a matrix product
 SWEEPS = 2  # of coordinate descent; two more gain 2 %
 FEW_TOKENS = 2048  # below, the Gram matrix is noisy and a stronger damping is better
 DAMPING = {False: 0.01, True: 0.1}  # few tokens? -> fraction of the mean diagonal that is added to it
-ASYMMETRY = 0.5  # f; 1 is as good and extrapolates more
+ASYMMETRY = 0.75  # f; a trained two-expert model loses 9 % at 0.5 and 2 % at 1
 ASYMMETRY_DAMPING = 0.05  # lam / mean diagonal
 HELD_BACK = 2048  # most tokens that are kept for the comparison with nearest rounding
 _RUN, _EVERY = 16, 8  # of every 8 runs of 16 consecutive tokens the last is held back
+_TRIANGLE = 1024  # rows of a Gram matrix that are summed at once
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,21 @@ class Moments:
     """What is known of the inputs of a linear.
 
     gram: float32 [in, in], sum of xq xq^T over the tokens, xq the input in the model packed so far
-    cross: float32 [in, in], sum of (x - xq) xq^T, x the same token's input in the float model; None where they agree
     n_tokens: tokens in the sums
     held: float32 [t, in], inputs xq of tokens that are not in the sums; t may be 0
     held_float: float32 [t, in], the float model's inputs of the same tokens
+    cross: float32 [in, in], sum of (x - xq) xq^T, x the same token's input in the float model; None where they agree
+    pull: float32 [in, out], sum of xq (W (x - xq) + r - rq)^T for the one linear that reads these inputs; then no cross
+    held_missing: float32 [t, out], r - rq of the held-back tokens, with `pull`
     """
 
     gram: Tensor
-    cross: Tensor | None
     n_tokens: int
     held: Tensor
     held_float: Tensor
+    cross: Tensor | None = None
+    pull: Tensor | None = None
+    held_missing: Tensor | None = None
 
     @property
     def mean_square(self) -> Tensor:
@@ -66,33 +72,55 @@ class Sums:
         width: of the inputs.
         device: where the sums are kept.
         paired: whether float inputs differ from those of the packed model.
+        weight: float32 [out, in] of a linear that alone reads these inputs and adds to the residual stream; None where
+            several read them.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu", paired: bool = True):
+    def __init__(self, width: int, device: torch.device | str = "cpu", paired: bool = True,
+                 weight: Tensor | None = None):
         self._gram = torch.zeros(width, width, device=device)
-        self._cross = torch.zeros(width, width, device=device) if paired else None
-        self._held: list[tuple[Tensor, Tensor]] = []
+        self._weight = weight if paired else None
+        self._cross = torch.zeros(width, width, device=device) if paired and weight is None else None
+        self._pull = None if self._weight is None else torch.zeros(width, len(weight), device=device)
+        self._held: list[tuple[Tensor, ...]] = []
         self._seen = self._kept = 0
 
     @torch.no_grad()
-    def add(self, packed: Tensor, exact: Tensor) -> None:
-        """Add tokens [t, in]: their inputs in the packed and in the float model, float32."""
+    def add(self, packed: Tensor, exact: Tensor, missing: Tensor | None = None) -> None:
+        """Add tokens, float32.
+
+        Args:
+            packed, exact: [t, in] their inputs in the packed and in the float model.
+            missing: [t, out] the residual stream of the float model less that of the packed one; needed with `weight`.
+        """
         place = torch.arange(self._seen, self._seen + len(packed), device=packed.device)
         held = (place // _RUN % _EVERY == _EVERY - 1) & (place // (_RUN * _EVERY) < HELD_BACK // _RUN)
         self._seen += len(packed)
+        parts = (packed, exact) if self._weight is None else (packed, exact, missing)
         if held.any():
-            self._held.append((packed[held], exact[held]))
-        packed, exact = packed[~held], exact[~held]
+            self._held.append(tuple(part[held] for part in parts))
+            packed, exact, *rest = (part[~held] for part in parts)
+            missing = rest[0] if rest else None
         self._kept += len(packed)
-        self._gram.addmm_(packed.t(), packed)
-        if self._cross is not None:
+        for start in range(0, len(self._gram), _TRIANGLE):  # what lies below the diagonal follows by symmetry
+            self._gram[start:start + _TRIANGLE, start:].addmm_(packed[:, start:start + _TRIANGLE].t(),
+                                                               packed[:, start:])
+        if self._weight is not None:
+            self._pull.addmm_(packed.t(), torch.addmm(missing, exact - packed, self._weight.t()))
+        elif self._cross is not None:
             self._cross.addmm_((exact - packed).t(), packed)
 
     def moments(self) -> Moments:
-        """What was collected."""
-        empty = self._gram.new_empty(0, len(self._gram))
-        held, exact = (torch.cat(parts) for parts in zip(*self._held, strict=True)) if self._held else (empty, empty)
-        return Moments(self._gram, self._cross, self._kept, held, exact)
+        """What was collected. The sums are handed over: nothing can be added afterwards."""
+        for start in range(0, len(self._gram), _TRIANGLE):
+            end = start + _TRIANGLE
+            self._gram[end:, start:end] = self._gram[start:end, end:].t()
+            square = self._gram[start:end, start:end]
+            square.copy_(torch.triu(square) + torch.triu(square, 1).t())
+        held = [torch.cat(parts) for parts in zip(*self._held, strict=True)]
+        if not held:
+            held = [self._gram.new_empty(0, len(self._gram))] * 2
+        return Moments(self._gram, self._kept, held[0], held[1], self._cross, self._pull, *held[2:])
 
 
 @dataclass(frozen=True)
@@ -102,8 +130,8 @@ class Rounded:
     values: float32 [in, out], levels of `grid`
     method: "gptq" or "nearest"
     reason: why it is not gptq, else None
-    before, after: squared error of the output, relative, of nearest rounding and as chosen, on held-back tokens;
-        None where none were held back
+    before, after: squared error of the output, relative, of nearest rounding and as chosen, on held-back tokens; with
+        what the residual stream lacks where that is known. None where none were held back
     """
 
     values: Tensor
@@ -127,15 +155,15 @@ def round_weight(w_io: Tensor, moments: Moments, codec: Codec, context: float | 
     if not torch.isfinite(moments.gram).all() or moments.n_tokens == 0 or not importance.max() > 0:
         grid = codec.grid(w_io, torch.ones_like(importance), context)
         return Rounded(nearest_levels(codec, w_io, grid), grid, "nearest", "no usable Gram matrix")
-    plain = codec.grid(w_io, importance, context)
+    plain = _grid(w_io, importance, codec, context)
     nearest = nearest_levels(codec, w_io, plain)
     before = _held_error(w_io, nearest, moments)
     target = aim(w_io, moments)
-    factor = None if target is None else inverse_factor(*_ordered(moments))
+    order = torch.argsort(moments.gram.diagonal(), descending=True)
+    factor = None if target is None else inverse_factor(moments.gram, moments.damping, order)
     if factor is None:
         return Rounded(nearest, plain, "nearest", "singular Gram matrix", before, before)
-    grid = codec.grid(target, importance, context)
-    order = torch.argsort(moments.gram.diagonal(), descending=True)
+    grid = _grid(target, importance, codec, context)
     values = propagate(target, order, factor, grid, codec)
     del factor  # as large as the Gram matrix, 0.5 GB for a real down_proj
     values, grid = descend(target, values, grid, moments, codec, context)
@@ -145,45 +173,60 @@ def round_weight(w_io: Tensor, moments: Moments, codec: Codec, context: float | 
     return Rounded(values, grid, "gptq", None, before, after)
 
 
+def _grid(w_io: Tensor, importance: Tensor, codec: Codec, context: float | None) -> Grid:
+    """Codec.grid, some outputs at a time: that fits a cache."""
+    parts = map_blocks(lambda block: codec.grid(w_io[:, block.rows].contiguous(), importance, context), [w_io.t()])
+    step, zero = ([getattr(part, key) for part in parts] for key in ("step", "zero"))
+    return Grid(torch.cat(step, 1), None if zero[0] is None else torch.cat(zero, 1))
+
+
 def _held_error(w_io: Tensor, back_io: Tensor, moments: Moments) -> float | None:
+    """Relative to the linear's own output, whatever the residual stream lacks already."""
     if not len(moments.held):
         return None
     wanted = moments.held_float @ w_io
     signal = float(wanted.square().sum())
+    if moments.held_missing is not None:
+        wanted += moments.held_missing
     return float((moments.held @ back_io - wanted).square_().sum()) / signal if signal > 0 else None
 
 
 def aim(w_io: Tensor, moments: Moments) -> Tensor | None:
     """W* of the module docstring [in, out]; `w_io` itself where the inputs agree, None where H is singular."""
-    if moments.cross is None:
+    if moments.cross is None and moments.pull is None:
         return w_io
-    damped = moments.gram.clone()
-    damped.diagonal().add_(ASYMMETRY_DAMPING * float(damped.diagonal().mean()))
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if info:
+    factor = moments.gram.clone()
+    factor.diagonal().add_(ASYMMETRY_DAMPING * float(factor.diagonal().mean()))
+    if not _factorize(factor):
         return None
-    return w_io + ASYMMETRY * torch.cholesky_solve(moments.cross.t() @ w_io, factor)
+    pull = moments.cross.t() @ w_io if moments.pull is None else moments.pull
+    half = torch.linalg.solve_triangular(factor, pull, upper=False)  # cholesky_solve would copy the factor
+    return torch.linalg.solve_triangular(factor.t(), half, upper=True).mul_(ASYMMETRY).add_(w_io)
 
 
-def _ordered(moments: Moments) -> tuple[Tensor, float]:
-    order = torch.argsort(moments.gram.diagonal(), descending=True)
-    return moments.gram[order][:, order], moments.damping
-
-
-def inverse_factor(gram: Tensor, damping: float) -> Tensor | None:
+def inverse_factor(gram: Tensor, damping: float, order: Tensor) -> Tensor | None:
     """Upper Cholesky factor of the inverse of a damped Gram matrix [in, in], or None if there is none.
 
     Channels that were never seen get a unit diagonal: they are rounded to the nearest level and correct nothing.
+
+    Args:
+        order: [in] of rows and columns.
     """
-    gram = gram.clone()
-    diagonal = gram.diagonal()
+    factor = gram[order[:, None], order]  # the only matrix of this size that is made here
+    diagonal = factor.diagonal()
     diagonal[diagonal <= 0] = float(diagonal.mean())
     diagonal.add_(damping * float(diagonal.mean()))
-    lower, info = torch.linalg.cholesky_ex(gram)
-    if info:
+    if not _factorize(factor):
         return None
-    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if info or not torch.isfinite(upper).all() else upper
+    torch.cholesky_inverse(factor, out=factor)
+    return factor if _factorize(factor, upper=True) and torch.isfinite(factor).all() else None
+
+
+def _factorize(matrix: Tensor, upper: bool = False) -> bool:
+    """Replace a symmetric matrix by its Cholesky factor; False where it has none."""
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, info))
+    return int(info) == 0
 
 
 def propagate(w_io: Tensor, order: Tensor, factor: Tensor, grid: Grid, codec: Codec) -> Tensor:
@@ -223,19 +266,21 @@ def descend(target: Tensor, values: Tensor, grid: Grid, moments: Moments, codec:
     Returns:
         Levels and grid; tr (values - target)^T H (values - target), H damped, never rises.
     """
-    gram, values, step = moments.gram.clone(), values.clone(), grid.step.clone()
-    gram.diagonal().add_(moments.damping * float(gram.diagonal().mean()))
+    gram, values, step = moments.gram, values.clone(), grid.step.clone()
+    damping = moments.damping * float(gram.diagonal().mean())
     grid, size = Grid(step, grid.zero), codec.group_size
-    span = size * max(1, BLOCK // size)
+    span, off = size * max(1, BLOCK // size), values - target
     for _ in range(SWEEPS):
         for start in range(0, len(target), span):
             end = min(start + span, len(target))
-            gradient = gram[start:end] @ (values - target)
-            local = gram[start:end, start:end]
+            gradient = (gram[start:end] @ off).add_(off[start:end], alpha=damping)
+            local = gram[start:end, start:end].clone()
+            local.diagonal().add_(damping)
             _revisit(values[start:end], gradient, local, start, grid, codec)
             for group in range(start // size, end // size):
                 _refit(values[group * size:(group + 1) * size], gradient, local,
                        slice(group * size - start, (group + 1) * size - start), grid.at(group).step, codec, context)
+            torch.sub(values[start:end], target[start:end], out=off[start:end])
     return values, grid
 
 

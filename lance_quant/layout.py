@@ -16,6 +16,8 @@ EXPERTS: tuple[Expert, ...] = ("und", "gen")
 LLM_PREFIX = "language_model."
 LAYERS = "language_model.model.layers"
 VIT_PREFIX = "vit_model."
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+VOCABULARY = ("language_model.model.embed_tokens", "language_model.lm_head")  # one row per token
 # In the file, never used: the model recomputes this fixed sinusoid (the official loader drops the tensor too).
 IGNORED = "latent_pos_embed.pos_embed"
 

@@ -21,15 +21,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lance_quant.int4 import pack_nibbles, unpack_nibbles
+from lance_quant.int4 import pack_nibbles, pack_nibbles_io, unpack_nibbles
 
 BLOCK = 16
 E2M1_MAX = 6.0
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SCALE_TARGET = 256  # largest E4M3 block scale we make; E4M3 ends at 448
 E4M3_MAX = 448.0
-# Tried around amax / 6, which comes first.
-SCALE_FACTORS = (1.0, 1.5, 0.95, 1.05, 0.9, 1.1, 1.15, 0.85, 1.2, 1.25, 1.3, 1.35, 1.4, 1.45, 0.8, 1.55, 1.6)
+# Scales tried, in E4M3 values above the one next to amax / 6, which comes first: 0.8 to 1.6 times it, each once.
+SCALE_STEPS = (0, 1, 2, 3, 4, 5, 6, -1, -2, -3)
+_LARGEST_BITS = 126  # 448
 MIN_E4M3 = 2.0**-9  # smallest subnormal; also the scale of an all-zero block
 _EXPONENT = 0x7F800000  # of a float32
 
@@ -39,12 +40,12 @@ class Nvfp4Weight(NamedTuple):
 
     packed:       uint8 [out, in/2], even column in the low nibble
     scale:        [out, in/16]: uint8 bytes of E4M3, or bfloat16 values (published files, with global_scale 1)
-    global_scale: multiplies every scale
+    global_scale: multiplies every scale; a tensor [out, 1] where rows have different ones
     """
 
     packed: Tensor
     scale: Tensor
-    global_scale: float
+    global_scale: float | Tensor
 
 
 def global_scale_for(amax: float) -> float:
@@ -71,8 +72,7 @@ def round_e4m3(x: Tensor) -> Tensor:
 
 def encode_e4m3(x: Tensor) -> Tensor:
     """Non-negative E4M3 values (float32) -> their bytes (uint8)."""
-    normal = (x.view(torch.int32) >> 20) - (120 << 3)  # float32's exponent bias 127 against 7
-    return torch.where(x < 2.0**-6, (x * 2.0**9).int(), normal).byte()
+    return _bits_of(x).byte()
 
 
 def decode_e4m3(code: Tensor) -> Tensor:
@@ -171,26 +171,72 @@ def search_scales_io(w_io: Tensor, global_scale: float, importance: Tensor) -> T
     Returns:
         float32 [blocks, out], E4M3 value times global_scale; never worse than those of `quantize`.
     """
-    blocks_bio = w_io.view(-1, BLOCK, w_io.shape[1])
+    sizes_bio = w_io.view(-1, BLOCK, w_io.shape[1]).abs()
     weight_bi = importance.view(-1, 1, BLOCK)
-    wanted = blocks_bio.abs().amax(1, keepdim=True) / (E2M1_MAX * global_scale)
-    best_error = best_scale = None
-    for factor in SCALE_FACTORS:
-        scale = round_e4m3((wanted * factor).clamp_(MIN_E4M3, E4M3_MAX)).mul_(global_scale)
-        error = torch.bmm(weight_bi, nearest(blocks_bio, scale).sub_(blocks_bio).square_())
-        if best_error is None:
-            best_error, best_scale = error, scale
-        else:
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-    return best_scale.squeeze(1)
+    wanted = sizes_bio.amax(1, keepdim=True).div_(E2M1_MAX * global_scale).clamp_(MIN_E4M3, E4M3_MAX)
+    steps = torch.tensor(SCALE_STEPS, dtype=torch.int32, device=w_io.device)[:, None, None, None]
+    bits = (_bits_of(round_e4m3(wanted)) + steps).clamp_(1, _LARGEST_BITS)
+    scales = _from_bits(bits).mul_(global_scale)  # [steps, blocks, 1, out]
+    errors = _weighted_errors(sizes_bio, weight_bi, scales)
+    least, best = errors[0], scales[0].clone()
+    for error, scale in zip(errors[1:], scales[1:], strict=True):
+        best.lerp_(scale, (error < least).float())  # exact, and ten times as fast as torch.where
+        least = torch.minimum(least, error)
+    return best.squeeze(1)
+
+
+def _weighted_errors(sizes_bio: Tensor, weight_bi: Tensor, scales: Tensor) -> Tensor:
+    """Sum over each block of weighted squared errors [n, blocks, 1, out] of n scales each, from |weights|, in as few
+    passes over them as it takes.
+
+    Adding 1.5 * 2^22 times a power of two and subtracting it again rounds to half of that power. Halves may go the
+    other way than in _magnitudes, which leaves the same error.
+    """
+    exact, octave, rounded = (torch.empty_like(sizes_bio) for _ in range(3))
+    errors, octave_bits = torch.empty_like(scales), octave.view(torch.int32)
+    for scale, error in zip(scales, errors, strict=True):
+        torch.div(sizes_bio, scale, out=exact)
+        torch.bitwise_and(exact.view(torch.int32), _EXPONENT, out=octave_bits)
+        torch.add(exact, octave.clamp_(min=1), alpha=1.5 * 2**22, out=rounded).sub_(octave, alpha=1.5 * 2**22)
+        torch.bmm(weight_bi, rounded.clamp_(max=E2M1_MAX).sub_(exact).square_(), out=error)
+    return errors.mul_(scales.square())
+
+
+def _bits_of(x: Tensor) -> Tensor:
+    """Non-negative E4M3 values (float32) -> their bytes, as int32."""
+    normal = (x.view(torch.int32) >> 20) - (120 << 3)  # float32's exponent bias 127 against 7
+    return torch.where(x < 2.0**-6, (x * 2.0**9).int(), normal)
+
+
+def _from_bits(bits: Tensor) -> Tensor:
+    """The inverse of _bits_of. Below 2^-6 the first term, which has no subnormals, is too large."""
+    normal = ((bits << 20) + (120 << 23)).view(torch.float32)
+    return torch.minimum(normal, 2 * normal - 2.0**-6)
 
 
 @torch.no_grad()
 def nearest(w_io: Tensor, scale: Tensor) -> Tensor:
     """The nearest E2M1 level: float32 [n, out] and scales (with the global one) that broadcast -> [n, out]."""
     return _magnitudes(w_io.abs(), scale).mul_(scale).copysign_(w_io)
+
+
+@torch.no_grad()
+def round_io(w_io: Tensor, scale: Tensor, global_scale: float) -> tuple[Nvfp4Weight, Tensor]:
+    """The nearest levels of given scales, packed and as values.
+
+    Args:
+        w_io: float32 [in, out], finite.
+        scale: float32 [blocks, out], an E4M3 value times global_scale.
+
+    Returns:
+        Nvfp4Weight of [out, in], and its `dequantize` as float32 [in, out].
+    """
+    blocks_bio = w_io.view(-1, BLOCK, w_io.shape[1])
+    value_bio = _magnitudes(blocks_bio.abs(), scale[:, None])
+    code_bio = _indices(value_bio).add_((blocks_bio < 0).float(), alpha=8)
+    packed = pack_nibbles_io(code_bio.view(w_io.shape))
+    values = value_bio.mul_(scale[:, None]).copysign_(blocks_bio).view(w_io.shape)
+    return Nvfp4Weight(packed, encode_e4m3(scale.t() / global_scale), global_scale), values
 
 
 @torch.no_grad()
@@ -208,5 +254,9 @@ def encode(values: Tensor, scale: Tensor, global_scale: float) -> Nvfp4Weight:
 
 def _codes(magnitude: Tensor, signed: Tensor) -> Tensor:
     """4-bit codes of E2M1 magnitudes, with the sign of `signed`."""
-    index = torch.minimum(torch.minimum(magnitude * 2, magnitude + 2), magnitude * 0.5 + 4)  # inverse of MAGNITUDES
-    return index.byte() | ((signed < 0).byte() << 3)
+    return _indices(magnitude).byte() | ((signed < 0).byte() << 3)
+
+
+def _indices(magnitude: Tensor) -> Tensor:
+    """The inverse of MAGNITUDES, as float32."""
+    return torch.minimum(torch.minimum(magnitude * 2, magnitude + 2), magnitude * 0.5 + 4)

@@ -15,13 +15,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from lance_quant import awq, fuse, gptq, layout
-from lance_quant.codec import Codec, Kind, PackedWeight, quantize_scaled, quantize_searched
+from lance_quant.codec import Codec, Kind, PackedWeight, quantize_measured, quantize_scaled
 from lance_quant.errors import InputError
 from lance_quant.stats import ActStats
 
@@ -29,6 +29,8 @@ log = logging.getLogger("lance_quant")
 
 PLACES = ("attn_in", "attn_out", "mlp_in", "mlp_out")  # as data flows
 Weights = dict[str, Tensor]  # every tensor of one layer by its full name, float32
+Choices = Mapping[str, Codec | None]  # linears that have a format of their own; None: bfloat16
+BF16_ENTRY = {"n_bit": 16, "scheme": "bfloat16"}
 
 
 class Activations(Protocol):
@@ -85,10 +87,11 @@ class Quantized:
         found = re.match(r"act\^([\d.]+)", self.label)
         return float(found[1]) if found else 0.0
 
-    def entries(self, codec: Codec, shapes: Iterable[Sequence[int]]) -> Iterator[dict[str, Any]]:
-        """Meta entry of every linear of the group."""
-        for index, shape in enumerate(shapes):
-            entry = codec.entry(shape, self.kind, self.context)
+    def entries(self, codecs: Iterable[Codec | None], shapes: Iterable[Sequence[int]]) -> Iterator[dict[str, Any]]:
+        """Meta entry of every linear of the group; a codec of None: it stays in bfloat16."""
+        for index, (codec, shape) in enumerate(zip(codecs, shapes, strict=True)):
+            entry = BF16_ENTRY | {"shape": list(shape)} if codec is None \
+                else codec.entry(shape, self.kind, self.context)
             if self.before:
                 entry.update(candidate=self.label, alpha=self.alpha, error_before=self.before[index],
                              error_after=self.after[index])
@@ -130,6 +133,7 @@ class _Layer:
     weights: Weights
     stats: ActStats
     codec: Codec
+    choices: Choices = field(default_factory=dict)
     scaled: dict[str, _Scaled] = field(default_factory=dict)
 
     def weight(self, linear: str) -> Tensor:
@@ -140,28 +144,25 @@ class _Layer:
         return torch.stack(known).mean(0).to(self.weight(group.linears[0]).device) if known else None
 
     def groups(self, place: str) -> list[layout.Group]:
-        return [group for group in layout.groups(self.index) if group.place == place]
+        return [group for group in layout.groups(self.index)
+                if group.place == place and f"{group.linears[0]}.weight" in self.weights]
 
 
-def quantize_layer(index: int, weights: Weights, stats: ActStats, codec: Codec,
-                   activations: Activations | None = None) -> Iterator[tuple[layout.Group, Quantized]]:
-    """Quantize one layer; yields its eight groups as they are finished.
+def quantize_layer(index: int, weights: Weights, stats: ActStats, codec: Codec, activations: Activations | None = None,
+                   choices: Choices | None = None) -> Iterator[tuple[layout.Group, Quantized]]:
+    """Quantize one layer; yields its eight groups (four where one expert is alone) as they are finished.
 
     Args:
         index: of the layer.
-        weights: all tensors of the layer, float32. Changed in place: after the last group its norms and biases are
-            those that belong to the packed linears. Norms hold bfloat16 values.
+        weights: all tensors of the layer, or of its understanding expert, float32. Changed in place: after the last
+            group its norms and biases are those that belong to the packed linears. Norms hold bfloat16 values.
         stats: second moments for the scales; linears without any are not scaled.
         codec: the format.
         activations: inputs for GPTQ; None rounds to the nearest level.
+        choices: linears that are rounded to another format than `codec`, with which scales are searched.
     """
-    layer = _Layer(index, weights, stats, codec)
-    _scale_values(layer)
-    for group in layer.groups("mlp_out"):
-        _scale_up(layer, group)
-    for place in ("attn_in", "mlp_in"):
-        for group in layer.groups(place):
-            _scale_norm(layer, group)
+    layer = _Layer(index, weights, stats, codec, choices or {})
+    _scale(layer)
     current = dict(weights)
     for place in PLACES:
         for group in layer.groups(place):
@@ -171,6 +172,26 @@ def quantize_layer(index: int, weights: Weights, stats: ActStats, codec: Codec,
             yield group, _timed(done, started)
     if activations is not None:
         activations.advance(index, weights, current)
+
+
+def scale_layer(index: int, weights: Weights, stats: ActStats, codec: Codec) -> dict[str, Tensor | None]:
+    """The first step alone: move the scales of a layer, in place; arguments as for quantize_layer.
+
+    Returns:
+        By group name the mean squares [in] of its scaled inputs; None without statistics.
+    """
+    layer = _Layer(index, weights, stats, codec)
+    _scale(layer)
+    return {name: scaled.m2 for name, scaled in layer.scaled.items()}
+
+
+def _scale(layer: _Layer) -> None:
+    _scale_values(layer)
+    for group in layer.groups("mlp_out"):
+        _scale_up(layer, group)
+    for place in ("attn_in", "mlp_in"):
+        for group in layer.groups(place):
+            _scale_norm(layer, group)
 
 
 def _timed(done: Quantized, started: float) -> Quantized:
@@ -243,30 +264,63 @@ def _unscaled(layer: _Layer, group: layout.Group) -> _Scaled:
 
 def _round_group(layer: _Layer, group: layout.Group, moments: gptq.Moments | None,
                  current: Weights | None) -> Quantized:
-    scaled, codec = layer.scaled[group.name], layer.codec
+    scaled, codecs = layer.scaled[group.name], [layer.choices.get(name, layer.codec) for name in group.linears]
     weights = [layer.weight(name) for name in group.linears]
-    context = codec.context(max(float(awq.column_max(w).max()) for w in weights))
+    context = layer.codec.context(max(float(awq.column_max(w).max()) for w in weights))
     known = torch.ones_like(weights[0][0]) if scaled.m2 is None else scaled.m2
-    if moments is not None:
-        packed, details = zip(*(_with_gptq(w, moments, codec, context) for w in weights), strict=True)
-    elif scaled.m2 is None:
-        packed = quantize_scaled(codec, weights, None, context)
-        details = [{"rounding": "nearest"}] * len(weights)
-    else:
-        packed = quantize_searched(codec, weights, awq.importance(known), context)
-        details = [{"rounding": "searched"}] * len(weights)
+    rounded = {index: _Rounded(None, w.bfloat16(), {"rounding": "bfloat16"})
+               for index, (w, codec) in enumerate(zip(weights, codecs, strict=True)) if codec is None}
+    for codec in dict.fromkeys(codec for codec in codecs if codec is not None):
+        own = [index for index, other in enumerate(codecs) if other == codec]
+        rounded |= zip(own, _round([weights[index] for index in own], scaled.m2, moments, codec, context), strict=True)
+    details = [rounded[index].details for index in range(len(weights))]
     if current is not None and moments is None:
-        details = [{**entry, "reason": "no captured tokens"} for entry in details]
+        details = [{**entry, "reason": "no captured tokens"} if entry["rounding"] != "bfloat16" else entry
+                   for entry in details]
     if (m2 := layer.mean_square(group)) is not None:
         details = [{**entry, "outlier_ratio": _outlier_ratio(m2)} for entry in details]
     after = []
-    for name, w, q in zip(group.linears, weights, packed, strict=True):
-        back = codec.dequantize(q)
+    for index, (name, w) in enumerate(zip(group.linears, weights, strict=True)):
+        error, back = rounded[index].error, None
+        if current is not None or error is None:
+            back = rounded[index].back()
         if current is not None:
             current[f"{name}.weight"] = back
-        after.append(awq.written_error(w, back, known))
+        after.append(awq.written_error(w, back, known) if error is None else error)
     kind = "unsearched" if scaled.m2 is None else "searched"
-    return Quantized([codec.tensors(q) for q in packed], kind, context, scaled.label, scaled.before, after, details)
+    tensors = [rounded[index].tensors() for index in range(len(weights))]
+    return Quantized(tensors, kind, context, scaled.label, scaled.before, after, details)
+
+
+class _Rounded(NamedTuple):
+    """A linear as it is written, packed or (no codec) in bfloat16, what the meta says of it, and its awq.written_error
+    where that is known already."""
+
+    codec: Codec | None
+    q: PackedWeight | Tensor
+    details: dict[str, Any]
+    error: float | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.q} if self.codec is None else self.codec.tensors(self.q)
+
+    def back(self) -> Tensor:
+        """float32 [out, in]."""
+        return self.q.float() if self.codec is None else self.codec.dequantize(self.q)
+
+
+def _round(weights: Sequence[Tensor], m2: Tensor | None, moments: gptq.Moments | None, codec: Codec,
+           context: float | None) -> list[_Rounded]:
+    """Linears of a group that get the same format."""
+    if moments is not None:
+        packed, details = zip(*(_with_gptq(w, moments, codec, context) for w in weights), strict=True)
+    elif m2 is None:
+        packed = quantize_scaled(codec, weights, None, context)
+        details = [{"rounding": "nearest"}] * len(weights)
+    else:
+        packed, errors = quantize_measured(codec, weights, awq.importance(m2), context)
+        return [_Rounded(codec, q, {"rounding": "searched"}, error) for q, error in zip(packed, errors, strict=True)]
+    return [_Rounded(codec, q, entry) for q, entry in zip(packed, details, strict=True)]
 
 
 def _outlier_ratio(m2: Tensor) -> float:

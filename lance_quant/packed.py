@@ -5,9 +5,11 @@
                                                      slim:  NAME.qweight, NAME.scales_e4m3
 
 NAME.weight is absent for every linear that the meta lists under `per_weight`; all other tensors are those of the float
-checkpoint in bfloat16, with the norms already divided. Published folders are read as they are; ours have more meta
-fields, which old readers ignore. A folder is checked when it is opened, from headers alone: what the meta lists and
-what the file holds must agree exactly.
+checkpoint in bfloat16, with the norms already divided. Group sizes may differ; linears that a budget left in bfloat16
+are listed under `kept_bf16`, and an 8-bit head and embedding (int8.py) under `head_weights`.
+
+Published folders are read as they are; ours have more meta fields, which old readers ignore. A folder is checked when
+it is opened, from headers alone: what the meta lists and what the file holds must agree exactly.
 """
 
 import math
@@ -21,13 +23,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lance_quant import files, layout, nvfp4
+from lance_quant import files, int8, layout, nvfp4
 from lance_quant.codec import Codec, Int4, Nvfp4, PackedWeight
 from lance_quant.errors import InputError
 from lance_quant.tensorfile import Checkpoint, TensorFileWriter, TensorSpec, file_size
 from lance_quant.work import Work
 
 SUFFIXES = ("qweight", "scales", "zeros", "scales_bf16", "scales_fp8", "scales_e4m3")
+KEPT = "kept_bf16"  # the meta's table of linears that a budget left in bfloat16
 
 
 class LinearSpec(NamedTuple):
@@ -52,6 +55,8 @@ class PackedFolder:
     slim: True for NVFP4 without the duplicate scales
     meta: the meta JSON
     linears: module name -> LinearSpec
+    kept: module name -> (out, in) of linears that a budget left in bfloat16
+    head: module name -> (out, in) of an 8-bit head and embedding, see int8.py
     checkpoint: all tensors of the file by name
 
     Raises:
@@ -66,6 +71,8 @@ class PackedFolder:
         self.slim = _is_slim(self.meta, self.path)
         self.linears = {name.removesuffix(".weight"): _linear_spec(name, entry, self.format, self.slim)
                         for name, entry in _per_weight(self.meta, self.path).items()}
+        self.kept = _kept(self.meta, self.path)
+        self.head = int8.shapes_of(self.meta, str(self.path))
         self.checkpoint = Checkpoint(self.path / base.state_file)
         try:
             self._require_agreement()
@@ -86,8 +93,9 @@ class PackedFolder:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits per quantized weight, scales and zero points included."""
-        return bits_per_weight(self.checkpoint.specs, {name: spec.shape for name, spec in self.linears.items()})
+        """Stored bits per quantized weight: scales, zero points and what a budget left in bfloat16 included."""
+        return bits_per_weight(self.checkpoint.specs,
+                               {**{name: spec.shape for name, spec in self.linears.items()}, **self.kept})
 
     def facts(self) -> dict[str, Any]:
         """What a run records of its weights: path, format, bytes of the file, bits per quantized weight."""
@@ -98,6 +106,9 @@ class PackedFolder:
         specs, wrong = self.checkpoint.specs, []
         expected = {f"{name}.{suffix}": spec for name, linear in self.linears.items()
                     for suffix, spec in self.codec(name).specs(linear.shape).items()}
+        expected |= {f"{name}.{suffix}": spec for name, shape in self.head.items()
+                     for suffix, spec in int8.specs(shape).items()}
+        expected |= {f"{name}.weight": TensorSpec(torch.bfloat16, shape) for name, shape in self.kept.items()}
         for name, spec in expected.items():
             if name not in specs:
                 wrong.append(f"{name} is missing")
@@ -105,9 +116,10 @@ class PackedFolder:
                 wrong.append(f"{name} is {_text(specs[name])}, not {_text(spec)}")
         for name in specs:
             base, _, last = name.rpartition(".")
-            if last in SUFFIXES and name not in expected:
+            if last in (*SUFFIXES, *int8.SUFFIXES) and name not in expected:
                 wrong.append(f"{name} belongs to no listed linear")
-            elif base in self.linears and name not in expected and not _is_bias(last, specs[name], self.linears[base]):
+            elif name not in expected and (base in self.head or base in self.linears and not _is_bias(
+                    last, specs[name], self.linears[base])):
                 wrong.append(f"{name} beside a packed weight")
         if wrong:
             raise InputError(f"{self.path}: meta and tensors disagree in {len(wrong)} places, first: "
@@ -143,6 +155,17 @@ def _per_weight(meta: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if not isinstance(listed, dict) or not listed:
         raise InputError(f"{path}: the meta lists no weights (per_weight)")
     return listed
+
+
+def _kept(meta: Mapping[str, Any], path: Path) -> dict[str, tuple[int, int]]:
+    listed = meta.get(KEPT, {})
+    shapes = {name: entry.get("shape") if isinstance(entry, dict) else None for name, entry in listed.items()} \
+        if isinstance(listed, dict) else {KEPT: None}
+    for name, shape in shapes.items():
+        if not name.endswith(".weight") or name in meta["per_weight"] or not isinstance(shape, list) \
+                or len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise InputError(f"{path}: meta entry {name!r} in {KEPT} is not that of a linear in bfloat16")
+    return {name.removesuffix(".weight"): tuple(shape) for name, shape in shapes.items()}
 
 
 def _linear_spec(name: str, entry: Any, kind: str, slim: bool) -> LinearSpec:
@@ -215,8 +238,9 @@ def require_space(path: Path, needed: int) -> None:
 
 
 def bits_per_weight(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> float:
-    """Stored bits per quantized weight; `shapes` are those of the quantized linears."""
-    stored = sum(spec.nbytes for name, spec in specs.items() if name.rpartition(".")[2] in SUFFIXES)
+    """Stored bits per quantized weight; `shapes` are those of the decoder's linears, in bfloat16 or not."""
+    kept = {f"{name}.weight" for name in shapes}
+    stored = sum(spec.nbytes for name, spec in specs.items() if name.rpartition(".")[2] in SUFFIXES or name in kept)
     return 8 * stored / sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -241,6 +265,8 @@ def _kind(name: str) -> str:
     base, _, last = name.rpartition(".")
     if last in SUFFIXES:
         return f"{layout.kind_of(base)} packed"
+    if last == "weight" and layout.kind_of(base) in layout.KINDS:
+        return f"{layout.kind_of(base)} bfloat16"
     if name.startswith(layout.LAYERS):
         return "layer norms and biases"
     return base.removeprefix(layout.LLM_PREFIX) if name.startswith(layout.LLM_PREFIX) else name.split(".")[0]

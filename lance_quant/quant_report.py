@@ -23,8 +23,8 @@ _SORT = """document.querySelectorAll('th').forEach((head,column)=>head.onclick=(
 const body=document.querySelector('#linears tbody'),up=head.dataset.up=head.dataset.up==='1'?'0':'1';
 const key=row=>{const text=row.cells[column].dataset.key;return text===''?-Infinity:isNaN(text)?text:+text};
 [...body.rows].sort((a,b)=>(key(a)<key(b)?-1:key(a)>key(b)?1:0)*(up==='1'?1:-1)).forEach(row=>body.append(row))})"""
-_COLUMNS = ("linear", "layer", "kind", "expert", "scale", "rounding", "plain dB", "written dB", "held back: nearest dB",
-            "held back: written dB", "outlier ratio", "group seconds", "why not GPTQ")
+_COLUMNS = ("linear", "layer", "kind", "expert", "group size", "scale", "rounding", "plain dB", "written dB",
+            "held back: nearest dB", "held back: written dB", "outlier ratio", "group seconds", "why not GPTQ")
 
 
 class Row(NamedTuple):
@@ -119,7 +119,8 @@ def _values(row: Row) -> list[object]:
     entry = row.entry
     layer = int(row.name.removeprefix(f"{layout.LAYERS}.").split(".")[0])
     return [row.name.removeprefix(f"{layout.LAYERS}."), layer, layout.kind_of(row.name), layout.expert_of(row.name),
-            entry.get("candidate", ""), entry.get("rounding", ""), decibel(entry.get("error_before")),
+            entry.get("group_size", entry.get("block_size", "bf16")), entry.get("candidate", ""),
+            entry.get("rounding", ""), decibel(entry.get("error_before")),
             decibel(entry.get("error_after")), decibel(entry.get("held_nearest")), decibel(entry.get("held_after")),
             entry.get("outlier_ratio"), row.seconds, entry.get("reason", "")]
 

@@ -12,9 +12,8 @@ import contextlib
 import functools
 import logging
 import platform
-import resource
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -24,15 +23,17 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from lance_quant import __version__
+from lance_quant import __version__, kernels
+from lance_quant.distributed import ALONE, Team
 from lance_quant.errors import InputError
 from lance_quant.files import read_json, write_json
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.lance.samples import TASKS, Prompt, Question
 from lance_quant.lance.video import read_video, write_video
+from lance_quant.memory import peak_memory, reset_peak_memory
 from lance_quant.packed import PackedFolder
+from lance_quant.progress import progress
 from lance_quant.tasks import Answered, Drawn, Settings, answer_all, draw_all, force_all
 from lance_quant.tensorfile import TensorFile, TensorFileWriter, TensorSpec
 
@@ -51,7 +52,10 @@ class RunRecord:
     model: dict[str, Any]
     arguments: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, dict[str, int]] = field(default_factory=dict)
+    peaks: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    kernels_before: Counter[str] = field(default_factory=lambda: Counter(kernels.calls))
+    compiled: dict[str, float] | None = None  # seconds of warming up each compiled step; None: nothing was compiled
+    processes: int = 1
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -64,6 +68,12 @@ class RunRecord:
             self.seconds[name] = time.perf_counter() - start
             self.peaks[name] = peak_memory(self.device)
 
+    def pool(self, team: Team) -> None:
+        """Take the highest peaks among the processes of a team for one's own. The leader's times hold its waiting."""
+        self.processes = team.size
+        everyones = team.everyone(self.peaks)
+        self.peaks = {name: _highest(peaks[name] for peaks in everyones) for name in self.peaks}
+
     def as_json(self, settings: Settings, samples: list[Question] | list[Prompt]) -> dict[str, Any]:
         """The content of run.json."""
         return {
@@ -72,10 +82,12 @@ class RunRecord:
             "samples": [describe(sample) for sample in samples],
             "model": self.model,
             "device": device_name(self.device),
+            "processes": self.processes,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "kernels": dict(kernels.calls - self.kernels_before),  # of packed linears: path -> calls
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
-            "peak_memory_bytes": {kind: max(peak[kind] for peak in self.peaks.values())
-                                  for kind in peak_memory(self.device)},
+            "compile_seconds": self.compiled and {name: round(value, 3) for name, value in self.compiled.items()},
+            "peak_memory_bytes": _highest(self.peaks.values()),
             "peak_memory_bytes_by_stage": self.peaks,
             "versions": versions(),
             "arguments": self.arguments,
@@ -92,8 +104,8 @@ def describe(sample: Question | Prompt) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Versions that a figure depends on."""
-    packages = ("torch", "transformers", "diffusers")
-    return {"lance_quant": __version__, "python": platform.python_version(),
+    packages = ("transformers", "diffusers")
+    return {"lance_quant": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
             **{name: metadata.version(name) for name in packages}}
 
 
@@ -112,51 +124,48 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` start anew (for the host on Linux only)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Highest use since reset_peak_memory: of the process on the host, and of torch on a CUDA device."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        peak = {"host": int(line.split()[1]) * 1024}
-    else:
-        peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
-    if device.type == "cuda":
-        peak["cuda"] = torch.cuda.max_memory_allocated(device)
-    return peak
+def _highest(peaks: Iterable[Mapping[str, int | None]]) -> dict[str, int | None]:
+    """The largest figure of each kind; None for a kind that is unknown anywhere."""
+    peaks = list(peaks)
+    return {kind: None if any(peak[kind] is None for peak in peaks) else max(peak[kind] for peak in peaks)
+            for kind in peaks[0]}
 
 
 def run_task(pipeline: Pipeline, samples: list[Question] | list[Prompt], settings: Settings, record: RunRecord,
-             folder: Path, keep_trace: bool, on_text: Callable[[str], None] | None = None) -> None:
-    """Run a task over its samples and write the results folder (an existing, empty one); `on_text`: see answer_all."""
+             folder: Path, keep_trace: bool, on_text: Callable[[str], None] | None = None, team: Team = ALONE) -> None:
+    """Run a task over its samples and write the results folder (an existing, empty one).
+
+    Args:
+        on_text: see answer_all.
+        team: shares the samples; its leader's folder gets everything, the others' what they made themselves.
+    """
+    own = team.share(samples)
     if settings.kind.makes == "text":
         with record.stage("run"):
-            answered = list(answer_all(pipeline, samples, settings, on_text))
-            _write_answers(answered, folder)
+            answered = list(answer_all(pipeline, own, settings, on_text))
+            write_answers(team.collect(answered, len(samples)), folder)
         if keep_trace:
             with record.stage("trace"):
-                _save(folder / LOGITS, _answer_trace(answered, force_all(pipeline, answered, settings)))
+                traces = list(_answer_traces(answered, force_all(pipeline, answered, settings)))
+                save_traces(folder / LOGITS, team.collect(traces, len(samples)))
     else:
         with record.stage("run"):
-            drawn = list(draw_all(pipeline, samples, settings, keep_trace))
-            write_json(folder / "prompt.json", {made(one.prompt, settings): one.prompt.text for one in drawn})
+            drawn = list(draw_all(pipeline, own, settings, keep_trace))
+            write_json(folder / "prompt.json", {made(prompt, settings): prompt.text for prompt in samples})
             if keep_trace:
-                _save(folder / LATENTS, _trace(drawn))
+                save_traces(folder / LATENTS, team.collect(map(_trace, drawn), len(samples)))
         with record.stage("decode"), pipeline.using("vae"):
-            for one in tqdm(drawn, desc="decode", unit=settings.kind.makes):
+            for one in progress(drawn, desc="decode", unit=settings.kind.makes):
                 _write_frames(pipeline.decode_frames(one.latent), folder / made(one.prompt, settings))
+            team.bring(folder, [made(prompt, settings) for prompt in own], len(samples))
+    record.pool(team)
+    record.compiled = pipeline.model.compiled and pipeline.model.compiled.seconds
     write_json(folder / "run.json", record.as_json(settings, samples))
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_traces(path: Path, traces: Iterable[Mapping[str, Tensor]]) -> None:
     """A safetensors file of these tensors."""
+    tensors = {name: tensor for trace in traces for name, tensor in trace.items()}
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with TensorFileWriter(path, specs) as writer:
         for name, tensor in tensors.items():
@@ -180,7 +189,8 @@ def _write_frames(frames: list[Image.Image], path: Path) -> None:
         frames[0].save(path)
 
 
-def _write_answers(answered: list[Answered], folder: Path) -> None:
+def write_answers(answered: Iterable[Answered], folder: Path) -> None:
+    """result.json and prompt.json of an understanding run."""
     rows, raw = [], {}
     for one in answered:
         question = one.question
@@ -193,22 +203,16 @@ def _write_answers(answered: list[Answered], folder: Path) -> None:
     write_json(folder / "prompt.json", raw)
 
 
-def _answer_trace(answered: list[Answered], logprobs: Iterable[Tensor]) -> dict[str, Tensor]:
-    trace = {}
+def _answer_traces(answered: list[Answered], logprobs: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
     for (question, answer), forced in zip(answered, logprobs, strict=True):
-        trace[f"{question.key}.ids"] = torch.tensor(answer.ids)
-        trace[f"{question.key}.logprobs"] = forced
-    return trace
+        yield {f"{question.key}.ids": torch.tensor(answer.ids), f"{question.key}.logprobs": forced}
 
 
-def _trace(drawn: list[Drawn]) -> dict[str, Tensor]:
-    trace = {}
-    for one in drawn:
-        trace[f"{one.prompt.key}.latent"] = one.latent.float().cpu()
-        trace[f"{one.prompt.key}.x"] = torch.stack([step.x for step in one.steps]).float().cpu()
-        trace[f"{one.prompt.key}.velocity"] = torch.stack([step.velocity for step in one.steps]).float().cpu()
-        trace[f"{one.prompt.key}.t"] = torch.tensor([step.t for step in one.steps])
-    return trace
+def _trace(drawn: Drawn) -> dict[str, Tensor]:
+    key, steps = drawn.prompt.key, drawn.steps
+    return {f"{key}.latent": drawn.latent.float().cpu(), f"{key}.x": torch.stack([step.x for step in steps]).float(),
+            f"{key}.velocity": torch.stack([step.velocity for step in steps]).float(),
+            f"{key}.t": torch.tensor([step.t for step in steps])}
 
 
 def drop_traces(folder: Path) -> None:
@@ -265,6 +269,15 @@ class Results:
     def answers(self) -> dict[str, str]:
         """Sample key -> answer, of an x2t run."""
         return {row["key"]: row["answer"] for row in read_json(self.folder / "result.json", "result.json")}
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the trace: Windows moves and removes no file that is open."""
+        if "trace" in self.__dict__:
+            self.trace.close()
+            del self.trace
 
 
 def require_source(packed: PackedFolder, fingerprint: str | None, what: str) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lance_quant import __version__, layout
+from lance_quant.distributed import Team
 from lance_quant.errors import InputError
 from lance_quant.files import whole_file
 from lance_quant.tensorfile import Checkpoint
@@ -317,6 +318,22 @@ class Collector:
         if self._last is None or self._last[0]() is not x or self._last[1] != version:
             self._last = (weakref.ref(x), version, _sums(x.detach().reshape(-1, x.shape[-1])))
         return self._last[2]
+
+    def pool(self, team: Team) -> None:
+        """Add up what the processes of a team measured, on all of them; all watch the same linears."""
+        widths = {name: width for part in team.everyone({name: sums[0].numel() for name, sums in self._sums.items()})
+                  for name, width in part.items()}
+        names = [name for name in self._names if name in widths]
+        counts = torch.tensor([[self._tokens[name], self._calls[name]] for name in self._names])
+        team.add(counts)
+        for name, (tokens, calls) in zip(self._names, counts.tolist(), strict=True):
+            self._tokens[name], self._calls[name] = tokens, calls
+        for name in names:
+            none = [torch.zeros(widths[name])] * 3
+            added, largest = torch.stack([part.cpu().double() for part in self._sums.get(name, none)]).split([2, 1])
+            team.add(added)
+            team.maximum(largest)
+            self._sums[name] = [*added, *largest]
 
     def stats(self, task: str, run: Mapping[str, Any] | None = None) -> ActStats:
         """What was measured, as one run of `task`; `run` is kept with it. Its run_id, unless it has one, follows from

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from lance_quant import cli
+from lance_quant import cli, kernels
+from lance_quant.distributed import Team
 from lance_quant.errors import InputError
+from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.config import LATENT_STRIDE, LancePaths
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.loader import TorchFile
@@ -86,9 +88,31 @@ def _add_sampling(to: argparse.ArgumentParser) -> None:
                     help="draw from the likeliest tokens that together have this probability")
 
 
+def add_compile(to: argparse.ArgumentParser) -> None:
+    """--compile."""
+    to.add_argument("--compile", action="store_true",
+                    help="compile the decoding and denoising steps: faster from the second step on, after up to a few "
+                         "minutes of warm-up that run.json keeps apart; needs a C++ compiler (CPU) or triton (CUDA)")
+
+
 def add_stream(to: argparse.ArgumentParser) -> None:
     """--stream."""
     to.add_argument("--stream", action="store_true", help="show answers on the terminal (stderr) while they come")
+
+
+def add_kernel(to: argparse.ArgumentParser) -> None:
+    """--kernel."""
+    to.add_argument("--kernel", choices=kernels.CHOICES, default="auto",
+                    help="what computes packed linears; auto: native (C) on CPUs with AVX2, triton on CUDA, where they "
+                         "can, else the slow reference. run.json says which ran")
+
+
+def stream_of(args: argparse.Namespace, team: Team) -> Callable[[str], None] | None:
+    """What --stream means: where answers go while they come, None for nowhere."""
+    if args.stream and team.size > 1:
+        raise InputError(f"--stream shows one answer after the other, and {team.size} processes give several at once: "
+                         "leave it out, or start one process")
+    return cli.show if args.stream else None
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -168,11 +192,20 @@ def paths_of(args: argparse.Namespace, decodes: bool = True) -> LancePaths:
 
 
 def load(args: argparse.Namespace, paths: LancePaths, checkpoint: Path | None = None,
-         prepare: Callable[[Lance], object] | None = None) -> Pipeline:
+         prepare: Callable[[Lance], object] | None = None, merged: bool = False) -> Pipeline:
     """The pipeline that the model and device arguments mean, from `checkpoint` or the float weights."""
     device = cli.device_of(args.device)
     return Pipeline.load(paths, device, cli.dtype_of(args.dtype, device), checkpoint, prepare,
-                         fix_quirks=args.fix_quirks, offload=args.offload, vae_tiling=args.vae_tiling)
+                         fix_quirks=args.fix_quirks, offload=args.offload, vae_tiling=args.vae_tiling, merged=merged)
+
+
+def load_to_run(args: argparse.Namespace, paths: LancePaths, checkpoint: Path | None = None,
+                prepare: Callable[[Lance], object] | None = None) -> Pipeline:
+    """As `load`, made fast: projections merged and, with --compile, steps compiled. No linear can be watched in it."""
+    pipeline = load(args, paths, checkpoint, prepare, merged=True)
+    if args.compile:
+        compile_steps(pipeline.model)
+    return pipeline
 
 
 def float_facts(model_path: Path) -> dict[str, Any]:

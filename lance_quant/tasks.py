@@ -1,14 +1,14 @@
 """Running a task over a sample file: what calibration, the baseline run and the quantized run have in common."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lance_quant.lance import samples
 from lance_quant.lance.generation import Denoiser, Sampling, Step
@@ -16,6 +16,7 @@ from lance_quant.lance.pipeline import Answer, Pipeline
 from lance_quant.lance.samples import TASKS, TIMED, Prompt, Question, Task
 from lance_quant.lance.tokens import TextStream
 from lance_quant.lance.understanding import Choice
+from lance_quant.progress import progress
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Drawn(NamedTuple):
 def answer_all(pipeline: Pipeline, questions: list[Question], settings: Settings,
                on_text: Callable[[str], None] | None = None) -> Iterator[Answered]:
     """Answer every question; `on_text` gets questions and answers while they come, instead of a bar."""
-    for question in tqdm(questions, desc="answer", unit="question", disable=on_text is not None):
+    for question in progress(questions, desc="answer", unit="question", disable=on_text is not None):
         packed, vit_tokens = pipeline.ask(question, settings.resolution)
         with _shown(pipeline, question, settings, on_text) as on_token:
             answer = pipeline.answer(packed, vit_tokens, settings.max_new_tokens, on_token, settings.choice)
@@ -86,7 +87,7 @@ def answer_all(pipeline: Pipeline, questions: list[Question], settings: Settings
 
 def force_all(pipeline: Pipeline, answered: list[Answered], settings: Settings) -> Iterator[Tensor]:
     """Log-probabilities float32 [answer tokens, tokenizer size], on the CPU, of every finished answer's tokens."""
-    for question, answer in tqdm(answered, desc="trace", unit="answer"):
+    for question, answer in progress(answered, desc="trace", unit="answer"):
         yield pipeline.forced_logprobs(*pipeline.ask(question, settings.resolution), answer.ids).cpu()
 
 
@@ -95,7 +96,7 @@ def _shown(pipeline: Pipeline, question: Question, settings: Settings,
            on_text: Callable[[str], None] | None) -> Iterator[Callable[[int], object]]:
     """What to call with every token of an answer: a bar, or its text."""
     if on_text is None:
-        with tqdm(total=settings.max_new_tokens, desc="tokens", unit="token", leave=False) as bar:
+        with progress(total=settings.max_new_tokens, desc="tokens", unit="token", leave=False) as bar:
             yield lambda _: bar.update()
     else:
         on_text(f"\n[{question.key}] {question.question}\n")
@@ -119,24 +120,34 @@ def draw_all(pipeline: Pipeline, prompts: list[Prompt], settings: Settings,
              keep_trace: bool = False) -> Iterator[Drawn]:
     """Sample latents for every prompt, all from the same noise as officially; `keep_trace` keeps every step."""
     sampling = settings.sampling
-    for prompt in tqdm(prompts, desc="draw", unit=settings.kind.makes):
+    for prompt in progress(prompts, desc="draw", unit=settings.kind.makes):
         denoiser = denoiser_of(pipeline, prompt, settings)
         steps: list[Step] = []
-        with tqdm(total=sampling.num_timesteps, desc="denoise", unit="step", leave=False) as bar:
+        with progress(total=sampling.num_timesteps, desc="denoise", unit="step", leave=False) as bar:
 
-            def on_step(step: Step, bar: tqdm = bar, steps: list[Step] = steps) -> None:
+            def on_step(step: Step, bar: Any = bar, steps: list[Step] = steps) -> None:
                 bar.update()
                 if keep_trace:
-                    steps.append(step)
+                    steps.append(step._replace(x=step.x.cpu(), velocity=step.velocity.cpu()))
 
             latent = pipeline.sample(denoiser, sampling, on_step)
         yield Drawn(prompt, latent, steps)
+
+
+def run_watched(pipeline: Pipeline, samples: Sequence[Question] | Sequence[Prompt], settings: Settings,
+                numbers: Sequence[int], begin: Callable[[int], None]) -> None:
+    """Run a task for what hooks see of it; `begin` gets each sample's number before it runs."""
+    done = (answer_all if settings.kind.makes == "text" else draw_all)(pipeline, samples, settings)
+    for number in numbers:
+        begin(number)
+        next(done)
+    deque(done, maxlen=0)  # ends the bar
 
 
 @torch.no_grad()
 def replay(pipeline: Pipeline, prompt: Prompt, settings: Settings, trajectory: Tensor, times: Tensor) -> Tensor:
     """Velocities [steps, n, 48] at given points x_t [steps, n, 48] and timesteps [steps], instead of its own path."""
     denoiser = denoiser_of(pipeline, prompt, settings)
-    pairs = tqdm(zip(trajectory, times.tolist(), strict=True), desc="replay", unit="step", total=len(times),
-                 leave=False)
+    pairs = progress(zip(trajectory, times.tolist(), strict=True), desc="replay", unit="step", total=len(times),
+                     leave=False)
     return torch.stack([denoiser.velocity(x.to(pipeline.model.dtype), t).float().cpu() for x, t in pairs])

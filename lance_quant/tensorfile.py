@@ -2,8 +2,9 @@
 
 The safetensors package maps a whole file into memory, which a machine with less memory than the file refuses
 (28.4 GB for Lance_3B_Video), and saves only dicts that are complete in memory. Here a reader takes the header and
-then `pread`s what is asked for, converted piece by piece, and a writer is told every name, dtype and shape first and
-then takes the tensors in any order. What the writer makes is byte for byte what `safetensors.torch.save_file` makes.
+then reads what is asked for by its position, converted piece by piece, and a writer is told every name, dtype and
+shape first and then takes the tensors in any order. What the writer makes is byte for byte what
+`safetensors.torch.save_file` makes.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,23 +23,32 @@ from torch import Tensor
 from lance_quant.errors import InputError
 from lance_quant.files import read_json
 
+# In the order in which safetensors lays tensors out (of one dtype, by name). F4 and F6 are left out: their shapes count
+# elements smaller than a byte, which torch's do not.
 DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
     "F64": torch.float64,
+    "C64": torch.complex64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),  # torch 2.7
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-# The order in which safetensors lays tensors out: widest alignment first, then this order, then the name.
-_ORDER = ["I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"]
+_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+_LONGEST_HEADER = 100_000_000  # the limit of the safetensors package: no file makes us read 25 GB as JSON
 _PIECE = 1 << 24  # bytes read at once: converting a 1.2 GB table needs 16 MB beside its result
 
 
@@ -59,11 +70,48 @@ class _Entry(NamedTuple):
 
 def _entry(name: str, item: Mapping[str, Any], data: int) -> _Entry:
     """A header's entry, checked; `data` is where the file's tensors begin."""
+    if item["dtype"] not in DTYPES:
+        raise ValueError(f"{name}: dtype {item['dtype']!r} is none of {', '.join(DTYPES)}")
     spec = TensorSpec(DTYPES[item["dtype"]], tuple(item["shape"]))
     first, last = item["data_offsets"]
     if any(not isinstance(size, int) or size < 0 for size in (*spec.shape, first)) or last - first != spec.nbytes:
         raise ValueError(f"{name}: shape {list(spec.shape)} does not fit data_offsets {[first, last]}")
     return _Entry(spec, data + first)
+
+
+class _Positional:
+    """A file that several threads may read by position: by preadv or, where there is none (Windows), in turn."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by close
+        self._cursor = threading.Lock()
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read(self, start: int, length: int) -> bytearray:
+        """`length` bytes from byte `start` on; InputError where the file ends before."""
+        buffer = bytearray(length)
+        self.fill(memoryview(buffer), start)
+        return buffer
+
+    def fill(self, view: memoryview, start: int) -> None:
+        """Bytes from byte `start` on, as many as `view` holds; InputError where the file ends before."""
+        done = 0
+        while done < len(view):
+            got = self._read_into(view[done:done + _PIECE], start + done)
+            if got == 0:
+                raise InputError(f"{self._path} became shorter while it was read")
+            done += got
+
+    def _read_into(self, view: memoryview, start: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [view], start)
+        with self._cursor:
+            self._file.seek(start)
+            return self._file.readinto(view)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class TensorFile:
@@ -77,22 +125,21 @@ class TensorFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise InputError(f"checkpoint file not found: {path}")
-        self._fd = os.open(self.path, os.O_RDONLY)
+        self._file = _Positional(self.path)
         try:
             self._entries = self._parse_header()
         except BaseException:
-            os.close(self._fd)
+            self._file.close()
             raise
 
     def _parse_header(self) -> dict[str, _Entry]:
-        size = os.fstat(self._fd).st_size
-        prefix = os.pread(self._fd, 8, 0)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= size - 8:
+        size = self._file.size
+        length = struct.unpack("<Q", self._file.read(0, 8))[0] if size >= 8 else 0
+        if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
             raise InputError(f"{self.path} is not a safetensors file, or is truncated: {size} bytes, "
                              f"header length {length}; download it again")
         try:
-            header = json.loads(os.pread(self._fd, length, 8))
+            header = json.loads(self._file.read(8, length))
             header.pop("__metadata__", None)
             entries = {name: _entry(name, item, 8 + length) for name, item in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -113,10 +160,10 @@ class TensorFile:
         """Name -> dtype and shape of every tensor, in file order."""
         return {name: entry.spec for name, entry in self._entries.items()}
 
-    def read_bytes(self, name: str, start: int, length: int) -> bytes:
+    def read_bytes(self, name: str, start: int, length: int) -> bytearray:
         """`length` raw bytes of a tensor from byte `start` of it (fewer at its end)."""
         spec, offset = self._entries[name]
-        return os.pread(self._fd, min(length, spec.nbytes - start), offset + start)
+        return self._file.read(offset + start, min(length, spec.nbytes - start))
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """A tensor, as `dtype` (floating-point tensors only; default as stored), on `device`.
@@ -131,25 +178,24 @@ class TensorFile:
             first += len(piece)
         return out.reshape(spec.shape)
 
+    def stored(self, name: str) -> Tensor:
+        """A tensor as stored, on the CPU, read straight into its memory without arithmetic: for a thread that reads
+        while others compute."""
+        spec, offset = self._entries[name]
+        out = torch.empty(math.prod(spec.shape), dtype=spec.dtype)
+        self._file.fill(memoryview(out.view(torch.uint8).numpy()), offset)
+        return out.reshape(spec.shape)
+
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A tensor as stored, flat, in consecutive CPU pieces of 16 MB: a 1.2 GB table never needs 1.2 GB."""
         spec, offset = self._entries[name]
         numel, per_piece = math.prod(spec.shape), _PIECE // spec.dtype.itemsize
         for first in range(0, numel, per_piece):
-            raw = bytearray(min(per_piece, numel - first) * spec.dtype.itemsize)
-            self._pread_into(raw, offset + first * spec.dtype.itemsize)
-            yield torch.frombuffer(raw, dtype=spec.dtype)
-
-    def _pread_into(self, buffer: bytearray, offset: int) -> None:
-        view, done = memoryview(buffer), 0
-        while done < len(view):
-            got = os.preadv(self._fd, [view[done:]], offset + done)
-            if got == 0:
-                raise InputError(f"{self.path} became shorter while it was read")
-            done += got
+            start, count = first * spec.dtype.itemsize, min(per_piece, numel - first) * spec.dtype.itemsize
+            yield torch.frombuffer(self._file.read(offset + start, count), dtype=spec.dtype)
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._file.close()
 
     def __enter__(self) -> "TensorFile":
         return self
@@ -205,6 +251,10 @@ class Checkpoint:
         """See TensorFile.read."""
         return self._home[name].read(name, dtype, device)
 
+    def stored(self, name: str) -> Tensor:
+        """See TensorFile.stored."""
+        return self._home[name].stored(name)
+
     def pieces(self, name: str) -> Iterator[Tensor]:
         """See TensorFile.pieces."""
         return self._home[name].pieces(name)
@@ -242,7 +292,7 @@ def require_finite(tensor: Tensor, what: str) -> None:
 
 def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
     """The file's first bytes (length prefix and padded JSON) and each tensor's absolute offset."""
-    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, _ORDER.index(CODES[specs[name].dtype]), name))
+    order = sorted(specs, key=lambda name: (_RANK[specs[name].dtype], name))
     header, offsets, position = {}, {}, 0
     for name in order:
         spec = specs[name]

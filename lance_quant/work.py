@@ -8,12 +8,12 @@ is done again, from the same state, so the result is that of an uninterrupted ru
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lance_quant.errors import InputError
-from lance_quant.files import read_json, write_json
+from lance_quant.files import move_folder, read_json, whole_file, write_json
 
 
 class Work:
@@ -44,7 +44,8 @@ class Work:
         self.layers = self._read()
 
     def _require_same(self, earlier: Any, job: Mapping[str, Any]) -> None:
-        different = [key for key in job if not isinstance(earlier, dict) or earlier.get(key) != job[key]]
+        known = earlier if isinstance(earlier, dict) else {}
+        different = [key for key in {**job, **known} if known.get(key) != job.get(key)]
         if different:
             raise InputError(f"{self.root} belongs to a job with another {different[0]}: give the same arguments, or "
                              "remove it to start anew")
@@ -61,6 +62,14 @@ class Work:
         """Where the state after so many layers is kept."""
         return self.root / f"state-{layers}.safetensors"
 
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """Plain values that an earlier run made and stored under this name; made and stored now if none did."""
+        path = self.root / f"{name}.json"
+        if not path.exists():
+            with whole_file(path) as partial:
+                write_json(partial, make())
+        return read_json(path, "work folder")
+
     def finish_layer(self, entry: Mapping[str, Any]) -> None:
         """Journal a layer whose tensors and state are on the disk, and drop the state before it."""
         with open(self._journal, "a", encoding="utf-8") as file:
@@ -72,5 +81,5 @@ class Work:
 
     def publish(self, out: Path) -> None:
         """Move the finished output to its place and remove the rest."""
-        os.replace(self.folder, out)
+        move_folder(self.folder, out)
         shutil.rmtree(self.root)

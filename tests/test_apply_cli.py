@@ -77,6 +77,7 @@ def test_each_mistake_is_one_line_and_leaves_no_output(tmp_path, capsys, script)
         (["--stats", tmp_path / "absent"], "not found"), (["--stats", tmp_path / "nan.pt"], "NaN"),
         (["--stats", tmp_path / "text.pt"], "not a statistics file"), (["--out", GOLDENS], "never overwritten"),
         (["--device", "tpu:x"], "no torch device"), (["--device", "cuda:99"], "CUDA devices"),
+        (["--threads", "0"], "not positive"),
     ):
         assert message in fails(capsys, script, [*good, *flags]), flags
     assert "--stats and --out are needed" in fails(capsys, script, ["--src", MODEL])

@@ -88,6 +88,39 @@ def test_zero_weights_and_zero_norms_do_not_break_it(codec):
     assert torch.isfinite(choice.folded.column).all()
 
 
+@codecs
+def test_what_is_tried_is_as_good_as_trying_everything(codec):
+    """Errors change smoothly along the candidates: the descent is allowed 1 % more than the best of all."""
+    weights, norm, m2 = group()
+    tried = awq.candidates(m2.sqrt(), torch.stack([awq.column_max(w) for w in weights]).mean(0))
+    columns = [awq.fold_norm(norm, s).column for _, s in tried]
+    least = min(map(sum, awq.relative_errors(weights, columns, m2, codec)))
+    assert least <= sum(awq.search(weights, norm, m2, codec).after) <= 1.01 * least
+
+
+def test_the_descent_finds_the_bottom_of_a_valley_from_few_looks():
+    looks = []
+
+    def errors_of(places):
+        looks.extend(places)
+        return [((place - 29) ** 2 + 1.0,) for place in places]
+
+    errors, best = awq._descend(41, errors_of)
+    assert best == 29 and len(looks) == len(set(looks)) == 15 and set(errors) == set(looks)
+    assert awq._descend(41, lambda places: [(1.0,)] * len(places))[1] == 0  # nothing gained: the first
+
+
+def test_some_rows_stand_for_all(monkeypatch):
+    """Rows are evenly spaced; a wide weight is searched by them, and packed with its scale whole."""
+    weights, norm, m2 = group()
+    monkeypatch.setattr(awq, "ROWS", 16)
+    assert torch.equal(awq._some_rows(weights[0]), weights[0][::3])
+    one = awq.fold_norm(norm, torch.ones_like(norm)).column
+    context = CODECS[0].context(1.0)
+    before = awq.search(weights, norm, m2, CODECS[0]).before
+    assert before[0] == pytest.approx(slow_error(weights[0][::3], one, m2, CODECS[0], context), rel=1e-4)
+
+
 def test_identity_comes_first_and_every_scale_is_normalised():
     tried = awq.candidates(torch.rand(32) + 0.1, torch.rand(32) + 0.1)
     assert len(tried) == 41 and tried[0][0] == "s=1" and torch.equal(tried[0][1], torch.ones(32))

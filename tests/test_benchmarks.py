@@ -10,12 +10,14 @@ from conftest import CPU
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import apply_full_size
 import loader_memory
 import nano_experiments
 import synthetic_lance
 
 import awq_apply
 from lance_nano.evaluate import Share
+from lance_quant import published
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.pipeline import Pipeline
@@ -60,6 +62,21 @@ def test_loader_memory_reports_the_model_and_what_it_cost(synthetic, capsys):
                       if not name.startswith(("vit_model.", "latent_pos_embed."))) // 2
     assert weights < result["model"] < 1.2 * weights  # beside the weights: position tables and rotary frequencies
     assert result["beside_model"] == result["peak_above_start"] - result["model"]
+
+
+def test_the_published_table_of_distances_gives_the_published_codes():
+    ratio = torch.cat([torch.linspace(-8, 8, 6401), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.0])])
+    assert torch.equal(apply_full_size._index_by_distances(ratio), published._index(ratio))
+
+
+def test_apply_full_size_measures_both_and_leaves_nothing(tmp_path, capfd):
+    work = tmp_path / "work"
+    apply_full_size.main(["--work", str(work), "--preset", "tiny", "--layers", "1", "--formats", "int4"])
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result["layers"] == 1 and not work.exists()
+    found = result["int4"]
+    assert all(found[row][key] > 0 for row in ("ours", "published") for key in ("seconds", "cpu_seconds", "peak_rss"))
+    assert found["times_faster"]["seconds"] == found["published"]["seconds"] / found["ours"]["seconds"]
 
 
 def test_rounding_to_8_bits_by_hand():

@@ -11,6 +11,7 @@ from lance_quant import capture, layout
 from lance_quant.errors import InputError
 from lance_quant.lance.cache import allocate
 from lance_quant.lance.loader import load_lance
+from lance_quant.ours import PLACES
 from lance_quant.packed import PackedFolder
 from lance_quant.stats import ActStats, Collector, merge, model_fingerprint
 from lance_quant.tensorfile import Checkpoint
@@ -65,8 +66,9 @@ def captured(tmp_path_factory, pipeline):
         fingerprint = model_fingerprint(source)
     for task, request in (("t2i", draw), ("x2t_image", answer)):
         with Collector(model, layout.linears(LAYERS)) as collector, \
-                capture.recording(model, folder / f"{task}.safetensors", task, fingerprint):
+                capture.recording(model, folder / f"{task}.safetensors", task, fingerprint) as begin:
             for seed in range(REQUESTS):
+                begin(seed)
                 request(model, seed)
         collector.stats(task, {"model": fingerprint}).save(folder / f"{task}.pt")
     return folder
@@ -75,6 +77,11 @@ def captured(tmp_path_factory, pipeline):
 def weights_of(layer):
     with Checkpoint(SRC) as source:
         return {name: source.read(name, torch.float32) for name in layout.of_layer(source.specs, layer)}
+
+
+def in_order(layer):
+    """The groups as data flows."""
+    return sorted(layout.groups(layer), key=lambda group: PLACES.index(group.place))
 
 
 def paths(captured):
@@ -87,14 +94,23 @@ def test_a_replay_sees_what_the_model_saw(captured):
     replay = capture.replay_of(SRC, paths(captured), CPU)
     for index in range(LAYERS):
         weights = weights_of(index)
-        for group in layout.groups(index):
+        for group in in_order(index):
             moments = replay.moments(group, weights, weights)
             seen = stats.linears[group.linears[0]]
             assert moments.n_tokens + len(moments.held) == seen.n_tokens
             sums = moments.gram.diagonal() + moments.held.square().sum(0)
             assert relative(sums, seen.sum_sq) < 1e-5, group.name
-            assert moments.cross is None or not moments.cross.any()
+            assert all(sums is None or not sums.any() for sums in (moments.cross, moments.pull))
         replay.advance(index, weights, weights)
+
+
+def test_places_cannot_come_out_of_order(captured):
+    """Behind the MLP's norm the states are those after attention."""
+    replay, weights = capture.replay_of(SRC, paths(captured), CPU), weights_of(0)
+    groups = in_order(0)
+    replay.moments(groups[-1], weights, weights)
+    with pytest.raises(AssertionError, match="attention of this layer"):
+        replay.moments(groups[0], weights, weights)
 
 
 def test_calls_replayed_together_see_the_same(captured, monkeypatch):
@@ -103,7 +119,7 @@ def test_calls_replayed_together_see_the_same(captured, monkeypatch):
     for batch in (1, 4096):
         monkeypatch.setattr(capture, "_BATCH", batch)
         replay = capture.replay_of(SRC, paths(captured), CPU)
-        seen[batch] = len(replay._exact), [replay.moments(group, weights, weights) for group in layout.groups(0)]
+        seen[batch] = len(replay._exact), [replay.moments(group, weights, weights) for group in in_order(0)]
     assert seen[4096][0] < 0.7 * seen[1][0]
     for one, many in zip(seen[1][1], seen[4096][1], strict=True):
         torch.testing.assert_close(one.gram, many.gram, rtol=1e-4, atol=1e-3)
@@ -129,6 +145,7 @@ def test_rows_that_read_the_same_are_stored_once(captured):
 def test_subsampling_keeps_what_later_calls_read_and_spreads_evenly(pipeline, limit):
     with capture.Recorder(pipeline.model, limit) as recorder:
         for seed in range(4):
+            recorder.begin(seed)
             draw(pipeline.model, seed, steps=10)
     calls = recorder.calls
     assert sum(call.tokens for call in calls) <= max(limit, 90)

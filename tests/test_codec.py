@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from lance_quant.codec import Int4, Nvfp4, dequantize_to, nearest_levels, quantize_scaled, quantize_searched
+from lance_quant.codec import (
+    Int4,
+    Nvfp4,
+    dequantize_to,
+    nearest_levels,
+    quantize_measured,
+    quantize_scaled,
+    quantize_searched,
+)
 from lance_quant.errors import InputError
 
 CODECS = [Int4(32), Int4(64), Nvfp4(), Nvfp4(slim=True)]
@@ -10,6 +18,12 @@ codecs = pytest.mark.parametrize("codec", CODECS, ids=str)
 
 def gaussian(rows, columns, seed=0):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def small_blocks(monkeypatch):
+    """2 rows and 64 columns or one group."""
+    monkeypatch.setattr("lance_quant.codec._CPU_ROWS", 2)
+    monkeypatch.setattr("lance_quant.codec._CPU_BLOCK", 128)
 
 
 def context_of(codec, *weights):
@@ -35,12 +49,11 @@ def test_fake_quant_is_dequantize_of_quantize(codec):
 
 
 @codecs
-def test_blocks_of_rows_change_nothing(codec, monkeypatch):
+def test_blocks_change_nothing(codec, monkeypatch):
     weights = [gaussian(9, 128), gaussian(3, 128, seed=1)]
     scale = torch.rand(128, generator=torch.Generator().manual_seed(2)) + 0.5
     context = context_of(codec, *(w * scale for w in weights))
-    monkeypatch.setattr("lance_quant.codec.row_slices",
-                        lambda shape, _: [slice(row, row + 2) for row in range(0, shape[0], 2)])
+    small_blocks(monkeypatch)
     before = torch.get_num_threads()
     for w, q in zip(weights, quantize_scaled(codec, weights, scale, context), strict=True):
         expected = codec.quantize(w * scale, context)
@@ -113,11 +126,32 @@ def test_levels_pack_and_come_back_exactly(codec):
 def test_searched_packing_is_the_searched_grid_row_by_row(codec, monkeypatch):
     weights, importance = [gaussian(9, 128), gaussian(3, 128, seed=1)], torch.arange(1.0, 129)
     context = context_of(codec, *weights)
-    monkeypatch.setattr("lance_quant.codec.row_slices",
-                        lambda shape, _: [slice(row, row + 2) for row in range(0, shape[0], 2)])
+    small_blocks(monkeypatch)
     for w, q in zip(weights, quantize_searched(codec, weights, importance, context), strict=True):
         grid = codec.grid(w.t().contiguous(), importance, context)
         assert torch.equal(codec.dequantize(q), nearest_levels(codec, w.t().contiguous(), grid).t())
+
+
+@codecs
+def test_measured_errors_are_those_of_what_comes_back(codec, monkeypatch):
+    weights, importance = [gaussian(9, 128), torch.zeros(3, 128)], torch.arange(1.0, 129)
+    small_blocks(monkeypatch)
+    packed, errors = quantize_measured(codec, weights, importance, context_of(codec, *weights))
+    off = ((codec.dequantize(packed[0]) - weights[0]).square() @ importance).sum()
+    assert errors[0] == pytest.approx(float(off / (weights[0].square() @ importance).sum()), rel=1e-5)  # float32 sums
+    assert errors[1] == 0
+
+
+@codecs
+def test_packing_on_the_way_is_packing_of_the_values(codec):
+    """round_io's bytes are encode's, and its values those that the bytes mean; halves and zeros among them."""
+    w_io = (gaussian(128, 24) * 200).round() / 400
+    grid = codec.grid(w_io, torch.ones(128), context_of(codec, w_io))
+    q, values = codec.round_io(w_io, grid, context_of(codec, w_io))
+    assert torch.equal(values, nearest_levels(codec, w_io, grid))
+    expected = codec.encode(values.t().contiguous(), grid, context_of(codec, w_io))
+    assert torch.equal(codec.dequantize(q), codec.dequantize(expected)) and torch.equal(q.packed, expected.packed)
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(q, expected, strict=True))
 
 
 @codecs

@@ -163,6 +163,22 @@ def test_a_run_gives_the_same_bytes_twice(tmp_path):
     assert (tmp_path / "a" / Int4.state_file).read_bytes() == (tmp_path / "b" / Int4.state_file).read_bytes()
 
 
+@codecs
+def test_the_number_of_threads_changes_nothing(tmp_path, monkeypatch, codec):
+    monkeypatch.setattr("lance_quant.codec._CPU_ROWS", 16)
+    monkeypatch.setattr("lance_quant.codec._CPU_BLOCK", 16 * 64)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            run(tmp_path / str(threads), codec)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for file in (codec.state_file, codec.meta_file):
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "3" / file).read_bytes()
+
+
 def test_bf16_and_sharded_sources_are_accepted(tmp_path):
     tensors = {name: t.bfloat16() for name, t in load_file(MODEL / "model.safetensors").items()}
     names = sorted(tensors)

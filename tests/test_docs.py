@@ -21,7 +21,9 @@ def commands() -> list[str]:
     texts = [path.read_text(encoding="utf-8") for path in DOCS if path.exists()]
     texts += [importlib.import_module(name).__doc__ for name in SCRIPTS]
     lines = [line.strip() for text in texts for line in text.replace("\\\n", " ").splitlines()]
-    found = [line for line in lines if re.match(r"python (-m lance_nano\.\w+|[\w/]+\.py) ", line) and "…" not in line]
+    lines = [re.sub(r"^torchrun --nproc_per_node \d+", "python", line) for line in lines]
+    ours = re.compile(r"python (-m lance_(?:nano|quant)\.\w+|[\w/]+\.py) ")
+    found = [line for line in lines if ours.match(line) and "…" not in line]
     return sorted({re.sub(r"\s+#.*", "", line) for line in found})
 
 
@@ -34,6 +36,8 @@ def module_of(command: str) -> object:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # as python does for a script: benchmarks share modules
     spec.loader.exec_module(module)
     return module
 

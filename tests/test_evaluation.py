@@ -4,7 +4,9 @@ import json
 import logging
 import math
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +17,14 @@ from safetensors.torch import load_file
 
 import run_baseline
 import run_quant_eval
+from lance_quant import memory, task_cli
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.pipeline import Pipeline
+from lance_quant.memory import peak_memory, reset_peak_memory
 from lance_quant.packed import PackedFolder
-from lance_quant.results import Results, peak_memory, reset_peak_memory
+from lance_quant.results import Results, RunRecord
 from quantized_linear import swap_linears
 
 MODEL = GOLDENS / "checkpoint" / "Lance_3B"
@@ -170,6 +174,38 @@ def test_a_guided_velocity_is_shortened_and_never_lengthened(pipeline, prompts):
     conditional = torch.randn(12, 48, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(denoiser._guide(conditional, conditional / 2), conditional)
     torch.testing.assert_close(denoiser._guide(conditional, 1.25 * conditional), conditional / 4)
+
+
+def without(monkeypatch, *names):
+    """A system without /proc and without these modules, where another module tells the peak."""
+    monkeypatch.setattr(memory, "_STATUS", Path("none"))
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no resource")
+def test_peak_memory_without_proc_is_the_process_own(monkeypatch):
+    without(monkeypatch)
+    assert peak_memory(CPU)["host"] > 1 << 26
+
+
+def test_peak_memory_on_windows_is_psutils_or_unknown(monkeypatch):
+    without(monkeypatch, "resource")
+    told = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=123))
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: told))
+    assert peak_memory(CPU) == {"host": 123}
+    without(monkeypatch, "resource", "psutil")
+    assert peak_memory(CPU) == {"host": None}
+
+
+def test_an_unknown_peak_is_written_as_null(monkeypatch, prompts):
+    without(monkeypatch, "resource", "psutil")
+    record = RunRecord(CPU, torch.float32, {}, {})
+    with record.stage("load"), record.stage("run"):
+        pass
+    settings = task_cli.settings_of(run_baseline.parse_args([*T2I, "--save_path_gen", "none"]))
+    run = record.as_json(settings, prompts)
+    assert run["peak_memory_bytes"] == {"host": None} == run["peak_memory_bytes_by_stage"]["run"]
 
 
 def test_peak_memory_is_of_the_stage_and_not_of_the_process():

@@ -9,6 +9,7 @@ from lance_quant.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 
+
 def test_a_file_appears_whole(tmp_path):
     with files.whole_file(tmp_path / "sub" / "a") as partial:
         partial.write_text("done")
@@ -33,6 +34,21 @@ def test_nothing_is_overwritten_except_an_empty_folder(tmp_path):
     for taken in (tmp_path / "full", tmp_path / "full" / "file"):
         with pytest.raises(InputError, match="never overwritten"):
             files.require_free(taken)
+    (tmp_path / "empty").mkdir()
+    with files.whole_folder(tmp_path / "empty") as folder:
+        (folder / "file").write_text("new")
+    assert (tmp_path / "empty" / "file").read_text() == "new"
+
+
+def test_a_folder_is_moved_as_windows_demands_it(tmp_path, monkeypatch):
+    """There a rename onto a folder fails, even an empty one."""
+    rename = files.os.replace
+
+    def replace(source, target):
+        assert not Path(target).is_dir()
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "replace", replace)
     (tmp_path / "empty").mkdir()
     with files.whole_folder(tmp_path / "empty") as folder:
         (folder / "file").write_text("new")

@@ -60,7 +60,7 @@ def test_uncorrelated_inputs_leave_nothing_to_propagate(codec):
     """A diagonal Gram matrix: whatever the order of the columns, the loop is nearest rounding."""
     w, order = weight(), torch.randperm(IN, generator=torch.Generator().manual_seed(3))
     grid = codec.grid(w, torch.ones(IN), context_of(codec, w))
-    factor = gptq.inverse_factor(torch.eye(IN) * 7, 0.01)
+    factor = gptq.inverse_factor(torch.eye(IN) * 7, 0.01, order)
     assert torch.equal(gptq.propagate(w, order, factor, grid, codec), nearest_levels(codec, w, grid))
 
 
@@ -80,7 +80,8 @@ def test_blocks_change_nothing(codec, monkeypatch):
     """The lazy update of what is behind a block is a regrouping of the same sums."""
     w, moments = weight(), moments_of(correlated(4096))
     grid = codec.grid(w, moments.mean_square, context_of(codec, w))
-    factor, order = gptq.inverse_factor(moments.gram, 0.01), torch.arange(IN)
+    order = torch.arange(IN)
+    factor = gptq.inverse_factor(moments.gram, 0.01, order)
     whole = gptq.propagate(w, order, factor, grid, codec)
     monkeypatch.setattr(gptq, "BLOCK", 16)
     apart = gptq.propagate(w, order, factor, grid, codec)
@@ -110,6 +111,58 @@ def test_the_target_moves_towards_the_float_models_output(codec):
     plain = gptq.round_weight(w, dataclasses.replace(paired, cross=None), codec, context)
     wanted = exact @ w
     assert ((packed @ aimed.values - wanted) ** 2).sum() < 0.8 * ((packed @ plain.values - wanted) ** 2).sum()
+
+
+def drifted():
+    """Inputs and residual stream in the float model and in one whose earlier layers are rounded: both are off in the
+    same directions."""
+    exact = correlated(4096)
+    off = exact @ (0.03 * rand(IN, IN, seed=7))
+    return exact, exact + off, off @ (0.3 * rand(IN, OUT, seed=8) / IN**0.5)
+
+
+def test_one_linears_sums_say_what_the_general_ones_say():
+    exact, packed, _ = drifted()
+    sums = gptq.Sums(IN, weight=weight().t())
+    sums.add(packed, exact, torch.zeros(len(exact), OUT))
+    torch.testing.assert_close(gptq.aim(weight(), sums.moments()), gptq.aim(weight(), moments_of(packed, exact)),
+                               rtol=1e-4, atol=1e-6)
+
+
+@codecs
+def test_the_target_makes_up_for_what_the_residual_stream_lacks(codec):
+    """Stream and output together are nearer to the float model's than with the output alone as the target."""
+    exact, packed, missing = drifted()
+    w, left = weight(), {}
+    for name, known in (("output", torch.zeros_like(missing)), ("stream", missing)):
+        sums = gptq.Sums(IN, weight=w.t())
+        sums.add(packed, exact, known)
+        values = gptq.round_weight(w, sums.moments(), codec, context_of(codec, w)).values
+        left[name] = float((exact @ w + missing - packed @ values).square().sum())
+    assert left["stream"] < 0.7 * left["output"]
+
+
+def test_held_back_tokens_judge_the_stream_as_well():
+    exact, packed, missing = drifted()
+    sums = gptq.Sums(IN, weight=weight().t())
+    sums.add(packed, exact, missing)
+    moments = sums.moments()
+    assert len(moments.held_missing) == len(moments.held) == len(moments.held_float)
+    done = gptq.round_weight(weight(), moments, Int4(32), None)
+    wanted = moments.held_float @ weight()
+    error = (moments.held @ done.values - wanted - moments.held_missing).square().sum() / wanted.square().sum()
+    assert done.after == pytest.approx(float(error), rel=1e-4)
+
+
+def test_a_gram_matrix_is_summed_by_halves(monkeypatch):
+    """Blocks of rows right of the diagonal, mirrored: symmetric to the bit, whatever the block."""
+    x = rand(500, IN)
+    for rows in (1024, 32, 7):
+        monkeypatch.setattr(gptq, "_TRIANGLE", rows)
+        moments = moments_of(x)
+        assert torch.equal(moments.gram, moments.gram.t())
+        kept = x[torch.arange(500) // 16 % 8 != 7]
+        torch.testing.assert_close(moments.gram, kept.t() @ kept, rtol=1e-4, atol=1e-3)
 
 
 def test_without_a_difference_the_target_is_the_weight():

@@ -20,9 +20,8 @@ LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0])
 
 
 def picks(choice, count=400):
-    generator = torch.Generator().manual_seed(choice.seed)
-    drawn = [choice.pick(LOGITS, generator) for _ in range(count)]
-    return torch.bincount(torch.tensor(drawn), minlength=4) / count
+    drawn = [choice.pick(LOGITS, chance) for chance in choice.chances(count).split(1)]
+    return torch.bincount(torch.cat(drawn), minlength=4) / count
 
 
 def test_tokens_are_drawn_by_their_probabilities():
@@ -40,6 +39,13 @@ def test_top_p_keeps_the_likeliest_tokens_that_reach_it():
     assert picks(Choice(temperature=1.0, top_p=0.6))[1] == 1
     assert (picks(Choice(temperature=1.0, top_p=0.7)) > 0).tolist() == [False, True, True, False]
     assert picks(Choice(temperature=1.0, top_p=1e-9))[1] == 1
+
+
+@pytest.mark.parametrize("chance", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_range_of_chances_draw_kept_tokens(chance):
+    """The least and the greatest float32 in [0, 1)."""
+    token = Choice(temperature=1.0, top_p=0.7).pick(LOGITS, torch.tensor([chance])).item()
+    assert token == (1 if chance == 0 else 2)
 
 
 def test_drawn_answers_follow_their_seed(pipeline, questions):

@@ -191,12 +191,12 @@ def test_wilson_interval_of_a_perfect_score_stays_below_one():
     assert (low, high) == (0.9812, 1.0)
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_outlier_variant_computes_the_same_function(trained, factor):
+@pytest.mark.parametrize(("factor", "fed_factor"), [(8.0, None), (32.0, None), (16.0, 0.25)])
+def test_outlier_variant_computes_the_same_function(trained, factor, fed_factor):
     lance, _, packer = trained
     config = LanceConfig.load(MODEL / "llm_config.json")
     tensors = load_file(MODEL / "model.safetensors")
-    changed = outliers.rescale(tensors, config, factor, share=0.03, seed=0)
+    changed = outliers.rescale(tensors, config, factor, share=0.03, seed=0, fed_factor=fed_factor)
     assert sum(not torch.equal(changed[name], tensor) for name, tensor in tensors.items()) >= 20
     variant = NanoLance(lance.config)
     variant.load_state_dict(
@@ -215,3 +215,16 @@ def test_outliers_refuse_inexact_requests(factor, share, message):
     config = LanceConfig.load(MODEL / "llm_config.json")
     with pytest.raises(InputError, match=message):
         outliers.rescale({}, config, factor, share, seed=0)
+    with pytest.raises(InputError, match="--fed_factor 0.3"):
+        outliers.rescale({}, config, 8, 0.1, seed=0, fed_factor=0.3)
+
+
+def test_a_fed_factor_below_one_makes_large_weights_behind_v_and_up():
+    """The columns of o_proj and down_proj grow by its inverse, in the share of channels, and no others."""
+    config, tensors = LanceConfig.load(MODEL / "llm_config.json"), load_file(MODEL / "model.safetensors")
+    changed = outliers.rescale(tensors, config, 16, share=0.01, seed=0, fed_factor=0.25)
+    name = "language_model.model.layers.0.mlp_moe_gen.down_proj.weight"
+    grown = (changed[name] == 4 * tensors[name]).all(0)
+    assert grown.sum() == round(0.01 * config.intermediate_size) and torch.equal(
+        changed[name][:, ~grown], tensors[name][:, ~grown]
+    )

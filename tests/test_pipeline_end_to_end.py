@@ -111,13 +111,18 @@ def test_run_json_says_what_ran_where_and_how_long(work):
     assert set(run["seconds"]) == set(run["peak_memory_bytes_by_stage"]) == {"load", "run", "decode"}
     assert run["peak_memory_bytes"]["host"] == run["peak_memory_bytes_by_stage"]["decode"]["host"] > 1e6
     assert run["model"]["format"] == "int4" and run["versions"]["torch"] == str(torch.__version__)
+    assert run["kernels"] and all(path.startswith(("native", "reference")) for path in run["kernels"])
+    assert json.loads((work / "bf_t2i/run.json").read_text())["kernels"] == {}
 
 
-@pytest.mark.parametrize("mode", ["ondemand", "cached"])
-def test_both_modes_give_the_same_answers(work, mode, tmp_path):
+@pytest.mark.parametrize(("mode", "kernel", "ran"), [("ondemand", "auto", None), ("ondemand", "reference", "reference"),
+                                                     ("cached", "auto", "")])
+def test_both_modes_and_all_kernels_give_the_same_answers(work, mode, kernel, ran, tmp_path):
     task = [*X2T, "--max_new_tokens", "24"]
-    run_quant_eval.main([*task, "--awq_dir", str(work / "int4"), "--mode", mode, "--baseline", str(work / "bf_x2t"),
-                         "--save_path_gen", str(tmp_path / "q")])
+    run_quant_eval.main([*task, "--awq_dir", str(work / "int4"), "--mode", mode, "--kernel", kernel,
+                         "--baseline", str(work / "bf_x2t"), "--save_path_gen", str(tmp_path / "q")])
+    if ran is not None:
+        assert " ".join(json.loads((tmp_path / "q/int4/run.json").read_text())["kernels"]) == ran
     ours, theirs = ((folder / "result.json").read_text() for folder in (tmp_path / "q/int4", work / "q_x2t/int4"))
     assert ours == theirs
     assert not list(tmp_path.rglob("*.safetensors"))  # --save_latents was not asked for

@@ -54,7 +54,7 @@ NAMES = ["published_int4", "published_nvfp4", "int4", "nvfp4", "slim"]
 def test_a_swapped_layer_is_a_linear_over_the_dequantized_weight(folders, name, mode, dtype):
     model = toy()
     with PackedFolder(folders[name]) as folder:
-        swapped = swap_linears(model, folder, dtype, CPU, mode)
+        swapped = swap_linears(model, folder, dtype, CPU, mode, "reference")
         expected = {site: folder.codec(site).dequantize(folder.read_weight(site)).to(dtype) for site in (Q, DOWN)}
         bias = folder.checkpoint.read(f"{Q}.bias", dtype)
     assert swapped == list(folder.linears) and len(swapped) == 42
@@ -158,3 +158,10 @@ def test_group_sizes_may_differ_and_a_linear_may_stay_in_bf16(tmp_path):
     swap_linears(whole, GOLDENS / "published" / "int4_g64", torch.float32, CPU)
     assert isinstance(model.get_submodule(DOWN), nn.Linear) and model.get_submodule(DOWN).weight.is_meta
     assert torch.equal(model.get_submodule(Q).dequantize(), whole.get_submodule(Q).dequantize())
+
+
+def test_a_kernel_that_cannot_run_is_refused_before_anything_is_replaced(folders):
+    model = toy()
+    with pytest.raises(InputError, match="kernel triton cannot run .* on cpu: it runs on CUDA"):
+        swap_linears(model, folders["int4"], torch.float32, CPU, kernel="triton")
+    assert not [part for part in model.modules() if isinstance(part, WQLinearINT4)]

@@ -1,12 +1,16 @@
 import json
+import os
+import random
 import struct
+import sys
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lance_quant.errors import InputError
-from lance_quant.tensorfile import Checkpoint, TensorFile, TensorFileWriter, TensorSpec, file_size
+from lance_quant.tensorfile import DTYPES, Checkpoint, TensorFile, TensorFileWriter, TensorSpec, file_size
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3), "a.weight": torch.ones(5, dtype=torch.bfloat16),
@@ -36,7 +40,9 @@ def test_what_was_written_is_read_back(tmp_path):
     with TensorFile(tmp_path / "file") as file:
         assert file.specs == SPECS
         for name, tensor in TENSORS.items():
-            assert torch.equal(file.read(name).reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+            for back in (file.read(name), file.stored(name)):
+                assert back.shape == tensor.shape and back.dtype == tensor.dtype
+                assert torch.equal(back.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
         assert file.read("b", torch.bfloat16).dtype == torch.bfloat16
         assert file.read("i", torch.bfloat16).dtype == torch.int64
 
@@ -54,6 +60,66 @@ def test_pieces_are_the_tensor_and_a_writer_takes_them_in_another_dtype(tmp_path
     assert torch.equal(load_file(tmp_path / "out")["big"], big.bfloat16())
 
 
+@pytest.fixture(params=["preadv", "seek"])
+def system(request, monkeypatch):
+    """With positional reads, and as on Windows, which has none."""
+    if request.param == "seek":
+        monkeypatch.delattr(os, "preadv", raising=False)
+        monkeypatch.delattr(os, "pread", raising=False)
+    elif not hasattr(os, "preadv"):
+        pytest.skip("this system has no preadv")
+
+
+def test_every_dtype_is_laid_out_written_and_read_as_by_safetensors(tmp_path, system):
+    raw = torch.arange(48, dtype=torch.uint8)
+    tensors = {f"{code}.{side}": (raw % 2 if code == "BOOL" else raw.clone()).view(dtype)
+               for side in "ab" for code, dtype in DTYPES.items()}
+    write(tmp_path / "ours", tensors)
+    save_file(tensors, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    with TensorFile(tmp_path / "theirs") as file:
+        for name, tensor in tensors.items():
+            assert file.read(name).dtype == tensor.dtype
+            assert torch.equal(file.read(name).view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_dtype_without_whole_bytes_is_named(tmp_path):
+    header = {"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}
+    with pytest.raises(InputError, match="a: dtype 'F4' is none of U64, I64"):
+        TensorFile(header_file(tmp_path / "x.safetensors", header))
+
+
+def test_threads_that_read_one_file_get_their_own_bytes(tmp_path, system, monkeypatch):
+    """Every tensor is one number, over several pieces; a cursor that two threads moved would mix them."""
+    monkeypatch.setattr("lance_quant.tensorfile._PIECE", 64)
+    tensors = {str(index): torch.full((1000,), float(index)) for index in range(8)}
+    write(tmp_path / "file", tensors)
+    wrong = []
+
+    def read_all(file, seed):
+        for name in random.Random(seed).sample(sorted(tensors), len(tensors)):
+            wrong.extend([name] * (not torch.equal(file.read(name), tensors[name])))
+
+    with TensorFile(tmp_path / "file") as file:
+        threads = [threading.Thread(target=read_all, args=(file, seed)) for seed in range(4)]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert wrong == []
+
+
+def test_a_file_that_shrinks_while_it_is_open_is_an_error_and_not_garbage(tmp_path, system):
+    write(tmp_path / "file")
+    with TensorFile(tmp_path / "file") as file:
+        os.truncate(tmp_path / "file", file_size(SPECS) - 1)
+        with pytest.raises(InputError, match="became shorter"):
+            [file.read(name) for name in SPECS]
+
+
 @pytest.mark.parametrize("keep", [0, 4, 20, -1])
 def test_a_truncated_file_is_refused(tmp_path, keep):
     write(tmp_path / "file")
@@ -67,6 +133,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "file").write_bytes((8).to_bytes(8, "little") + b"not json" + bytes(100))
     with pytest.raises(InputError, match="not safetensors"):
         TensorFile(tmp_path / "file")
+    with open(tmp_path / "sparse", "wb") as file:  # its first bytes read as a length of 1 GB, which fits into it
+        file.write((1 << 30).to_bytes(8, "little"))
+        file.truncate(1 << 31)
+    with pytest.raises(InputError, match="not a safetensors file.*header length 1073741824"):
+        TensorFile(tmp_path / "sparse")
 
 
 def test_a_missing_tensor_or_a_wrong_shape_is_our_bug_and_asserted(tmp_path):

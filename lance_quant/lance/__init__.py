@@ -6,5 +6,6 @@
     cache           keys and values of the past     vae      latents <-> pixels (diffusers)
     understanding   greedy answers                  loader   files -> modules, one tensor at a time
     generation      rectified flow, guidance        samples  the seven tasks, the official example files
-    pipeline        all of it together
+    pipeline        all of it together              merge    q/k/v and gate/up as one matmul each
+    compiled        compiled steps, CUDA graphs
 """

@@ -12,14 +12,20 @@ class CacheRow:
     """The cache of one sequence: `length` committed entries, and room behind them for the call in flight.
 
     keys, values: [layers, kv_heads, capacity, head_dim].
+    mask: which entries that `extend` returns may be seen, bool [1, capacity]; None: all of them.
     """
 
     def __init__(self, keys: Tensor, values: Tensor):
         self._keys, self._values = keys, values
         self.length = 0
+        self.mask: Tensor | None = None
+        self._place: Tensor | None = None
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put the call's keys and values ([kv_heads, n, head_dim]) behind the past; return past and call together."""
+        if self._place is not None:
+            return (self._keys[layer].index_copy_(1, self._place, keys),
+                    self._values[layer].index_copy_(1, self._place, values))
         end = self.length + keys.shape[1]
         assert end <= self._keys.shape[2], f"cache of {self._keys.shape[2]} entries cannot hold {end}"
         self._keys[layer, :, self.length:end] = keys
@@ -30,15 +36,30 @@ class CacheRow:
         """Make the last call's `count` entries part of the past; without it the next call overwrites them."""
         self.length += count
 
+    def reset(self) -> None:
+        """Forget everything, and whatever `next_at` said."""
+        self.length, self.mask, self._place = 0, None, None
 
-def allocate(config: LanceConfig, capacities: Sequence[int], dtype: torch.dtype,
-             device: torch.device) -> list[CacheRow]:
+    def next_at(self, place: Tensor) -> None:
+        """Let the next call, of one token, go to `place` (int64 [1] on the device) and see everything up to there.
+
+        `extend` then returns the whole capacity, so that every such call is the same work whatever the length, and
+        the host need not know it. What is beyond the past must be finite (`allocate(..., zeroed=True)`).
+        """
+        self._place = place
+        self.mask = torch.arange(self._keys.shape[2], device=place.device)[None] <= place
+
+
+def allocate(config: LanceConfig, capacities: Sequence[int], dtype: torch.dtype, device: torch.device,
+             zeroed: bool = False) -> list[CacheRow]:
     """One cache row per sequence, all in a single allocation.
 
     Args:
         capacities: entries that each row must hold, the call in flight included.
+        zeroed: fill them with zeros, for `CacheRow.next_at`.
     """
     capacity = max(capacities)
-    store = torch.empty(len(capacities), 2, config.num_hidden_layers, config.num_key_value_heads, capacity,
-                        config.head_dim, dtype=dtype, device=device)
+    store = (torch.zeros if zeroed else torch.empty)(
+        len(capacities), 2, config.num_hidden_layers, config.num_key_value_heads, capacity, config.head_dim,
+        dtype=dtype, device=device)
     return [CacheRow(keys, values) for keys, values in store]

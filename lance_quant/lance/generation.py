@@ -5,6 +5,7 @@ tokens and <|vision_end|> through the model, conditionally and, while guidance i
 prompt), and moves x_t along the guided velocity, which points from data to noise.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 from lance_quant.lance.cache import CacheRow, allocate
 from lance_quant.lance.config import LATENT_CHANNELS
 from lance_quant.lance.mot import Lance, Rope, Streams
-from lance_quant.lance.tokens import CONDITION, PROMPT, TARGET, VIT, Grid, Packed
+from lance_quant.lance.tokens import CONDITION, PROMPT, TARGET, VIT, Packed
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ class Denoiser:
         queries = [(whole, *whole.span(TARGET)) for whole in (packed, packed.without_prompt())]
         self._rows = allocate(model.config, [end for _, _, end in queries], model.dtype, model.device)
         self._read_context(packed)
-        self._ropes = [self._stream_rope(whole.positions[:, start:end]) for whole, start, end in queries]
+        ropes = [self._stream_rope(whole.positions[:, start:end]) for whole, start, end in queries]
+        self._rope = tuple(torch.cat(parts) for parts in zip(*ropes, strict=True))
+        self._places = model.latent_pos_embed(self.grid)
         start, end = packed.span(TARGET)
         self._frame = model.embed(packed.ids[[start, end - 1]])  # <|vision_start|> and <|vision_end|>
 
@@ -111,16 +114,16 @@ class Denoiser:
             if split.content == VIT:
                 x[start + 1:end - 1] = self._given.vit_tokens
             positions = packed.positions[:, start:end]
-            for batch in self._batches(self._rows[:1] if split.content == PROMPT else self._rows):
+            for batch in self._batches(1 if split.content == PROMPT else len(self._rows)):
                 if split.content == CONDITION:
-                    self._read_source(x[[start, end - 1]], positions, batch)
+                    self._read_source(x[[start, end - 1]], positions, self._rows[batch])
                 else:
-                    self._model.read(x[start:end], positions, batch, split.mode == "causal")
+                    self._model.read(x[start:end], positions, self._rows[batch], split.mode == "causal")
 
     def _read_source(self, frame: Tensor, positions: Tensor, rows: Sequence[CacheRow]) -> None:
         """Read an edit's source latents, which are free of noise: t = 0."""
         source = _cells(self._given.source, self._model)
-        latents = self._embed(source, 0.0, self._given.source.shape[:3], len(source))
+        latents = self._embed(source, 0.0, len(source), self._model.latent_pos_embed(self._given.source.shape[:3]))
         self._see(frame, latents, self._stream_rope(positions), rows)
         for row in rows:
             row.commit(positions.shape[1])
@@ -129,23 +132,27 @@ class Denoiser:
         """Rotary terms of a visual in stream order: both understanding tokens, then the latents."""
         return self._model.rope(torch.cat([positions[:, :1], positions[:, -1:], positions[:, 1:-1]], 1))
 
-    def _batches(self, rows: Sequence[CacheRow]) -> Iterator[Sequence[CacheRow]]:
-        if self._sampling.batch_guidance:
-            yield rows
-        else:
-            yield from ([row] for row in rows)
+    def _batches(self, count: int) -> Iterator[slice]:
+        """The first `count` rows in the batches that go through the model."""
+        each = count if self._sampling.batch_guidance else 1
+        return (slice(first, first + each) for first in range(0, count, each))
 
-    def _embed(self, x: Tensor, t: float, grid: Grid, fixed: int) -> Tensor:
-        """Latent tokens [n, hidden] of cells x [n, 48] of a grid, the first `fixed` at time 0 and the others at t."""
+    def _embed(self, x: Tensor, t: float, fixed: int, places: Tensor) -> Tensor:
+        """Latent tokens [n, hidden] of cells x [n, 48], the first `fixed` at time 0 and the others at t."""
         model = self._model
-        times = model.time_embedder(torch.tensor([0.0, t], device=model.device), model.dtype)
+        # Filled on the device: a copy from the host would wait for all that is still to run there.
+        times = torch.stack([torch.full((), value, device=model.device) for value in (0.0, t)])
+        times = model.time_embedder(times, model.dtype)
         when = torch.cat([times[:1].expand(fixed, -1), times[1:].expand(len(x) - fixed, -1)])
-        return model.vae2llm(x.to(model.device, model.dtype)) + when + model.latent_pos_embed(grid)
+        return model.vae2llm(x.to(model.device, model.dtype)) + when + places
 
-    def _see(self, frame: Tensor, latents: Tensor, rope: Rope, rows: Sequence[CacheRow]) -> Tensor:
+    def _see(self, frame: Tensor, latents: Tensor, rope: Rope, rows: Sequence[CacheRow],
+             steady: bool = False) -> Tensor:
         """One call on a visual: final hidden states [b, n, hidden] of its latent tokens."""
         streams: Streams = {"und": frame.expand(len(rows), -1, -1), "gen": latents.expand(len(rows), -1, -1)}
-        return self._model.language_model.model(streams, rope, rows, causal=False)["gen"]
+        if steady and self._model.compiled is not None:  # as every layer but the first gets them: one compilation less
+            streams = {expert: x.contiguous() for expert, x in streams.items()}
+        return self._model.language_model.model(streams, rope, rows, causal=False, steady=steady)["gen"]
 
     def noise(self, seed: int) -> Tensor:
         """x_T [n, 48] on the CPU: a seed's noise, with the given first frame in its place.
@@ -159,17 +166,18 @@ class Denoiser:
     @torch.no_grad()
     def velocity(self, x: Tensor, t: float) -> Tensor:
         """Velocity [n, 48] at x_t [n, 48] and timestep t, guided where guidance is on; 0 in a given first frame."""
-        latents = self._embed(x, t, self.grid, len(self._fixed))
-        rows = self._rows if self._sampling.guided(t) else self._rows[:1]
-        passes = torch.cat([self._run(latents, batch) for batch in self._batches(rows)])
-        velocity = passes[0] if len(rows) == 1 else self._guide(*passes)
+        latents = self._embed(x, t, len(self._fixed), self._places)
+        count = 2 if self._sampling.guided(t) else 1
+        passes = torch.cat([self._run(latents, batch) for batch in self._batches(count)])
+        velocity = passes[0] if count == 1 else self._guide(*passes)
         velocity[:len(self._fixed)] = 0
         return velocity
 
-    def _run(self, latents: Tensor, rows: Sequence[CacheRow]) -> Tensor:
-        ropes = [self._ropes[self._rows.index(row)] for row in rows]
-        rope = tuple(torch.cat(parts) for parts in zip(*ropes, strict=True))
-        return self._model.llm2vae(self._see(self._frame, latents, rope, rows))
+    def _run(self, latents: Tensor, batch: slice) -> Tensor:
+        rows, rope = self._rows[batch], tuple(part[batch] for part in self._rope)
+        what = f"denoising step, {len(rows)} x {len(latents)} latents"
+        with contextlib.nullcontext() if self._model.compiled is None else self._model.compiled.first(what):
+            return self._model.llm2vae(self._see(self._frame, latents, rope, rows, steady=True))
 
     def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         """Classifier-free guidance, scaled back where it made the velocity longer than the conditional one."""
@@ -193,7 +201,8 @@ def sample(denoiser: Denoiser, noise: Tensor, sampling: Sampling,
            on_step: Callable[[Step], None] | None = None) -> Tensor:
     """Integrate from noise x_T [n, 48] (Denoiser.noise) to latents [frames, rows, columns, 48].
 
-    x_t stays in the dtype of `noise`, also in bfloat16, as in the official code.
+    x_t stays in the dtype of `noise`, also in bfloat16, as in the official code, and where `noise` is: on the model's
+    device no step waits for another.
 
     Args:
         on_step: called after every velocity; an exception that it raises ends the request.

@@ -12,12 +12,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance
 from lance_quant.layout import IGNORED, VIT_PREFIX
+from lance_quant.progress import progress
 from lance_quant.tensorfile import Checkpoint, TensorSpec, require_finite
 
 _TOO_SMALL_FOR_A_BAR = 1 << 28  # bytes; smaller modules load in about a second
@@ -94,7 +94,7 @@ def fill(module: nn.Module, source: Source, names: Mapping[str, str], dtype: tor
     if wrong:
         raise InputError(f"{what} does not fit the model: {len(wrong)} tensors have a wrong shape, first {wrong[:5]}")
     size = sum(source.specs[theirs].nbytes for theirs, _ in todo)
-    for theirs, ours in tqdm(todo, desc="load", unit="tensor", disable=size < _TOO_SMALL_FOR_A_BAR):
+    for theirs, ours in progress(todo, desc="load", unit="tensor", disable=size < _TOO_SMALL_FOR_A_BAR):
         tensor = source.read(theirs, dtype, device)
         require_finite(tensor, f"{what}: {theirs}")
         owner, _, attribute = ours.rpartition(".")

@@ -12,7 +12,8 @@ Letters in shapes: b cache row, t token, h head (or hidden), d head_dim.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,9 @@ from lance_quant.lance.config import (
     LanceConfig,
 )
 from lance_quant.layout import SUFFIX, Expert
+
+if TYPE_CHECKING:
+    from lance_quant.lance.compiled import Compiled
 
 Streams = dict[Expert, Tensor]  # expert -> [b, t, features]; "gen" absent where a call has no latent tokens
 Rope = tuple[Tensor, Tensor]  # cos and sin, [b, 1, t, d], tokens in stream order
@@ -53,17 +57,18 @@ class Rotary(nn.Module):
         super().__init__()
         self.theta, self.head_dim, self.sections = config.rope_theta, config.head_dim, config.mrope_section
         self.register_buffer("inv_freq", torch.empty(self.head_dim // 2), persistent=False)
+        self.register_buffer("axis", torch.empty(self.head_dim // 2, dtype=torch.long), persistent=False)
 
     def compute_buffers(self, rounding: torch.dtype, device: torch.device) -> None:
         """Fill what no checkpoint holds. The official code casts the frequencies with the weights, so that in
         bfloat16 they are off by up to 0.4 %, and the model is used that way: `rounding` is that dtype."""
         powers = torch.arange(0, self.head_dim, 2).float() / self.head_dim
         self.inv_freq = (1.0 / self.theta**powers).to(rounding).float().to(device)
+        self.axis = torch.repeat_interleave(torch.arange(3), torch.tensor(self.sections)).to(device)
 
     def forward(self, positions_b3t: Tensor, dtype: torch.dtype) -> Rope:
         """Cosines and sines for positions [b, 3, t], computed in float32 and rounded to `dtype`."""
-        axis = torch.repeat_interleave(torch.arange(3), torch.tensor(self.sections)).to(positions_b3t.device)
-        angles_btd = positions_b3t[:, axis].transpose(1, 2).float() * self.inv_freq
+        angles_btd = positions_b3t[:, self.axis].transpose(1, 2).float() * self.inv_freq
         angles_btd = torch.cat([angles_btd, angles_btd], -1)[:, None]
         return angles_btd.cos().to(dtype), angles_btd.sin().to(dtype)
 
@@ -74,12 +79,16 @@ def _rotate(x_bhtd: Tensor, rope: Rope) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with q/k norms, one set of projections per expert, one attention over all tokens."""
+    """Grouped-query attention with q/k norms, one set of projections per expert, one attention over all tokens.
+
+    What lies around the attention itself is in `project` and `output`: neither knows the cache or its length.
+    """
 
     def __init__(self, config: LanceConfig):
         super().__init__()
         self.head_dim = config.head_dim
         width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.widths = [width, kv_width, kv_width]
         for suffix in SUFFIX.values():
             self.add_module(f"q_proj{suffix}", nn.Linear(width, width))
             self.add_module(f"k_proj{suffix}", nn.Linear(width, kv_width))
@@ -88,37 +97,55 @@ class Attention(nn.Module):
             self.add_module(f"q_norm{suffix}", RMSNorm(config.head_dim, config.rms_norm_eps))
             self.add_module(f"k_norm{suffix}", RMSNorm(config.head_dim, config.rms_norm_eps))
 
-    def _project(self, x: Tensor, suffix: str, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
-        def heads(part: str) -> Tensor:
-            return getattr(self, f"{part}_proj{suffix}")(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def project(self, streams: Streams, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries, rotated keys and values [b, h, t, d] of all streams, side by side."""
+        projected = [self._project(x, SUFFIX[expert], "gen" in streams) for expert, x in streams.items()]
+        q_bhtd, k_bhtd, v_bhtd = (torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+                                  for parts in zip(*projected, strict=True))
+        q_bhtd, k_bhtd = (_rotate(x, rope).to(v_bhtd.dtype) for x in (q_bhtd, k_bhtd))
+        return q_bhtd, k_bhtd, v_bhtd
 
-        q_bhtd, k_bhtd, v_bhtd = heads("q"), heads("k"), heads("v")
+    def _project(self, x: Tensor, suffix: str, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
+        merged = getattr(self, f"qkv_proj{suffix}", None)  # see merge.py
+        if merged is None:
+            parts = [getattr(self, f"{part}_proj{suffix}")(x) for part in "qkv"]
+        else:
+            parts = merged(x).split(self.widths, -1)
+        q_bhtd, k_bhtd, v_bhtd = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
         if wide:  # calls with latent tokens keep q and k in float32 from the norm through the rotation
             q_bhtd, k_bhtd = q_bhtd.float(), k_bhtd.float()
         return getattr(self, f"q_norm{suffix}")(q_bhtd), getattr(self, f"k_norm{suffix}")(k_bhtd), v_bhtd
 
-    def forward(self, streams: Streams, rope: Rope, rows: Sequence[CacheRow], layer: int, causal: bool) -> Streams:
-        projected = [self._project(x, SUFFIX[expert], "gen" in streams) for expert, x in streams.items()]
-        q_bhtd, k_bhtd, v_bhtd = (torch.cat(parts, 2) for parts in zip(*projected, strict=True))
-        q_bhtd, k_bhtd = (_rotate(x, rope).to(v_bhtd.dtype) for x in (q_bhtd, k_bhtd))
-        attended = torch.stack([
-            _attend(q_bhtd[index], *row.extend(layer, k_bhtd[index], v_bhtd[index]), causal)
-            for index, row in enumerate(rows)
-        ])
-        flat = attended.transpose(1, 2).flatten(2)
-        parts = flat.split([x.shape[1] for x in streams.values()], 1)
+    def output(self, attended_bhtd: Tensor, lengths: dict[Expert, int]) -> Streams:
+        """What each stream, of so many tokens, gets from the attention."""
+        parts = attended_bhtd.transpose(1, 2).flatten(2).split(list(lengths.values()), 1)
         return {expert: getattr(self, f"o_proj{SUFFIX[expert]}")(part)
-                for expert, part in zip(streams, parts, strict=True)}
+                for expert, part in zip(lengths, parts, strict=True)}
 
 
-def _attend(q_htd: Tensor, k_htd: Tensor, v_htd: Tensor, causal: bool) -> Tensor:
-    """Scaled dot-product attention of t queries over the past and themselves; causal is aligned to the end."""
-    mask, (queries, keys) = None, (q_htd.shape[1], k_htd.shape[1])
+def _attend(q_bhtd: Tensor, k_bhtd: Tensor, v_bhtd: Tensor, rows: Sequence[CacheRow], layer: int,
+            causal: bool) -> Tensor:
+    """Put keys and values into each row's cache; attention [b, h, t, d] of the call's tokens over past and call."""
+    each = [_attend_row(q_bhtd[index], *row.extend(layer, k_bhtd[index], v_bhtd[index]), row.mask, causal)
+            for index, row in enumerate(rows)]
+    return each[0][None] if len(each) == 1 else torch.stack(each)
+
+
+def _attend_row(q_htd: Tensor, k_htd: Tensor, v_htd: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Scaled dot-product attention of t queries over the past and themselves; causal is aligned to the end.
+
+    mask: [1, keys], for one query over a cache with free room.
+    """
+    queries, keys = q_htd.shape[1], k_htd.shape[1]
+    if queries == 1:  # the heads that share keys are as many queries of one head
+        grouped = q_htd.reshape(k_htd.shape[0], -1, q_htd.shape[2])
+        attended = F.scaled_dot_product_attention(grouped[None], k_htd[None], v_htd[None], attn_mask=mask)
+        return attended.reshape(q_htd.shape)
     aligned = causal and queries == keys
-    if causal and not aligned and queries > 1:
+    if causal and not aligned:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q_htd.device).tril(keys - queries)
-    return F.scaled_dot_product_attention(q_htd[None], k_htd[None], v_htd[None], attn_mask=mask,
-                                          is_causal=aligned and queries > 1, enable_gqa=True)[0]
+    return F.scaled_dot_product_attention(q_htd[None], k_htd[None], v_htd[None], attn_mask=mask, is_causal=aligned,
+                                          enable_gqa=True)[0]
 
 
 class MLP(nn.Module):
@@ -131,11 +158,17 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        merged = getattr(self, "gate_up_proj", None)  # see merge.py
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if merged is None else merged(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate).mul_(up))  # in place: the largest activations of a denoising step
 
 
 class Layer(nn.Module):
-    """One pre-norm decoder layer with both experts."""
+    """One pre-norm decoder layer with both experts.
+
+    `before` and `after` are all of it but the attention. They depend on the shapes of the call alone, not on its past,
+    so that one compilation of them (compiled.py) serves every layer and every step; `steady` calls take that.
+    """
 
     def __init__(self, config: LanceConfig):
         super().__init__()
@@ -144,15 +177,26 @@ class Layer(nn.Module):
             self.add_module(f"mlp{suffix}", MLP(config))
             self.add_module(f"input_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
             self.add_module(f"post_attention_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
+        self.compiled: tuple[Callable, Callable] | None = None  # of `before` and `after`
 
     def _each(self, part: str, streams: Streams) -> Streams:
         return {expert: getattr(self, part + SUFFIX[expert])(x) for expert, x in streams.items()}
 
-    def forward(self, streams: Streams, rope: Rope, rows: Sequence[CacheRow], layer: int, causal: bool) -> Streams:
-        attended = self.self_attn(self._each("input_layernorm", streams), rope, rows, layer, causal)
+    def before(self, streams: Streams, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the call, see Attention.project."""
+        return self.self_attn.project(self._each("input_layernorm", streams), rope)
+
+    def after(self, streams: Streams, attended_bhtd: Tensor) -> Streams:
+        """The layer's output from its input and what was attended."""
+        attended = self.self_attn.output(attended_bhtd, {expert: x.shape[1] for expert, x in streams.items()})
         streams = {expert: x + attended[expert] for expert, x in streams.items()}
         fed = self._each("mlp", self._each("post_attention_layernorm", streams))
         return {expert: x + fed[expert] for expert, x in streams.items()}
+
+    def forward(self, streams: Streams, rope: Rope, rows: Sequence[CacheRow], layer: int, causal: bool,
+                steady: bool = False) -> Streams:
+        before, after = self.compiled if steady and self.compiled else (self.before, self.after)
+        return after(streams, _attend(*before(streams, rope), rows, layer, causal))
 
 
 class Decoder(nn.Module):
@@ -166,17 +210,19 @@ class Decoder(nn.Module):
         for suffix in SUFFIX.values():
             self.add_module(f"norm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
 
-    def forward(self, streams: Streams, rope: Rope, rows: Sequence[CacheRow], causal: bool) -> Streams:
+    def forward(self, streams: Streams, rope: Rope, rows: Sequence[CacheRow], causal: bool,
+                steady: bool = False) -> Streams:
         """Run one call; its keys and values lie behind each row's past until `CacheRow.commit`.
 
         Args:
             streams: expert -> [b, t, hidden]; a causal call has the "und" stream only.
             rope: for all tokens, in stream order.
             rows: the b cache rows; their lengths may differ.
+            steady: the call comes again and again in the same shape, so that compiling it pays.
         """
         assert not (causal and "gen" in streams), "latent tokens attend to one another in both directions"
         for index, layer in enumerate(self.layers):
-            streams = layer(streams, rope, rows, index, causal)
+            streams = layer(streams, rope, rows, index, causal, steady)
         return {expert: getattr(self, f"norm{SUFFIX[expert]}")(x) for expert, x in streams.items()}
 
 
@@ -241,7 +287,10 @@ class Lance(nn.Module):
     """Everything that the file model.safetensors holds for the language model and its latent interface.
 
     `dtype` is the compute dtype: it is said here and never read from a weight, which may be packed.
+    `compiled` is set by compiled.compile_steps.
     """
+
+    compiled: "Compiled | None" = None
 
     def __init__(self, config: LanceConfig, dtype: torch.dtype, device: torch.device):
         super().__init__()

@@ -14,6 +14,7 @@ from lance_quant.errors import InputError
 from lance_quant.lance import generation, understanding, vision
 from lance_quant.lance.config import LATENT_STRIDE, MAX_LATENT_FRAMES, MAX_LATENT_SIZE, LanceConfig, LancePaths
 from lance_quant.lance.loader import load_lance
+from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance
 from lance_quant.lance.samples import Kind, Question, open_visual
 from lance_quant.lance.tokens import (
@@ -73,18 +74,23 @@ class Pipeline:
     @classmethod
     def load(cls, paths: LancePaths, device: torch.device, dtype: torch.dtype, checkpoint: Path | None = None,
              prepare: Callable[[Lance], object] | None = None, rotary_rounding: torch.dtype | None = None,
-             fix_quirks: bool = False, offload: Offload = "none", vae_tiling: bool = False) -> "Pipeline":
+             fix_quirks: bool = False, offload: Offload = "none", vae_tiling: bool = False,
+             merged: bool = False) -> "Pipeline":
         """Load the language model; ViT and VAE follow when first used.
 
         Args:
             checkpoint: file or folder of the weights; default `paths.model`. A packed file goes with `prepare`.
             prepare: swaps linears while the model is on meta (quantized_linear.swap_linears).
             rotary_rounding: see loader.load_lance.
+            merged: run q/k/v and gate/up as one matmul each, see merge.merge_projections; not for models whose linears
+                are still to be watched or swapped.
         """
         config = LanceConfig.load(paths.model / "llm_config.json")
         source = Checkpoint(checkpoint or paths.model)
         rounding = rotary_rounding or dtype
         model = load_lance(source, config, device, dtype, rounding, prepare)
+        if merged:
+            merge_projections(model)
         return cls(model, source, paths, rounding, fix_quirks, offload, vae_tiling)
 
     @functools.cached_property
@@ -201,8 +207,12 @@ class Pipeline:
 
     def sample(self, denoiser: generation.Denoiser, sampling: generation.Sampling,
                on_step: Callable[[generation.Step], None] | None = None) -> Tensor:
-        """Latents [frames, rows, columns, 48] of a request, from its seed's noise."""
-        return generation.sample(denoiser, denoiser.noise(sampling.seed), sampling, on_step)
+        """Latents [frames, rows, columns, 48] of a request, on the CPU, from its seed's noise.
+
+        A denoiser serves any number of seeds: its prompt was read when it was made.
+        """
+        noise = denoiser.noise(sampling.seed).to(self.model.device)
+        return generation.sample(denoiser, noise, sampling, on_step).cpu()
 
     def decode(self, latent: Tensor) -> Image.Image:
         """The picture of latents [1, rows, columns, 48]."""

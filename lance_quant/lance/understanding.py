@@ -1,7 +1,7 @@
 """Visual question answering: read the prompt into the cache, then decode token by token, greedily by default."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,20 +24,83 @@ class Choice:
     top_p: float = 1.0
     seed: int = 42
 
-    def pick(self, logits: Tensor, generator: torch.Generator) -> int:
-        """A token by logits float32 [vocabulary]; drawn on the CPU, so that a seed means the same on every device."""
+    def chances(self, count: int) -> Tensor:
+        """What `count` picks are drawn with: float32 [count] in [0, 1), on the CPU, so that a seed means the same on
+        every device."""
+        return torch.rand(count, generator=torch.Generator().manual_seed(self.seed))
+
+    def pick(self, logits: Tensor, chance: Tensor) -> Tensor:
+        """A token, int64 [1], by logits float32 [vocabulary] and one of the `chances`, [1]; all on one device."""
         if self.temperature == 0:
-            return int(logits.argmax())
-        shares, tokens = (logits.cpu() / self.temperature).softmax(-1).sort(descending=True)
+            return logits.argmax(-1, keepdim=True)
+        shares, tokens = (logits / self.temperature).softmax(-1).sort(descending=True)
         before = shares.cumsum(-1) - shares
-        shares[before >= self.top_p] = 0  # never the likeliest: nothing is before it
-        return int(tokens[torch.multinomial(shares, 1, generator=generator)])
+        kept = before < self.top_p  # always the likeliest: nothing is before it
+        ends = (shares * kept).cumsum(-1)
+        place = torch.searchsorted(ends, chance * ends[-1:], right=True)
+        return tokens[torch.minimum(place, kept.sum(-1, keepdim=True) - 1)]  # rounding may reach the very end
 
 
 GREEDY = Choice()
 
 
-@torch.no_grad()
+class Decoding:
+    """Answering, one token a step. A step is the same work on the same memory every time and needs nothing from the
+    host, which reads the finished tokens from `ids` when it likes; so a CUDA graph of one step is all of them.
+
+    Args:
+        valid: number of ids that the tokenizer has.
+        capacity: longest prompt and answer together.
+        longest: longest answer.
+        choice: its seed comes with `start`.
+    """
+
+    def __init__(self, model: Lance, valid: int, capacity: int, longest: int, choice: Choice = GREEDY):
+        self._model, self._valid, self._choice = model, valid, choice
+        (self._row,) = allocate(model.config, [capacity], model.dtype, model.device, zeroed=True)
+        shape = (1, 1, longest, model.config.head_dim)
+        self._rope = tuple(torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+        self._chances = torch.zeros(longest, device=model.device)
+        self.ids = torch.zeros(longest, dtype=torch.long, device=model.device)
+        self._token, self._index, self._place = (torch.zeros(1, dtype=torch.long, device=model.device)
+                                                 for _ in range(3))
+
+    @torch.no_grad()
+    def start(self, prompt: Packed, vit_tokens: Tensor, longest: int, seed: int) -> None:
+        """Read a prompt (see `answer`); the next `longest` steps answer it."""
+        self._row.reset()
+        _prefill(self._model, prompt, vit_tokens, self._row)
+        first = self._row.length
+        rope = self._model.rope(mrope_positions(first + longest, prompt.visuals)[:, first:])
+        for table, part in zip(self._rope, rope, strict=True):
+            table[:, :, :longest] = part
+        self._chances[:longest] = replace(self._choice, seed=seed).chances(longest)
+        self._token.copy_(prompt.ids[-1:])
+        self._index.zero_()
+        self._place.fill_(first)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Decode one token into `ids`."""
+        model = self._model
+        rope = tuple(table.index_select(2, self._index) for table in self._rope)
+        self._row.next_at(self._place)
+        streams = {"und": model.embed(self._token)[None]}
+        hidden = model.language_model.model(streams, rope, [self._row], causal=True, steady=True)["und"]
+        logits = _logits(model, hidden[0], self._valid)[0]
+        self._token.copy_(self._choice.pick(logits, self._chances.index_select(0, self._index)))
+        self.ids.index_copy_(0, self._index, self._token)
+        self._row.commit(1)
+        self._place.add_(1)
+        self._index.add_(1)
+
+
+def _tokens_per_look(device: torch.device) -> int:
+    """How often the host looks for the end, which makes it wait for the device. On a GPU rarely: up to 7 tokens are
+    decoded in vain, which costs less than an idle GPU after every token."""
+    return 1 if device.type == "cpu" else 8
+
+
 def answer(model: Lance, tokenizer: LanceTokenizer, prompt: Packed, vit_tokens: Tensor,
            max_new_tokens: int = MAX_NEW_TOKENS, on_token: Callable[[int], None] | None = None,
            choice: Choice = GREEDY) -> list[int]:
@@ -48,20 +111,28 @@ def answer(model: Lance, tokenizer: LanceTokenizer, prompt: Packed, vit_tokens: 
         vit_tokens: [pads of the prompt, hidden].
         on_token: called with every new id; an exception that it raises ends the request.
     """
-    length = len(prompt.ids)
-    (row,) = allocate(model.config, [length + max_new_tokens], model.dtype, model.device)
-    positions = mrope_positions(length + max_new_tokens, prompt.visuals)
-    _prefill(model, prompt, vit_tokens, row)
-    token, ids = int(prompt.ids[-1]), []
-    generator = torch.Generator().manual_seed(choice.seed)
-    for position in range(length - 1, length - 1 + max_new_tokens):
-        hidden = model.read(model.embed(torch.tensor([token])), positions[:, position:position + 1], [row], True)
-        token = choice.pick(_logits(model, hidden[0, -1:], len(tokenizer))[0], generator)
-        ids.append(token)
-        if on_token is not None:
-            on_token(token)
-        if token == tokenizer.im_end:
-            break
+    room = len(prompt.ids) + max_new_tokens
+
+    def make(capacity: int, longest: int) -> Decoding:
+        return Decoding(model, len(tokenizer), capacity, longest, choice)
+
+    if model.compiled is None:
+        decoding = make(room, max_new_tokens)
+        step = decoding.step
+    else:
+        decoding, step = model.compiled.decoding(make, room, max_new_tokens, (choice.temperature, choice.top_p))
+    decoding.start(prompt, vit_tokens, max_new_tokens, choice.seed)
+    ids: list[int] = []
+    while len(ids) < max_new_tokens:
+        count = min(_tokens_per_look(model.device), max_new_tokens - len(ids))
+        for _ in range(count):
+            step()
+        for token in decoding.ids[len(ids):len(ids) + count].tolist():
+            ids.append(token)
+            if on_token is not None:
+                on_token(token)
+            if token == tokenizer.im_end:
+                return ids
     return ids
 
 

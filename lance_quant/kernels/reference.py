@@ -1,0 +1,22 @@
+"""The definition as a kernel: dequantize the whole weight at every call, then F.linear."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lance_quant import kernels
+from lance_quant.codec import Codec, PackedWeight, dequantize_to
+
+
+class Reference:
+    """See kernels.Kernel."""
+
+    name = "reference"
+
+    def refusal(self, codec: Codec, n_in: int, dtype: torch.dtype, device: torch.device) -> None:
+        """It can serve every layer."""
+
+    def linear(self, x: Tensor, q: PackedWeight, codec: Codec, bias: Tensor | None) -> Tensor:
+        """See kernels.Kernel."""
+        kernels.count("reference")
+        return F.linear(x, dequantize_to(codec, q, x.dtype), bias)

@@ -1,0 +1,100 @@
+"""Compiled steps: torch.compile around the attention of every layer, and on CUDA one graph per decoded token.
+
+Only what recurs is compiled, that is decoding and denoising steps: `Layer.before` and `Layer.after`, whose code serves
+all layers, all steps and, since they do not see the cache, all lengths of it. A compilation of the whole step would
+fuse no more, since attention is a library call either way, and take 36 times as long. On CUDA, a decoding step as a
+whole is recorded as a graph, so that one launch runs it.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Hashable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from lance_quant.lance.mot import Lance
+
+if TYPE_CHECKING:
+    from lance_quant.lance.understanding import Decoding
+
+log = logging.getLogger("lance_quant")
+
+_ROOM = 512  # tokens by which a decoding's memory is rounded up, so that it serves other requests too
+_WARM_UPS = 3  # steps before a graph is recorded: libraries and kernels set themselves up in the first
+
+
+def compile_steps(model: Lance) -> bool:
+    """Compile a loaded model's steps when they first run; False, with a warning, where this machine has no compiler."""
+    try:
+        torch.compile(_probe)(torch.ones(8, device=model.device))
+    except Exception as error:  # noqa: BLE001 - whatever a compiler's absence looks like, running without is possible
+        reason = str(error).strip().splitlines()[0]
+        log.warning("--compile: nothing can be compiled here, the run goes on without (%s: %s). A C++ compiler "
+                    "(CPU) or triton (CUDA) is needed", type(error).__name__, reason)
+        return False
+    model.compiled = Compiled(model)
+    return True
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 + 1
+
+
+class Compiled:
+    """The compiled steps of one model; `seconds` is what the first of each kind took, which compiles."""
+
+    def __init__(self, model: Lance):
+        self.seconds: dict[str, float] = {}
+        self._model = model
+        self._kept: tuple[Hashable, Decoding, Callable[[], None]] | None = None
+        for layer in model.language_model.model.layers:
+            layer.compiled = torch.compile(layer.before), torch.compile(layer.after)
+
+    @contextlib.contextmanager
+    def first(self, what: str) -> Iterator[None]:
+        """Tell the user that the block, if it is the first of its kind, compiles, and keep its seconds."""
+        if what in self.seconds:
+            yield
+            return
+        log.info("compiling the %s ...", what)
+        start = time.perf_counter()
+        yield
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+        self.seconds[what] = time.perf_counter() - start
+        log.info("compiled the %s in %.1f s", what, self.seconds[what])
+
+    def decoding(self, make: Callable[[int, int], "Decoding"], room: int, longest: int,
+                 kind: Hashable) -> tuple["Decoding", Callable[[], None]]:
+        """A decoding with room for a request, and its step, warm. The last one is kept for the next request.
+
+        Args:
+            make: makes one of a capacity and a longest answer.
+            kind: what else it depends on.
+        """
+        capacity, longest = (-(-size // _ROOM) * _ROOM for size in (room, longest))
+        key = (capacity, longest, kind)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # its memory first
+            decoding = make(capacity, longest)
+            with self.first(f"decoding step, {capacity} tokens"):
+                step = _graph(decoding.step) if self._model.device.type == "cuda" else decoding.step
+                step()  # it is not started: what it decodes means nothing
+            self._kept = key, decoding, step
+        return self._kept[1:]
+
+
+def _graph(step: Callable[[], None]) -> Callable[[], None]:
+    """A step that touches the same memory every time, recorded as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UPS):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

@@ -1,0 +1,14 @@
+"""Progress bars: on the first process only, where torchrun started several."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """A tqdm bar over `items`; `options` are tqdm's."""
+    if os.environ.get("RANK", "0") != "0":
+        options["disable"] = True
+    return tqdm(items, **options)

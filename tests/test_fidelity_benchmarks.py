@@ -1,0 +1,145 @@
+"""The benchmarks that compare quantizers, at sizes that take a second or two."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import fidelity_nano
+import fidelity_synthetic
+import outlier_ratios
+import quantize_cost
+import synthetic_lance
+
+from lance_nano.evaluate import Share
+from lance_quant import capture
+from lance_quant.codec import Int4
+
+CONFIG_OF = fidelity_synthetic.config_of
+# Lance's structure, smaller than any --shrink.
+CONFIG = dataclasses.replace(fidelity_synthetic.config_of(8), hidden_size=128, intermediate_size=256,
+                             mrope_section=(1, 1, 2))
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(fidelity_synthetic, "config_of", lambda shrink, layers=1: CONFIG)
+
+
+@pytest.mark.parametrize("outliers", fidelity_synthetic.GAINS)
+@pytest.mark.parametrize("ratio", [5.35, 13.1])
+def test_made_up_weights_have_the_published_ratio(outliers, ratio):
+    """Twelve halvings of a deviation of 1.5; the largest of many groups moves by a few percent per step at most."""
+    w = fidelity_synthetic.draw_weight((256, 512), ratio, outliers, torch.Generator().manual_seed(0))
+    assert 0.95 * ratio < fidelity_synthetic.group_ratio(w) <= ratio
+    assert float(w.square().mean()) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_ratio_below_a_gaussians_gives_a_gaussian():
+    w = fidelity_synthetic.draw_weight((64, 256), 1.1, "rows", torch.Generator().manual_seed(0))
+    assert 1.3 < fidelity_synthetic.group_ratio(w) < 2.5
+
+
+def test_group_ratio_by_hand():
+    w = torch.tensor([[1.0, -2.0, 0.5, 0.0], [3.0, 0.0, -12.0, 1.0]])
+    assert fidelity_synthetic.group_ratio(w, 2) == 12 / 2  # of 2, 0.5, 3 and 12 the lower median
+
+
+def test_lances_structure_survives_shrinking():
+    for shrink in (1, 2, 4, 8):
+        config = CONFIG_OF(shrink)
+        assert config.num_attention_heads * config.head_dim == config.hidden_size == 2048 // shrink
+        assert sum(config.mrope_section) == config.head_dim // 2 and config.intermediate_size % 128 == 0
+    assert CONFIG_OF(1).intermediate_size == 11008
+
+
+@pytest.fixture(scope="module")
+def layer():
+    weights = fidelity_synthetic.draw_layer(CONFIG, 0, fidelity_synthetic.DEPTHS[0], "rows", 0)
+    calls = fidelity_synthetic.draw_calls(CONFIG, 128, 0)
+    return weights, calls, fidelity_synthetic.statistics_of(CONFIG, [weights], calls)
+
+
+@pytest.mark.parametrize("method", ["published", "ours_diagonal", "rtn_g64"])
+def test_the_target_of_every_method_is_the_float_layer(layer, method):
+    """Errors are judged against a layer with the same scales: it must compute what the float one does. The published
+    recipe rounds its norms to bfloat16, the target's weights make up for that."""
+    weights, calls, stats = layer
+    packed, target = fidelity_synthetic.quantize(0, weights, method, Int4(64), stats,
+                                                 capture.Replay(CONFIG, calls, CPU))
+    wanted, same, off = (fidelity_synthetic.run(CONFIG, 0, w, calls)[0] for w in (weights, target, packed))
+    assert fidelity_synthetic.relative(wanted, same, calls) < 1e-9  # float32 sums in another order: 1e-12
+    assert 1e-4 < fidelity_synthetic.relative(wanted, off, calls) < 0.5
+
+
+def test_synthetic_methods_go_through_the_real_code(layer, monkeypatch):
+    monkeypatch.setattr(fidelity_synthetic, "DEPTHS", fidelity_synthetic.DEPTHS[:1])
+    monkeypatch.setattr(fidelity_synthetic, "METHODS", {"int4": [("published", Int4(64)), ("ours", Int4(64))]})
+    args = fidelity_synthetic.parse_args(["--tokens", "256", "--held_out", "128", "--formats", "int4"])
+    found = fidelity_synthetic.measure("rows", 0, args)
+    assert found["int4 ours"]["e2e"] < 0.7 * found["int4 published"]["e2e"]
+    assert "| rows | int4 published |" in fidelity_synthetic.table({"rows": found})
+
+
+@pytest.mark.parametrize("method", ["rtn", "ours"])
+def test_cost_is_measured_with_the_layers_own_size(method):
+    args = quantize_cost.parse_args(["--shrink", "8", "--tokens", "64"])
+    found = quantize_cost.measure(method, args)
+    # Per expert q, o, k, v, gate, up, down; the rest is biases and norms, below two percent.
+    linears = 2 * (2 * 128 * 128 + 2 * 128 * 16 + 3 * 128 * 256)
+    assert 4 * linears < found["layer_bytes"] < 1.02 * 4 * linears < found["peak_bytes"]
+    assert found["full_model_hours"] == found["cpu_seconds"] * 36 / 3600 and found["cpu_seconds"] > 0
+    assert ("inputs_seconds" in found) == (method == "ours")
+    assert f"| {method} |" in quantize_cost.table({method: found})
+
+
+def test_spread_of_a_lognormal_is_its_deviation():
+    """Quantiles at one deviation either side; 20000 draws fix them to a few percent. Silent channels do not count."""
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).mul(0.5).exp()
+    x[:100] *= 100
+    found = outlier_ratios.spread_of(torch.cat([x, torch.zeros(50)]))
+    assert found["spread"] == pytest.approx(0.5, rel=0.05)
+    assert found["hot"] == pytest.approx(0.005, abs=1e-3) and found["largest"] > 100
+
+
+def test_ratios_are_reported_beside_lances(tmp_path, capsys):
+    synthetic_lance.main(["--preset", "tiny", "--layers", "1", "--out", str(tmp_path / "tiny")])
+    outlier_ratios.main(["--model_path", str(tmp_path / "tiny/Lance_3B"), "--stats", str(tmp_path / "tiny/stats.pt")])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("| und down_proj |") and line.endswith("| 13.10 | 28.96 |") for line in lines)
+    result = json.loads(lines[-1])
+    assert result["weights"]["all"]["largest"] >= result["weights"]["und v_proj"]["median"] > 1
+    assert set(result["activations"]) == {f"{expert} {depth}" for expert in ("und", "gen")
+                                          for depth in ("first", "middle", "last")}
+
+
+def test_nano_methods_are_measured_on_the_float_models_own_tokens(monkeypatch):
+    """One question, one caption, two steps: the float model agrees with itself, a packed one is near."""
+    monkeypatch.setattr(fidelity_nano, "METHODS", ("published",))
+    args = fidelity_nano.parse_args(["--formats", "int4", "--n", "1", "--traced", "1", "--steps", "2", "--questions",
+                                     "1", "--captions", "1"])
+    found = fidelity_nano.measure(0, args)
+    assert found["float"]["kl"] < 1e-6 and max(found["float"]["velocity"]) < 1e-5
+    assert found["float"]["same"] == Share(2, 2)  # a short question and a description
+    assert len(found["int4 published"]["velocity"]) == 2 and 0 < max(found["int4 published"]["velocity"]) < 1
+
+
+def test_nano_rows_pool_the_seeds_and_are_compared_with_published():
+    row = {"answers": Share(9, 10), "same": Share(8, 10), "pictures": Share(10, 10), "kl": 0.1, "velocity": [0.1, 0.3]}
+    better = row | {"kl": 0.02, "velocity": [0.1, 0.1]}
+    rows = [fidelity_nano.summarize(name, [each, each]) for name, each in
+            (("float", row), ("int4 published", row), ("int4 ours", better))]
+    fidelity_nano.compare(rows)
+    assert rows[2]["answers"]["n"] == 20 and rows[2]["velocity_by_step"] == [0.1, 0.1]
+    assert rows[2]["kl_of_published"] == pytest.approx(0.2)
+    assert rows[2]["squared_of_published"] == pytest.approx(0.25) and "kl_of_published" not in rows[0]
+    assert "| int4 ours | 90.0 % (" in fidelity_nano.table(rows)
+    fidelity_nano.compare(nothing := [fidelity_nano.summarize("int4 published", [row | {"kl": 0.0}])])
+    assert math.isnan(nothing[0]["kl_of_published"])

@@ -1,0 +1,89 @@
+"""The CUDA kernels, on a GPU where there is one and through Triton's interpreter elsewhere; not how fast they are."""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before triton_kernels is imported
+pytest.importorskip("triton", reason="triton is in requirements-dev.txt")
+
+from test_kernels import CODECS, exact, generator, random_weight  # noqa: E402
+
+from lance_quant.codec import Int4, Nvfp4  # noqa: E402
+from lance_quant.kernels import triton_kernels, w4a16  # noqa: E402
+from lance_quant.kernels.parts import parts_of  # noqa: E402
+
+CLAIMED = {name: codec for name, codec in CODECS.items() if w4a16.unsupported(codec, torch.float32) is None}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Share of the sum of |products|: rounding of weights (tile only), of the result, of float32 sums. The interpreter
+# truncates to bfloat16 (one part in 2^8), where a GPU rounds.
+SHARE = {torch.float32: 2.0**-24 * 256, torch.bfloat16: 2 * 2.0**-8, torch.float16: 2 * 2.0**-11}
+
+
+def there(*tensors):
+    return [tensor if tensor is None else tensor.to(DEVICE) for tensor in tensors]
+
+
+def check(function, codec, rows, n_out, n_in, dtype, with_bias):
+    q = random_weight(codec, n_out, n_in)
+    x = torch.randn(n_in, rows, generator=generator(1)).to(dtype).t()
+    bias = torch.randn(n_out, generator=generator(2)).to(dtype) if with_bias else None
+    y = function(*there(x, q.packed, *parts_of(q), bias), codec.group_size).cpu()
+    assert y.shape == (rows, n_out) and y.dtype == dtype
+    weight = codec.dequantize(q)
+    sums = x.double().abs() @ weight.double().abs().t() + (0 if bias is None else bias.double().abs())
+    assert ((y.double() - exact(x, weight, bias)).abs() <= sums * SHARE[dtype] + 1e-7).all()
+
+
+@pytest.mark.parametrize("codec", CLAIMED.values(), ids=CLAIMED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gemv_computes_what_the_definition_says(codec, dtype):
+    check(triton_kernels.gemv, codec, 1, 11, 576, dtype, with_bias=True)
+    check(triton_kernels.gemv, codec, 3, 5, 64, dtype, with_bias=False)
+
+
+@pytest.mark.parametrize("codec", CLAIMED.values(), ids=CLAIMED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [5, 33, 65])
+def test_tile_computes_what_the_definition_says(codec, dtype, rows):
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bit patterns of bfloat16 as integers")
+    check(triton_kernels.tile, codec, rows, 35, 128, dtype, with_bias=rows != 33)
+
+
+@pytest.mark.parametrize("codec", CLAIMED.values(), ids=CLAIMED)
+def test_unpacks_to_the_last_bit(codec):
+    q = random_weight(codec, 11, 320)
+    if isinstance(codec, Nvfp4) and codec.slim:
+        q = q._replace(scale=torch.arange(11 * 20).remainder(127).byte().view(11, 20))
+    expected = codec.dequantize(q)
+    for dtype in (torch.float32, torch.float16):
+        weight = triton_kernels.unpack(*there(q.packed, *parts_of(q)), codec.group_size, dtype).cpu()
+        assert torch.equal(weight, expected.to(dtype))
+    weight = triton_kernels.unpack(*there(q.packed, *parts_of(q)), codec.group_size, torch.bfloat16).cpu()
+    truncated = (expected.view(torch.int32) & -65536).view(torch.float32)  # see SHARE
+    assert ((weight == expected.bfloat16()) | (weight == truncated.bfloat16())).all()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 257])
+def test_every_number_of_rows_has_a_path(rows):
+    check(w4a16.compute, Int4(64), rows, 16, 64, torch.float32, with_bias=True)
+
+
+def test_rows_may_have_scales_of_their_own():
+    codec = Nvfp4(slim=True)
+    q = random_weight(codec, 16, 64)
+    q = q._replace(global_scale=2.0 ** torch.arange(-16, 0).view(16, 1))
+    x = torch.randn(2, 64, generator=generator(3))
+    for function in (triton_kernels.gemv, triton_kernels.tile):
+        y = function(*there(x, q.packed, *parts_of(q)), None, 16).cpu()
+        torch.testing.assert_close(y, x @ codec.dequantize(q).t(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("codec, dtype, message", [(Int4(48), torch.float32, "it takes groups of 16, 32"),
+                                                   (Int4(64), torch.float64, "float32, bfloat16 or float16")])
+def test_what_the_kernels_cannot_take_is_said(codec, dtype, message):
+    assert message in w4a16.unsupported(codec, dtype)

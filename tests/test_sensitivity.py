@@ -1,0 +1,134 @@
+import pytest
+import torch
+from conftest import CPU
+from test_capture import LAYERS, SRC, captured, weights_of  # noqa: F401 - a fixture
+
+import awq_apply
+from lance_quant import awq, gptq, layout, sensitivity
+from lance_quant.capture import Call, layer_around, load
+from lance_quant.errors import InputError
+from lance_quant.packed import PackedFolder
+from lance_quant.stats import ActStats, merge, model_fingerprint
+from lance_quant.tensorfile import Checkpoint
+
+TASKS = ("x2t_image", "t2i")
+
+
+def effects_of(captured, tasks=TASKS):  # noqa: F811
+    return sensitivity.effects_of(SRC, [captured / f"{task}.safetensors" for task in tasks], CPU)
+
+
+@torch.no_grad()
+def outputs(effects, changed):
+    """What comes out of the wanted calls, by expert, with some weights changed."""
+    states = [call.streams for call in effects._calls]
+    for index in range(LAYERS):
+        weights = weights_of(index)
+        weights.update({name: weight for name, weight in changed.items() if name in weights})
+        states = list(effects._run(layer_around(effects._config, index, weights), states))
+    ends = effects.ends()
+    return {expert: torch.cat([ends[expert](states[place][expert]).flatten() for place, other in
+                               effects._wanted.items() if other == expert]) for expert in ("und", "gen")}
+
+
+@pytest.fixture(scope="module")
+def effects(captured):  # noqa: F811
+    """Few tokens, and F of every linear beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sensitivity, "PROBES", 16)
+        patch.setattr(sensitivity, "TOKENS", 60)
+        made = effects_of(captured)
+        made.found = {name: effect for index in reversed(range(LAYERS))
+                      for name, effect in made.of_layer(index, weights_of(index)).items()}
+    return made
+
+
+@pytest.mark.parametrize("layer, expert, kind", [(2, "gen", "down_proj"), (0, "gen", "up_proj"), (0, "und", "k_proj")])
+def test_effects_predict_what_an_error_does(effects, layer, expert, kind):
+    """Small errors of random sign, whose squares add up. 8 draws of them and 16 of r, each a mean of dozens of
+    effective squares, agree within 20 % or so; twice that is allowed. The understanding expert's keys reach the latents
+    through the cache alone."""
+    name, weights = layout.linear(layer, expert, kind), weights_of(layer)
+    weight = weights[f"{name}.weight"]
+    scale = 1e-3 * float(weight.square().mean().sqrt())
+    exact, generator, changes = outputs(effects, {}), torch.Generator().manual_seed(1), []
+    for _ in range(8):
+        signs = torch.randint(2, weight.shape, generator=generator) * 2 - 1
+        changed = outputs(effects, {f"{name}.weight": weight + scale * signs})
+        changes.append(sum(float((changed[key] - exact[key]).square().sum() / exact[key].square().sum())
+                           for key in exact))
+    assert float(effects.found[name].sum()) * scale**2 == pytest.approx(sum(changes) / len(changes), rel=0.4)
+
+
+def test_what_is_never_read_has_no_effect(captured, monkeypatch):  # noqa: F811
+    """The last layer's down_proj of the prompt's tokens does nothing where only latents are wanted."""
+    monkeypatch.setattr(sensitivity, "TOKENS", 60)
+    effects = effects_of(captured)
+    effects._wanted = {place: expert for place, expert in effects._wanted.items() if expert == "gen"}
+    last = effects.of_layer(LAYERS - 1, weights_of(LAYERS - 1))
+    assert last[layout.linear(LAYERS - 1, "und", "down_proj")].abs().max() == 0
+    assert last[layout.linear(LAYERS - 1, "gen", "down_proj")].min() > 0
+
+
+@pytest.mark.parametrize("task, message", [("x2t_image", "no latents"), ("t2i", "no answers")])
+def test_captures_of_one_expert_are_refused(captured, task, message):  # noqa: F811
+    with pytest.raises(InputError, match=message):
+        effects_of(captured, [task])
+
+
+def call(rows, length, tokens, gen=False):
+    streams = {"und": torch.zeros(len(rows), tokens, 2)} | ({"gen": torch.zeros(len(rows), 4, 2)} if gen else {})
+    return Call(rows, (length,) * len(rows), not gen, streams, (torch.zeros(1),) * 2)
+
+
+def test_requests_are_taken_evenly_with_everything_they_read(monkeypatch):
+    """Four prompts of 5 tokens with three steps each, two of them with a second prompt call; and one answer."""
+    calls = [call((9,), 0, 6)]
+    for row in range(4):
+        calls += [call((row,), 0, 5)] + ([call((row,), 5, 3)] if row % 2 else [])
+        calls += [call((row,), 8 if row % 2 else 5, 1, gen=True) for _ in range(3)]
+    monkeypatch.setattr(sensitivity, "TOKENS", 30)  # 12 steps of 5 tokens: every second
+    kept, wanted = sensitivity.selected(calls)
+    steps = [place for place, expert in wanted.items() if expert == "gen"]
+    assert len(steps) == 6 and list(wanted.values()).count("und") == 1
+    for place in steps:
+        read = {(other.rows, other.lengths) for other in kept[:place]}
+        (row,), (length,) = kept[place].rows, kept[place].lengths
+        assert ((row,), (0,)) in read and (length == 5 or ((row,), (5,)) in read)
+    assert len(kept) == 1 + 6 + sum(2 if row % 2 else 1 for row in {kept[place].rows[0] for place in steps})
+
+
+def test_every_captured_call_reads_what_is_kept(captured):  # noqa: F811
+    with Checkpoint(SRC) as source:
+        fingerprint = model_fingerprint(source)
+    for task in TASKS:
+        _, calls = load(captured / f"{task}.safetensors", fingerprint)
+        ends = {}
+        for found in calls:
+            assert all(ends.get(row, 0) >= length for row, length in zip(found.rows, found.lengths, strict=True))
+            ends |= {row: length + found.length for row, length in zip(found.rows, found.lengths, strict=True)}
+
+
+def test_a_budget_with_captures_takes_their_word(captured, tmp_path, monkeypatch):  # noqa: F811
+    """The same budget, but other choices."""
+    monkeypatch.setattr(awq, "GRID", 2)
+    rest = ["--src", str(SRC), "--stats", str(captured / "all.pt"), "--device", "cpu", "--bits_budget", "4.6"]
+    captures = ["--capture", *(str(captured / f"{task}.safetensors") for task in TASKS)]
+    merge([ActStats.load(captured / f"{task}.pt") for task in TASKS]).save(captured / "all.pt")
+    chosen = {}
+    monkeypatch.setattr(sensitivity, "TOKENS", 60)
+    monkeypatch.setattr(gptq, "SWEEPS", 0)  # the choice is the subject here, not the rounding
+    for name, flags in (("stats", []), ("captures", captures)):
+        awq_apply.main([*rest, "--out", str(tmp_path / name), *flags])
+        with PackedFolder(tmp_path / name) as folder:
+            chosen[name] = {linear: spec.group_size for linear, spec in folder.linears.items()}
+            assert folder.bits_per_weight <= 4.6
+            assert folder.meta["harm"] == ("relative output error" if name == "stats" else "captures")
+    assert chosen["captures"] != chosen["stats"]
+
+
+def test_measuring_asks_from_the_last_layer_to_the_first(captured, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(sensitivity, "TOKENS", 60)
+    effects = effects_of(captured)
+    with pytest.raises(AssertionError, match="from the last"):
+        effects.of_layer(0, weights_of(0))
