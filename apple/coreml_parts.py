@@ -14,31 +14,35 @@ from torch import Tensor
 
 from apple.decoder import DecoderConfig
 from apple.palette import ROWS
-from apple.stateful import build, example_inputs
+from apple.stateful import END, START, Piece, build, example_inputs
 
 
-def convert(tensors: Mapping[str, Tensor], config: DecoderConfig, layers: range, context: int) -> ct.models.MLModel:
+def convert(tensors: Mapping[str, Tensor], config: DecoderConfig, piece: Piece, context: int) -> ct.models.MLModel:
     """A package whose matrices hold palettes, from float16 tensors that consist of palette values already."""
-    part = build(tensors, config, layers, context)
-    names = ("ids" if part.first else "hidden", "cos", "sin", "mask")
-    inputs = example_inputs(config, layers, past=1, new=2)
+    part = build(tensors, config, piece, context)
     with torch.no_grad():
-        traced = torch.jit.trace(part, inputs, check_trace=False)
-    new, so_far = ct.RangeDim(1, context, default=1), ct.RangeDim(1, context, default=1)
-    shapes = [(1, new) if part.first else (1, new, config.hidden_size), (new, config.head_dim), (new, config.head_dim),
-              (new, so_far)]
-    kinds = [np.int32 if part.first else np.float16, np.float16, np.float16, np.float16]
+        traced = torch.jit.trace(part, example_inputs(config, piece, past=1, new=2), check_trace=False)
+    caches = [name for name in ("keys", "values") if hasattr(part, name)]
     model = ct.convert(
         traced, convert_to="mlprogram", minimum_deployment_target=ct.target.iOS18, skip_model_load=True,
-        compute_precision=ct.precision.FLOAT16,
-        inputs=[ct.TensorType(name=name, shape=shape, dtype=kind)
-                for name, shape, kind in zip(names, shapes, kinds, strict=True)],
-        outputs=[ct.TensorType(name="logits" if part.last else "hidden_out", dtype=np.float16)],
+        compute_precision=ct.precision.FLOAT16, inputs=_inputs(config, piece, context),
+        outputs=[ct.TensorType(name="logits" if piece == END else "hidden_out", dtype=np.float16)],
         states=[ct.StateType(wrapped_type=ct.TensorType(shape=tuple(getattr(part, name).shape), dtype=np.float16),
-                             name=name) for name in ("keys", "values")])
+                             name=name) for name in caches])
+    del part, traced  # float32 copies of all weights
     palette = cto.OpPalettizerConfig(mode="unique", granularity="per_grouped_channel", group_size=ROWS,
                                      weight_threshold=config.head_dim * ROWS)  # every matrix, no bias
     return cto.palettize_weights(model, cto.OptimizationConfig(op_type_configs={"linear": palette, "gather": palette}))
+
+
+def _inputs(config: DecoderConfig, piece: Piece, context: int) -> list[ct.TensorType]:
+    new, so_far = ct.RangeDim(1, context, default=1), ct.RangeDim(1, context, default=1)
+    if piece == START:
+        return [ct.TensorType(name="ids", shape=(1, new), dtype=np.int32)]
+    shapes = {"hidden": (1, new, config.hidden_size)}
+    if piece != END:
+        shapes |= {"cos": (new, config.head_dim), "sin": (new, config.head_dim), "mask": (new, so_far)}
+    return [ct.TensorType(name=name, shape=shape, dtype=np.float16) for name, shape in shapes.items()]
 
 
 def dense_weights(model: ct.models.MLModel) -> list[Tensor]:

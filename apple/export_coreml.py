@@ -5,22 +5,23 @@
     python apple/export_coreml.py --src Lance_3B-und --out Lance_3B-und-CoreML-palettized-4bit --storage float16
 
 Every matrix becomes 4-bit indices into palettes of 16 values per 32 rows (apple/palette.py). The network is cut into
-packages of a few layers, converted one after the other, because the converter holds every weight several times over; a
-small model is one package. Each package takes any number of new tokens up to the context, and keeps their
-keys and values in its state:
+packages, converted one after the other, because the converter holds every weight several times over: the embedding,
+some layers each, and the head. They take any number of new tokens up to the context; those with layers keep the
+tokens' keys and values in their state:
 
-    input    ids int32 [1, t] (first package) or hidden float16 [1, t, width]; cos and sin float16 [t, head width] of
-             the tokens' positions; mask float16 [t, s], 0 where a new token may look at one of s tokens so far, or -inf
-    state    keys, values float16 [layers, kv heads, context, head width]
-    output   hidden float16 [1, t, width], or logits [1, t, vocabulary] (last package)
+    embedding   ids int32 [1, t] -> hidden_out float16 [1, t, width]
+    layers      hidden float16 [1, t, width]; cos and sin float16 [t, head width] of the tokens' positions; mask
+                float16 [t, s], 0 where a new token may look at one of s tokens so far, or -inf -> hidden_out
+                state keys, values float16 [layers, kv heads, context, head width]
+    head        hidden float16 [1, t, width] -> logits float16 [1, t, vocabulary]
 
 `--storage float16` writes the same values as an ordinary float16 Hugging Face folder instead (the published form, as
 large as the source), for trying out what palettes cost in any runtime. Both hold equal numbers.
 
 Reads   a folder made by apple/extract_und.py
 Writes  OUT/part_NN.mlpackage, OUT/coreml.json (the packages in order, sizes), tokenizer; or a Hugging Face folder
-Needs   coremltools (requirements-apple.txt) for packages, and 14 GB of memory for the last one, which holds the head;
-        --storage float16 3 GB. apple/README.md has times
+Needs   coremltools (requirements-apple.txt) for packages, and about 9 GB of memory with 9 layers per package;
+        --storage float16 3 GB. apple/README.md says what was measured
 Next    open in Xcode, or coremltools.models.MLModel on a Mac; float16: transformers
 """
 
@@ -39,6 +40,7 @@ from tqdm import tqdm
 from apple.decoder import DecoderConfig
 from apple.extract_und import TOKENIZER_FILES
 from apple.palette import COLORS, ROWS, palettized
+from apple.stateful import END, START, Piece
 from lance_quant import __version__, cli
 from lance_quant.errors import InputError
 from lance_quant.files import read_json, require_free, whole_folder, write_json
@@ -56,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--storage", choices=["palettes", "float16"], default="palettes",
                         help="palettes: 4-bit packages; float16: a Hugging Face folder with the same values")
     parser.add_argument("--context", type=int, default=2048, help="tokens that the cache can hold")
-    parser.add_argument("--layers_per_part", type=int, default=2,
+    parser.add_argument("--layers_per_part", type=int, default=9,
                         help="layers per package; more of them need more memory to convert")
     parser.add_argument("--dry_run", action="store_true", help="read headers only and print what would be written")
     return parser.parse_args(argv)
@@ -80,16 +82,23 @@ def require_rows(specs: Mapping[str, TensorSpec]) -> None:
         raise InputError(f"palettes cover {ROWS} rows each, which does not divide those of {odd[:5]}")
 
 
-def parts_of(layers: int, per_part: int) -> list[range]:
-    """The layers of every package."""
-    return [range(first, min(first + per_part, layers)) for first in range(0, layers, per_part)]
+def parts_of(layers: int, per_part: int) -> list[Piece]:
+    """What every package holds, in order."""
+    return [START, *(range(first, min(first + per_part, layers)) for first in range(0, layers, per_part)), END]
 
 
-def names_of(specs: Mapping[str, TensorSpec], layers: range, last: int) -> list[str]:
-    """The tensors of a package: its layers, and at either end of the network what is there."""
-    wanted = [f"model.layers.{index}." for index in layers]
-    wanted += ["model.embed_tokens."] * (layers.start == 0) + ["model.norm.", "lm_head."] * (layers.stop == last)
+def names_of(specs: Mapping[str, TensorSpec], piece: Piece) -> list[str]:
+    """The tensors of a package."""
+    if isinstance(piece, range):
+        wanted = [f"model.layers.{index}." for index in piece]
+    else:
+        wanted = {START: ["model.embed_tokens."], END: ["model.norm.", "lm_head."]}[piece]
     return [name for name in specs if name.startswith(tuple(wanted))]
+
+
+def holds(piece: Piece) -> str:
+    """What a package is made of, in words."""
+    return f"layers {piece.start} to {piece.stop - 1}" if isinstance(piece, range) else piece
 
 
 def export_packages(src: Path, out: Path, context: int, per_part: int) -> dict[str, Any]:
@@ -107,17 +116,17 @@ def export_packages(src: Path, out: Path, context: int, per_part: int) -> dict[s
     with Checkpoint(src) as source, whole_folder(out) as folder:
         require_rows(source.specs)
         require_space(out, palette_bytes(source.specs))
-        parts = parts_of(config.num_hidden_layers, per_part)
-        names = [f"part_{index:02d}.mlpackage" for index in range(len(parts))]
-        for name, layers in zip(tqdm(names, desc="convert", disable=None), parts, strict=True):
-            wanted = {key: key for key in names_of(source.specs, layers, config.num_hidden_layers)}
-            if layers.stop == config.num_hidden_layers:
+        parts = {f"part_{index:02d}.mlpackage": piece
+                 for index, piece in enumerate(parts_of(config.num_hidden_layers, per_part))}
+        for name, piece in tqdm(parts.items(), desc="convert", disable=None):
+            wanted = {key: key for key in names_of(source.specs, piece)}
+            if piece == END:
                 wanted.setdefault("lm_head.weight", "model.embed_tokens.weight")
             tensors = {ours: palettized(source.read(theirs)) for ours, theirs in wanted.items()}
-            coreml_parts.convert(tensors, config, layers, context).save(str(folder / name))
-            log.info("%s  layers %d to %d", name, layers.start, layers.stop - 1)
-        record = {"tool": f"lance-quant {__version__}", "source": facts, "context": context, "parts": names,
-                  "layers": [[part.start, part.stop] for part in parts], "rope_theta": config.rope_theta,
+            coreml_parts.convert(tensors, config, piece, context).save(str(folder / name))
+            log.info("%s  %s", name, holds(piece))
+        record = {"tool": f"lance-quant {__version__}", "source": facts, "context": context, "parts": list(parts),
+                  "holds": [holds(piece) for piece in parts.values()], "rope_theta": config.rope_theta,
                   "weight_bytes": palette_bytes(source.specs), "bytes": _size(folder)}
         write_json(folder / "coreml.json", record)
         _copy_texts(src, folder, ("generation_config.json", *TOKENIZER_FILES))

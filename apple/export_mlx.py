@@ -2,18 +2,19 @@
 """Quantize an extracted understanding path to a folder that mlx-lm runs, with or without MLX.
 
     python apple/export_mlx.py --src Lance_3B-und --format 4bit --out Lance_3B-und-MLX-4bit
-    python apple/export_mlx.py --src Lance_3B-und --format 4bit --stats calib/all.pt --out Lance_3B-und-MLX-4bit-AWQ
+    python apple/export_mlx.py --src Lance_3B-und --format 4bit --stats all.pt --capture x2t.safetensors --out Better
     mlx_lm.generate --model Lance_3B-und-MLX-4bit --prompt "Why is the sky blue?"
 
 Without options the tensors are those of `mlx_lm.convert -q`, bit for bit, row by row: its own conversion to nvfp4 or
-mxfp4 needs more than 19 GB for the embedding. With --stats the layers are first rescaled for Lance's activations
-(apple/mlx_fold.py) and their grids fitted to them: the same format, size and speed. With --dwq the scales are then
-trained on the float model's distributions over some texts (apple/dwq.py), as `mlx_lm.dwq` does.
+mxfp4 needs more than 19 GB for the embedding. With --stats the layers are first rescaled for Lance's activations and
+their grids fitted to them (apple/mlx_fold.py), with --capture GPTQ rounds: the same format, size and speed. With --dwq
+the scales are then trained on the float model's distributions over some texts (apple/dwq.py), as `mlx_lm.dwq` does.
 
-Reads   a folder made by apple/extract_und.py; with --stats activation statistics of its source (awq_merge_stats.py);
-        with --dwq one {"text": ...}, {"messages": ...} or {"prompt": ..., "completion": ...} per line
+Reads   a folder made by apple/extract_und.py; with --stats activation statistics of its source (awq_merge_stats.py),
+        with --capture layer inputs of x2t tasks (awq_calibrate_single.py --capture); with --dwq one {"text": ...},
+        {"messages": ...} or {"prompt": ..., "completion": ...} per line
 Writes  OUT/model.safetensors (1.91 GB for Lance_3B), its index, config.json, tokenizer, export.json
-Needs   3 GB of memory (--dwq: two float models); CPU time is in apple/README.md
+Needs   2.4 GB of memory; --stats also the head in float32, --dwq two float models. CPU time is in apple/README.md
 Next    mlx_lm.generate --model OUT on a Mac; apple/compare_mlx.py anywhere
 """
 
@@ -22,12 +23,11 @@ import importlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,8 +39,7 @@ from lance_quant import __version__, cli
 from lance_quant.errors import InputError
 from lance_quant.files import read_json, require_free, whole_folder, write_json
 from lance_quant.packed import require_space
-from lance_quant.stats import ActStats
-from lance_quant.tensorfile import Checkpoint, TensorSpec, file_size
+from lance_quant.tensorfile import Checkpoint, TensorFileWriter, TensorSpec, file_size
 
 log = logging.getLogger("lance_quant")
 
@@ -55,6 +54,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder to create; never overwritten; not written by --dry_run")
     parser.add_argument("--format", choices=FORMATS, required=True, help="4bit is affine, 64 inputs per scale")
     parser.add_argument("--stats", type=Path, help="activation statistics: fold scales and fit the grids")
+    parser.add_argument("--capture", type=Path, nargs="+", default=[],
+                        help="with --stats: layer inputs (awq_calibrate_single.py --capture), for GPTQ")
     parser.add_argument("--dwq", type=Path, help="texts to distil on, .jsonl; 4bit only")
     parser.add_argument("--learning_rate", type=float, default=Training.learning_rate, help="of --dwq")
     parser.add_argument("--epochs", type=int, default=Training.epochs, help="passes over the texts of --dwq")
@@ -85,9 +86,7 @@ def plan(specs: Mapping[str, TensorSpec], fmt: Format) -> dict[str, TensorSpec]:
 
 def planned_bytes(specs: Mapping[str, TensorSpec], fmt: Format) -> int:
     """Exact size of the new file from the headers of the old one."""
-    # int32 stands for uint32: as long, as wide and at the same place in the file.
-    return file_size({name: spec._replace(dtype=torch.int32) if spec.dtype == torch.uint32 else spec
-                      for name, spec in plan(specs, fmt).items()})
+    return file_size(plan(specs, fmt))
 
 
 def mlx_quantize(w: Tensor, fmt: Format) -> dict[str, Tensor]:
@@ -140,13 +139,25 @@ def plain_tensors(source: Checkpoint, fmt: Format, packer: Packer) -> Iterator[t
             yield f"{name.removesuffix('weight')}{suffix}", tensor
 
 
-def export(src: Path, out: Path, fmt: Format, packer: Packer, stats: Path | None = None,
+class Calibrated(NamedTuple):
+    """Where activations are known from; see mlx_fold.Calibration."""
+
+    stats: Path
+    captures: Sequence[Path]
+    device: torch.device
+
+    def load(self, fingerprint: str) -> mlx_fold.Calibration:
+        """Read the files, of the model with this fingerprint."""
+        return mlx_fold.Calibration.load(self.stats, self.captures, fingerprint, self.device)
+
+
+def export(src: Path, out: Path, fmt: Format, packer: Packer, calibrated: Calibrated | None = None,
            refine: Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], dict[str, Any]]] | None = None
            ) -> dict[str, Any]:
     """Write the folder; returns what export.json says.
 
     Args:
-        stats: fold scales and fit the grids to these activations.
+        calibrated: fold scales and fit the weights to activations.
         refine: called with the packed tensors; gives the ones to write, and facts about them (see dwq.distil).
 
     Raises:
@@ -155,39 +166,45 @@ def export(src: Path, out: Path, fmt: Format, packer: Packer, stats: Path | None
     """
     require_free(out)
     facts = read_json(src / "extraction.json", "extraction record")
-    measured = None if stats is None else ActStats.load(stats)
     with Checkpoint(src) as source:
         size = planned_bytes(source.specs, fmt)
         require_space(out, size)
-        if measured is None:
-            stream = plain_tensors(source, fmt, packer)
+        planned, linears = plan(source.specs, fmt), {}
+        if calibrated is None:
+            stream, origin = plain_tensors(source, fmt, packer), {}
         else:
-            stream = mlx_fold.fitted_tensors(source, src, fmt, measured, facts["source_fingerprint"])
-        planned = plan(source.specs, fmt)
-        tensors = dict(tqdm(stream, desc=f"pack to {fmt.mode}", total=len(planned), disable=None))
-        assert {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in tensors.items()} == planned
-    tensors, refined = (tensors, None) if refine is None else refine(tensors)
-    record = {"tool": f"lance-quant {__version__}", "source": facts, "quantization": fmt.config, "dwq": refined,
-              "rounded_by": "mlx" if packer is mlx_quantize and measured is None else "lance-quant",
-              "calibration_runs": [] if measured is None else measured.runs, "bytes": size}
-    write_folder(src, out, tensors, fmt, record)
+            known = calibrated.load(facts["source_fingerprint"])
+            stream = mlx_fold.fitted_tensors(source, src, fmt, known, calibrated.device, linears)
+            origin = {"calibration_runs": known.stats.runs,
+                      "captures": [] if known.replay is None else list(known.replay.facts), "linears": linears}
+        stream, refined = tqdm(stream, desc=f"pack to {fmt.mode}", total=len(planned), disable=None), None
+        if refine is not None:
+            tensors, refined = refine(dict(stream))
+            stream = tensors.items()
+        with whole_folder(out) as folder:
+            with TensorFileWriter(folder / "model.safetensors", planned) as writer:
+                for name, tensor in stream:
+                    writer.write(name, tensor)
+            record = {"tool": f"lance-quant {__version__}", "source": facts, "quantization": fmt.config,
+                      "dwq": refined, "bytes": size, **origin,
+                      "rounded_by": "mlx" if packer is mlx_quantize and calibrated is None else "lance-quant"}
+            _write_texts(src, folder, planned, fmt, record)
     return record
 
 
-def write_folder(src: Path, out: Path, tensors: dict[str, Tensor], fmt: Format, record: Mapping[str, Any]) -> None:
-    """A folder in mlx-lm's form: one safetensors file, its index, config.json with the format, tokenizer."""
+def _write_texts(src: Path, folder: Path, specs: Mapping[str, TensorSpec], fmt: Format,
+                 record: Mapping[str, Any]) -> None:
+    """What mlx-lm wants beside the tensors: their index, config.json with the format, tokenizer; and the record."""
     config = read_json(src / "config.json", "model configuration")
     config = {**config, "quantization": fmt.config, "quantization_config": fmt.config}
-    with whole_folder(out) as folder:
-        save_file(tensors, folder / "model.safetensors")
-        write_json(folder / "config.json", dict(sorted(config.items())))
-        weight_map = dict.fromkeys(sorted(tensors), "model.safetensors")
-        total = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-        write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
-        for name in ("generation_config.json", *TOKENIZER_FILES):
-            if (src / name).is_file():
-                shutil.copyfile(src / name, folder / name)
-        write_json(folder / "export.json", record)
+    write_json(folder / "config.json", dict(sorted(config.items())))
+    weight_map = dict.fromkeys(sorted(specs), "model.safetensors")
+    total = {"total_size": sum(spec.nbytes for spec in specs.values())}
+    write_json(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
+    for name in ("generation_config.json", *TOKENIZER_FILES):
+        if (src / name).is_file():
+            shutil.copyfile(src / name, folder / name)
+    write_json(folder / "export.json", record)
 
 
 def refiner(args: argparse.Namespace) -> Callable[..., Any] | None:
@@ -216,7 +233,10 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.out is None:
         raise InputError("--out is needed unless --dry_run is given")
-    record = export(args.src, args.out, fmt, packer_of(args.packer), args.stats, refiner(args))
+    if args.capture and args.stats is None:
+        raise InputError("--capture rounds after the scales that --stats finds: give both")
+    calibrated = None if args.stats is None else Calibrated(args.stats, args.capture, cli.device_of(args.device))
+    record = export(args.src, args.out, fmt, packer_of(args.packer), calibrated, refiner(args))
     log.info("wrote %s: %s", args.out, json.dumps({name: record[name] for name in ("rounded_by", "bytes", "dwq")}))
     print(args.out)
 

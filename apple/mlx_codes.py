@@ -9,12 +9,12 @@ one end of each range is hit exactly, and 0 is not always a level. Floating-poin
 the smallest |w / scale - entry|, the first of equals, all in the weight's own dtype: halves go to the even code, no
 code is -0, and bfloat16 input does not give the codes of its float32 copy (0.6 % differ). That is what MLX 0.32 does on
 the CPU, repeated here on purpose: a file must not depend on where it was made. It differs from lance_quant.nvfp4.
-`quantize_fitted` writes the same formats better, for inputs of known size.
+apple/mlx_codec.py writes the same formats better, for inputs of known size.
 
 Shape suffixes: o out, i in, g group.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from lance_quant.int4 import pack_nibbles, unpack_nibbles
-from lance_quant.nvfp4 import E4M3_MAX, MIN_E4M3, SCALE_FACTORS, decode_e4m3, encode_e4m3, nearest, round_e4m3
+from lance_quant.nvfp4 import decode_e4m3, nearest
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _TABLE = (*MAGNITUDES, *(-value for value in MAGNITUDES))
 _LEVELS = 15
 _MIN_SCALE = 1e-7  # MLX's
-_REFITS = 6  # rounds of least squares; later ones changed the error by less than 0.1 %
 
 
 @dataclass(frozen=True)
@@ -90,31 +89,6 @@ def dequantize(tensors: Mapping[str, Tensor], fmt: Format) -> Tensor:
 
 
 @torch.no_grad()
-def quantize_fitted(w: Tensor, fmt: Format, importance: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Pack a weight with the grids that leave the smallest weighted error, into the same format and size.
-
-    Scales are rounded to what the file holds before codes are chosen. Affine grids are refitted to their codes by
-    least squares in turn; floating-point scales are tried around the largest magnitude.
-
-    Args:
-        w: [out, in] finite weight, taken as float32.
-        importance: float32 [in], weight of a squared error in each column, usually E[x^2].
-        dtype: of the affine scales and biases.
-
-    Returns:
-        As `quantize`; per group never worse than MLX's own grid under this weighting.
-    """
-    n_out, n_in = w.shape
-    blocks_ogi = w.float().reshape(n_out, -1, fmt.group_size)
-    weight_gi = importance.view(-1, fmt.group_size)
-    if fmt.mode == "affine":
-        code_ogi, scales = _fitted_affine(blocks_ogi, weight_gi, dtype)
-    else:
-        code_ogi, scales = _fitted_float4(blocks_ogi, weight_gi, fmt)
-    return {"weight": pack_nibbles(code_ogi.view(n_out, n_in)).contiguous().view(torch.uint32), **scales}
-
-
-@torch.no_grad()
 def fake_quant_io(w_io: Tensor, fmt: Format) -> Tensor:
     """`dequantize(quantize(w))` of a transposed float32 weight, [in, out] -> [in, out], but for ties, which a search
     does not see."""
@@ -125,60 +99,6 @@ def fake_quant_io(w_io: Tensor, fmt: Format) -> Tensor:
     scale = _scale_values(_encode_scales(blocks_ogi.abs().amax(-1, keepdim=True) / 6.0, fmt), fmt)
     scale.clamp_(min=torch.finfo(torch.float32).tiny)  # a block that is stored as zeros stays so
     return nearest(blocks_ogi, scale).view(w_oi.shape).t().contiguous()
-
-
-def _weighted(values_ogi: Tensor, blocks_ogi: Tensor, weight_gi: Tensor) -> Tensor:
-    return ((values_ogi - blocks_ogi).square_() * weight_gi).sum(-1, keepdim=True)
-
-
-def _fitted_affine(blocks_ogi: Tensor, weight_gi: Tensor, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-    best = None
-    for code, scale, bias in _refits(blocks_ogi, weight_gi, dtype):
-        found = [_weighted(code * scale + bias, blocks_ogi, weight_gi), code.byte(), scale, bias]
-        if best is not None:
-            better = found[0] < best[0]
-            found = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
-        best = found
-    _, code, scale, bias = best
-    return code, {"scales": scale.squeeze(-1).to(dtype), "biases": bias.squeeze(-1).to(dtype)}
-
-
-def _fitted_float4(blocks_ogi: Tensor, weight_gi: Tensor, fmt: Format) -> tuple[Tensor, dict[str, Tensor]]:
-    best = None
-    for stored in _nearby_scales(blocks_ogi, fmt):
-        found = [_weighted(nearest(blocks_ogi, _scale_values(stored, fmt)), blocks_ogi, weight_gi), stored]
-        if best is not None:
-            better = found[0] < best[0]
-            found = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
-        best = found
-    stored = best[1]
-    return _nearest_entry(blocks_ogi / _scale_values(stored, fmt)), {"scales": stored.squeeze(-1)}
-
-
-def _refits(blocks_ogi: Tensor, weight_gi: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
-    """Codes (as float), scale and bias of MLX's grid, rounded, and of its refits."""
-    _, first = _affine(blocks_ogi, FORMATS["4bit"])
-    scale, bias = (first[name][..., None].to(dtype).float() for name in ("scales", "biases"))
-    total, mean = weight_gi.sum(-1)[:, None], (blocks_ogi * weight_gi).sum(-1, keepdim=True)
-    for _ in range(1 + _REFITS):
-        code = ((blocks_ogi - bias) / scale).round_().clamp_(0, _LEVELS)
-        yield code, scale, bias
-        code_mean = (code * weight_gi).sum(-1, keepdim=True) / total
-        centred = (code - code_mean) * weight_gi
-        spread = (centred * code).sum(-1, keepdim=True)
-        fitted = (centred * blocks_ogi).sum(-1, keepdim=True) / spread
-        # A group of one code has no slope, and a scale must not vanish in `dtype`.
-        fitted = torch.where((spread > 0) & (fitted.abs() > _MIN_SCALE), fitted, scale)
-        scale = fitted.to(dtype).float()
-        bias = (mean / total - scale * code_mean).to(dtype).float()
-
-
-def _nearby_scales(blocks_ogi: Tensor, fmt: Format) -> list[Tensor]:
-    """Stored scales [o, g, 1] around the one that MLX would take, which comes first."""
-    wanted = blocks_ogi.abs().amax(-1, keepdim=True) / 6.0
-    if fmt.mode == "mxfp4":
-        return [_encode_scales(wanted * factor, fmt) for factor in (1.0, 0.5)]
-    return [encode_e4m3(round_e4m3((wanted * factor).clamp(MIN_E4M3, E4M3_MAX))) for factor in SCALE_FACTORS]
 
 
 def _affine(blocks_ogi: Tensor, fmt: Format) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,19 +1,19 @@
-"""Rescaling an extracted understanding path for the rounding of MLX's formats, without changing what it computes.
+"""An extracted understanding path rounded for the activations that occur, into MLX's formats.
 
-The scales that lance_quant.awq searches for, between norm and q/k/v, norm and gate/up, v and o, up and down, are found
-with MLX's own quantizer and folded into the float tensors; the file stays an ordinary MLX file. Alone in the
-understanding path all four are free: no other expert shares the cache.
+lance_quant's recipe (ours.py) with MLX's grids as codecs: scales are searched and folded between norm and q/k/v, norm
+and gate/up, v and o, up and down, and every linear is rounded to grids fitted to its inputs, with GPTQ where layer
+inputs were captured. The head, which is 4 bits in MLX too, is treated in the same way behind the final norm; the
+embedding has no inputs and gets fitted grids. What comes out is an ordinary MLX file.
 
 NVFP4 in MLX has no scale per tensor, and the block scales of a trained layer (about 0.005) fall among E4M3's
 subnormals, or vanish. Powers of two move there for nothing: norms are divided by 2^k and the linears behind them
 multiplied, so that the largest block scale is near 2^8; before that o and down take 2^j from v and up.
-
-Shape suffixes: o out, i in.
 """
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,125 +21,133 @@ import torch
 from torch import Tensor
 
 from apple.decoder import DecoderConfig
-from apple.mlx_codes import Format, fake_quant_io, quantize_fitted
-from lance_quant import awq, fuse, layout
+from apple.mlx_codec import MlxCodec, codec_of
+from apple.mlx_codes import Format
+from lance_quant import awq, capture, fuse, gptq, layout, ours
+from lance_quant.codec import quantize_searched
+from lance_quant.errors import InputError
+from lance_quant.lance.mot import RMSNorm
 from lance_quant.stats import ActStats
 from lance_quant.tensorfile import Checkpoint
 
 log = logging.getLogger("lance_quant")
 
-_ROWS = 4096  # rows per call of the fit: bounds its temporaries at the embedding and the head
+EMBEDDING, HEAD, NORM = "model.embed_tokens", "lm_head", "model.norm"
+_ROWS = 8192  # of embedding and head at once: bounds their temporaries
 _NORM_FED, _FED = 8, 0  # log2 of the largest block scale aimed at, behind a norm and behind a linear
 
 
-class MlxCodec:
-    """What lance_quant.awq must know of a format to search scales for it."""
+@dataclass(frozen=True)
+class Calibration:
+    """What is known of the activations, of the model with some fingerprint.
 
-    def __init__(self, fmt: Format):
-        self.fmt = fmt
+    replay: layer inputs for GPTQ; None rounds to the nearest level of fitted grids
+    """
 
-    def context(self, amax: float) -> None:
-        """Nothing is shared between weights."""
+    stats: ActStats
+    fingerprint: str
+    replay: capture.Replay | None = None
 
-    def fake_quant_io(self, w_io: Tensor, context: None) -> Tensor:
-        """MLX's rounding of a transposed float32 weight: [in, out] -> [in, out]."""
-        return fake_quant_io(w_io, self.fmt)
+    @classmethod
+    def load(cls, stats: Path, captures: Sequence[Path], fingerprint: str, device: torch.device) -> "Calibration":
+        """Read the files. InputError if they are another model's, or hold nothing that this path computes alone."""
+        measured = ActStats.load(stats)
+        if not captures:
+            return cls(measured, fingerprint)
+        config, calls, facts = capture.load_all(captures, fingerprint)
+        alone = understanding_only(calls)
+        if not alone:
+            raise InputError("the captures hold no call of the understanding path alone: capture x2t_image or "
+                             "x2t_video (awq_calibrate_single.py --capture)")
+        if len(alone) < len(calls):
+            log.warning("%d of %d captured calls involve the generation expert, which is not part of this model, and "
+                        "are left out", len(calls) - len(alone), len(calls))
+        return cls(measured, fingerprint, capture.Replay(config, alone, device, facts))
 
 
-def fitted_tensors(source: Checkpoint, folder: Path, fmt: Format, stats: ActStats,
-                   fingerprint: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the MLX file, layer by layer, scales folded and grids fitted.
+def understanding_only(calls: Sequence[capture.Call]) -> list[capture.Call]:
+    """The calls that neither hold nor look back at a latent token."""
+    mixed: set[int] = set()
+    kept = []
+    for call in calls:
+        if "gen" in call.streams:
+            mixed.update(call.rows)
+        elif not mixed.intersection(call.rows):
+            kept.append(call)
+    return kept
+
+
+def fitted_tensors(source: Checkpoint, folder: Path, fmt: Format, known: Calibration, device: torch.device,
+                   record: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the MLX file, layer by layer, scales folded and weights rounded.
 
     Args:
         source: the extracted folder's tensors; their dtype is that of scales, norms and biases.
-        fingerprint: of the Lance checkpoint that was extracted.
+        device: where the work is done.
+        record: filled with one entry per linear: scale, errors, how it was rounded.
 
     Raises:
         InputError: statistics of another model.
     """
     config = DecoderConfig.load(folder)
-    _require_model(source, stats, fingerprint, config.num_hidden_layers)
-    dtype = source.specs["model.norm.weight"].dtype
+    _require_model(source, known, config.num_hidden_layers)
+    dtype = source.specs[f"{NORM}.weight"].dtype
+    codec = codec_of(fmt, dtype)
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}."
-        tensors = {name: source.read(name, torch.float32) for name in source.specs if name.startswith(prefix)}
-        squares = {name.removeprefix(layout.LLM_PREFIX): entry.mean_square for name, entry in stats.linears.items()
-                   if name.startswith(layout.LLM_PREFIX + prefix) and layout.expert_of(name) == "und"}
-        labels = fold_layer(tensors, squares, index, fmt, config)
-        log.info("layer %-3d %s", index, "  ".join(labels))
-        yield from _packed(tensors, squares, fmt, dtype)
-    ends = {name: source.read(name) for name in source.specs if not name.startswith("model.layers.")}
-    if fmt.mode == "nvfp4" and "lm_head.weight" in ends:  # a tied head cannot be scaled apart from the embedding
-        _shift_norm_fed(ends, "model.norm", ["lm_head"])
-    yield from _packed(ends, {}, fmt, dtype)
+        weights = {layout.LLM_PREFIX + name: source.read(name, torch.float32, device) for name in source.specs
+                   if name.startswith(prefix)}
+        for name, tensor in layer_tensors(index, weights, codec, known, record):
+            yield name, tensor if tensor.dtype in (torch.uint32, torch.uint8) else tensor.to(dtype)
+    yield from _ends(source, codec, known, device, config.rms_norm_eps, record)
 
 
-def _require_model(source: Checkpoint, stats: ActStats, fingerprint: str, layers: int) -> None:
+def _require_model(source: Checkpoint, known: Calibration, layers: int) -> None:
     widths = {}
     for name in layout.linears(layers):  # both experts have the same widths, and only one is here
         here = name.removeprefix(layout.LLM_PREFIX).replace(layout.SUFFIX["gen"], "")
         widths[name] = source.specs[f"{here}.weight"].shape[1]
-    stats.require_model(fingerprint, widths)
+    known.stats.require_model(known.fingerprint, widths)
 
 
-def fold_layer(tensors: dict[str, Tensor], squares: dict[str, Tensor], index: int, fmt: Format,
-               config: DecoderConfig) -> list[str]:
-    """Fold the best scales of one layer into its tensors, in place.
+def layer_tensors(index: int, weights: ours.Weights, codec: MlxCodec, known: Calibration,
+                  record: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Name in the MLX file -> tensor, for all of one layer.
 
     Args:
-        tensors: name in the extracted folder -> float32 tensor, all of the layer.
-        squares: linear -> mean square [in] of its input; divided by the scale's square where one is folded.
-
-    Returns:
-        One label per group, for the log.
+        weights: Lance's name -> float32 tensor; in the end the folded float weights.
     """
+    if codec.fmt.mode == "nvfp4":
+        _shift_layer(index, weights)
+    packed = set()
+    for group, done in ours.quantize_layer(index, weights, known.stats, codec, known.replay):
+        log.info("%-24s %s", group.name, done)
+        for number, (name, parts) in enumerate(zip(group.linears, done.tensors, strict=True)):
+            short = name.removeprefix(layout.LLM_PREFIX)
+            packed.add(f"{name}.weight")
+            record[short] = {"candidate": done.label, "error_before": done.before[number],
+                             "error_after": done.after[number], **done.details[number]}
+            yield from ((f"{short}.{suffix}", part.cpu()) for suffix, part in parts.items())
+    for name, tensor in weights.items():
+        if name not in packed:
+            yield name.removeprefix(layout.LLM_PREFIX), tensor.cpu()
+
+
+def _shift_layer(index: int, weights: ours.Weights) -> None:
     groups = {group.place: group for group in layout.groups(index) if group.expert == "und"}
-    names = {place: [name.removeprefix(layout.LLM_PREFIX) for name in group.linears] for place, group in groups.items()}
-    norms = {place: groups[place].norm.removeprefix(layout.LLM_PREFIX) for place in ("attn_in", "mlp_in")}
-    (o,), (down,), v, up = names["attn_out"], names["mlp_out"], names["attn_in"][2], names["mlp_in"][1]
-    if fmt.mode == "nvfp4":
-        for behind, before in ((o, v), (down, up)):
-            _shift_fed(tensors, behind, before)
-        for place in norms:
-            _shift_norm_fed(tensors, norms[place], names[place])
-    heads = fuse.Heads(config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads,
-                       config.head_dim)
-    labels = [_fold_fed(tensors, squares, o, v, MlxCodec(fmt), heads),
-              _fold_fed(tensors, squares, down, up, MlxCodec(fmt), None)]
-    return labels + [_fold_norm(tensors, squares, norms[place], names[place], MlxCodec(fmt)) for place in norms]
+    for place, kind in (("attn_out", "v_proj"), ("mlp_out", "up_proj")):
+        _shift_fed(weights, groups[place].linears[0], layout.linear(index, "und", kind))
+    for place in ("attn_in", "mlp_in"):
+        _shift_norm_fed(weights, groups[place].norm, groups[place].linears)
 
 
-def _fold_fed(tensors: dict[str, Tensor], squares: dict[str, Tensor], behind: str, before: str, codec: Any,
-              heads: fuse.Heads | None) -> str:
-    if behind not in squares:
-        return "no statistics"
-    found = awq.search_fed([tensors[f"{behind}.weight"]], [squares[behind]], codec, heads)
-    fuse.divide_rows(tensors[f"{before}.weight"], tensors.get(f"{before}.bias"), found.s)
-    fuse.multiply_columns(tensors[f"{behind}.weight"], found.columns)
-    squares[behind] = squares[behind] / found.columns**2
-    return found.label
-
-
-def _fold_norm(tensors: dict[str, Tensor], squares: dict[str, Tensor], norm: str, linears: list[str],
-               codec: Any) -> str:
-    if linears[0] not in squares:
-        return "no statistics"
-    weights = [tensors[f"{name}.weight"] for name in linears]
-    choice = awq.search(weights, tensors[f"{norm}.weight"], squares[linears[0]], codec)
-    tensors[f"{norm}.weight"] = choice.folded.norm.float()
-    for name, w in zip(linears, weights, strict=True):
-        fuse.multiply_columns(w, choice.folded.column)
-        squares[name] = squares[name] / choice.folded.column**2
-    return choice.label
-
-
-def _exponent(weights: list[Tensor], target: int) -> int:
+def _exponent(weights: Sequence[Tensor], target: int) -> int:
     """k such that the largest block scale of 2^k w is in (2^(target-1), 2^target]."""
     largest = max(float(w.abs().amax()) for w in weights) / 6
     return target - math.ceil(math.log2(largest)) if largest else 0
 
 
-def _shift_norm_fed(tensors: dict[str, Tensor], norm: str, linears: list[str]) -> None:
+def _shift_norm_fed(tensors: dict[str, Tensor], norm: str, linears: Sequence[str]) -> None:
     factor = 2.0 ** _exponent([tensors[f"{name}.weight"] for name in linears], _NORM_FED)
     tensors[f"{norm}.weight"].div_(factor)
     for name in linears:
@@ -154,16 +162,70 @@ def _shift_fed(tensors: dict[str, Tensor], behind: str, before: str) -> None:
             tensors[f"{before}.{part}"].div_(factor)
 
 
-def _packed(tensors: dict[str, Tensor], squares: dict[str, Tensor], fmt: Format,
-            dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors.items():
-        if tensor.dim() != 2 or tensor.shape[1] % fmt.group_size:
-            yield name, tensor.to(dtype)
-            continue
-        linear = name.removesuffix(".weight")
-        known = squares.get(linear)
-        importance = torch.ones(tensor.shape[1]) if known is None else awq.importance(known)
-        parts = [quantize_fitted(tensor[row:row + _ROWS], fmt, importance, dtype)
-                 for row in range(0, tensor.shape[0], _ROWS)]
-        for suffix in parts[0]:
-            yield f"{linear}.{suffix}", torch.cat([part[suffix] for part in parts])
+def _ends(source: Checkpoint, codec: MlxCodec, known: Calibration, device: torch.device, eps: float,
+          record: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Embedding, final norm and head."""
+    embedding = source.read(f"{EMBEDDING}.weight", torch.float32, device)
+    yield from _in_rows(EMBEDDING, embedding, lambda rows: _nearest(rows, torch.ones_like(rows[0]), codec), codec)
+    ends = {f"{name}.weight": source.read(f"{name}.weight", torch.float32, device) for name in (NORM, HEAD)
+            if f"{name}.weight" in source.specs}
+    del embedding
+    head, norm = ends.get(f"{HEAD}.weight"), ends[f"{NORM}.weight"]
+    if head is not None:  # a tied head cannot be scaled apart from the embedding, and is not in the file
+        if codec.fmt.mode == "nvfp4":
+            _shift_norm_fed(ends, NORM, [HEAD])
+        yield from head_tensors(head, norm, codec, known.replay, eps, record)
+    yield f"{NORM}.weight", norm.cpu().to(codec.dtype)
+
+
+def head_tensors(head: Tensor, norm: Tensor, codec: MlxCodec, replay: capture.Replay | None, eps: float,
+                 record: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The head, scaled and rounded for what reaches it; `head` and `norm` are changed to what belongs together.
+
+    Without captured inputs their mean squares are held to be those of the norm's weights: a norm leaves a mean square
+    of 1 over its channels.
+    """
+    m2 = norm.square() if replay is None else _head_moments(replay, norm, eps).mean_square
+    choice = awq.search([head], norm, m2, codec)
+    norm.copy_(choice.folded.norm)
+    fuse.multiply_columns(head, choice.folded.column)
+    moments = None if replay is None else _head_moments(replay, norm, eps)
+    importance, rounded = awq.importance(m2 / choice.folded.column**2), []
+
+    def pack(rows: Tensor) -> dict[str, Tensor]:
+        if moments is None:
+            return _nearest(rows, importance, codec)
+        done = gptq.round_weight(rows.t().contiguous(), moments, codec, None)
+        rounded.append(done.method)
+        return codec.tensors(codec.encode(done.values.t().contiguous(), done.grid))
+
+    yield from _in_rows(HEAD, head, pack, codec)
+    record[HEAD] = {"candidate": choice.label, "error_before": choice.before[0], "error_after": choice.after[0],
+                    "rounding": "/".join(sorted(set(rounded))) or "searched",
+                    "gram_tokens": 0 if moments is None else moments.n_tokens}
+
+
+def _head_moments(replay: capture.Replay, norm: Tensor, eps: float) -> gptq.Moments:
+    """Of the head's inputs at text tokens; nothing is read off a picture's."""
+    layer = RMSNorm(len(norm), eps).to(norm.device).requires_grad_(False)
+    layer.weight.copy_(norm)
+    sums = gptq.Sums(len(norm), norm.device)
+    for exact, packed in replay.hidden():
+        if exact.causal:
+            sums.add(*(layer(call.streams["und"].to(norm.device)).flatten(0, -2) for call in (packed, exact)))
+    return sums.moments()
+
+
+def _nearest(rows: Tensor, importance: Tensor, codec: MlxCodec) -> dict[str, Tensor]:
+    (packed,) = quantize_searched(codec, [rows], importance, None)
+    return codec.tensors(packed)
+
+
+def _in_rows(name: str, weight: Tensor, pack: Any, codec: MlxCodec) -> Iterator[tuple[str, Tensor]]:
+    """A weight packed some rows at a time; as it is if the group size does not divide its width."""
+    if weight.shape[1] % codec.group_size:
+        yield f"{name}.weight", weight.cpu().to(codec.dtype)
+        return
+    parts = [pack(rows) for rows in weight.split(_ROWS)]
+    for suffix in parts[0]:
+        yield f"{name}.{suffix}", torch.cat([part[suffix].cpu() for part in parts])

@@ -1,5 +1,6 @@
-"""Some layers of the understanding path with a cache of fixed room: what a Core ML package computes, in torch.
+"""What a Core ML package computes, in torch: some layers with a cache of fixed room, or one of the network's ends.
 
+The ends hold one matrix each that is as large as eight layers, and are packages of their own.
 Separate from the conversion, so that it can be checked wherever torch runs.
 
 Letters in shapes: t new token, s token so far, d head width.
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from apple.decoder import DecoderConfig, DecoderLayer, rope_tables
 
+START, END = "embedding", "head"
+Piece = range | str  # layers, or START or END
 _SMALLEST = 2.0**-10  # keeps the division finite where a token is all zeros
 
 
@@ -34,17 +37,11 @@ class WideRMSNorm(nn.Module):
 
 
 class Part(nn.Module):
-    """Some layers with their cache; at the ends of the network the embedding, or norm and head, with them."""
+    """Some layers with their cache."""
 
     def __init__(self, config: DecoderConfig, layers: range, context: int):
         super().__init__()
-        self.first, self.last = layers.start == 0, layers.stop == config.num_hidden_layers
-        if self.first:
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, WideRMSNorm) for _ in layers)
-        if self.last:
-            self.norm = WideRMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         shape = (len(layers), config.num_key_value_heads, context, config.head_dim)
         for name in ("keys", "values"):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float16), persistent=False)
@@ -52,8 +49,6 @@ class Part(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         end = mask.shape[1]
         begin = end - mask.shape[0]
-        if self.first:
-            x = self.embed_tokens(x)
         for index, layer in enumerate(self.layers):
             def remember(k: Tensor, v: Tensor, index: int = index) -> tuple[Tensor, Tensor]:
                 self.keys[index:index + 1, :, begin:end] = k.half()
@@ -62,29 +57,56 @@ class Part(nn.Module):
                 return tuple(past)
 
             x = layer(x, (cos, sin), mask, remember)
-        return self.lm_head(self.norm(x)) if self.last else x
+        return x
 
 
-def build(tensors: Mapping[str, Tensor], config: DecoderConfig, layers: range, context: int) -> Part:
+class Start(nn.Module):
+    """The embedding, in front of the first layer."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embed_tokens(ids)
+
+
+class End(nn.Module):
+    """The norm and the head behind the last layer."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.norm = WideRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.norm(x))
+
+
+def build(tensors: Mapping[str, Tensor], config: DecoderConfig, piece: Piece, context: int) -> nn.Module:
     """The package as a torch module, filled from tensors named as in the extracted folder; keys must agree exactly."""
-    part = Part(config, layers, context)
+    module = Part(config, piece, context) if isinstance(piece, range) else {START: Start, END: End}[piece](config)
     renamed = {}
     for name, tensor in tensors.items():
         short = name.removeprefix("model.")
         if short.startswith("layers."):
             _, index, rest = short.split(".", 2)
-            short = f"layers.{int(index) - layers.start}.{rest}"
+            short = f"layers.{int(index) - piece.start}.{rest}"
         renamed[short] = tensor.float()
-    part.load_state_dict(renamed)
-    return part.eval().requires_grad_(False)
+    module.load_state_dict(renamed)
+    return module.eval().requires_grad_(False)
 
 
-def example_inputs(config: DecoderConfig, layers: range, past: int, new: int) -> tuple[Tensor, ...]:
+def example_inputs(config: DecoderConfig, piece: Piece, past: int, new: int) -> tuple[Tensor, ...]:
     """Inputs of the right shapes: `new` tokens behind `past` ones."""
-    first = torch.zeros(1, new, dtype=torch.int32) if layers.start == 0 else torch.zeros(1, new, config.hidden_size)
+    if piece == START:
+        return (torch.zeros(1, new, dtype=torch.int32),)
+    hidden = torch.zeros(1, new, config.hidden_size)
+    if piece == END:
+        return (hidden,)
     table = torch.zeros(new, config.head_dim)
     mask = torch.full((new, past + new), float("-inf")).triu(past + 1)
-    return first, table, table, mask
+    return hidden, table, table, mask
 
 
 def step_inputs(config: DecoderConfig, past: int, new: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,14 +14,14 @@ from test_apple_extract import real_config, transformers_logits
 from apple import export_coreml, extract_und
 from apple.decoder import DecoderConfig, load_decoder
 from apple.palette import COLORS, ROWS, palettize, values_of
-from apple.stateful import WideRMSNorm, build, step_inputs
+from apple.stateful import Part, WideRMSNorm, build, step_inputs
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import RMSNorm
 from lance_quant.tensorfile import Checkpoint
 
 GOLDEN = GOLDENS / "checkpoint" / "Lance_3B"
-PER_PART = 2  # of the golden checkpoint's 3 layers: one package with a beginning, one with an end
+PER_PART = 2  # of the golden checkpoint's 3 layers: one full package of layers, one that is not
 CONTEXT = 32
 needs_coremltools = pytest.mark.skipif(importlib.util.find_spec("coremltools") is None,
                                        reason="coremltools is not installed (requirements-apple.txt)")
@@ -53,9 +53,8 @@ def packages(extracted, tmp_path_factory):
 def parts(tensors, config):
     """The torch modules behind the packages."""
     specs = dict.fromkeys(tensors)
-    return [build({name: tensors[name] for name in export_coreml.names_of(specs, layers, config.num_hidden_layers)},
-                  config, layers, CONTEXT)
-            for layers in export_coreml.parts_of(config.num_hidden_layers, PER_PART)]
+    return [build({name: tensors[name] for name in export_coreml.names_of(specs, piece)}, config, piece, CONTEXT)
+            for piece in export_coreml.parts_of(config.num_hidden_layers, PER_PART)]
 
 
 def run(modules, config, ids, steps):
@@ -64,7 +63,7 @@ def run(modules, config, ids, steps):
     for new in steps:
         x = ids[None, past:past + new].int()
         for module in modules:
-            x = module(x, *step_inputs(config, past, new))
+            x = module(x, *step_inputs(config, past, new)) if isinstance(module, Part) else module(x)
         out.append(x[0])
         past += new
     return torch.cat(out)
@@ -162,7 +161,7 @@ def test_packages_hold_the_palettes_and_nothing_else_is_palettized(packages, flo
 
 
 @needs_coremltools
-def test_packages_are_as_small_as_planned_and_keep_state(packages, extracted):
+def test_packages_are_as_small_as_planned_and_layers_keep_state(packages, extracted):
     import coremltools as ct
 
     specs = Checkpoint(extracted).specs
@@ -171,9 +170,11 @@ def test_packages_are_as_small_as_planned_and_keep_state(packages, extracted):
     # Every tensor is padded to 64 bytes and described by 64 more, a palette and its indices are two; linears without a
     # bias get one of zeros.
     assert planned <= stored < planned + 256 * len(specs) + 2 * rows
-    for name in json.loads((packages / "coreml.json").read_text())["parts"]:
+    record = json.loads((packages / "coreml.json").read_text())
+    assert record["holds"] == ["embedding", "layers 0 to 1", "layers 2 to 2", "head"]
+    for name, holds in zip(record["parts"], record["holds"], strict=True):
         description = ct.models.MLModel(str(packages / name), skip_model_load=True).get_spec().description
-        assert {state.name for state in description.state} == {"keys", "values"}
+        assert {state.name for state in description.state} == ({"keys", "values"} if "layers" in holds else set())
 
 
 @needs_mac
@@ -185,12 +186,13 @@ def test_packages_predict_what_torch_computes(packages, float16):
     ids, past, got = torch.arange(12) * 7, 0, []
     models = [ct.models.MLModel(str(packages / name))
               for name in json.loads((packages / "coreml.json").read_text())["parts"]]
-    states = [model.make_state() for model in models]
+    states = [None, *(model.make_state() for model in models[1:-1]), None]
     for new in (8, 1, 3):
         x, names = ids[None, past:past + new].int().numpy(), ("cos", "sin", "mask")
         tables = {name: table.half().numpy() for name, table in zip(names, step_inputs(config, past, new), strict=True)}
         for index, (model, state) in enumerate(zip(models, states, strict=True)):
-            (x,) = model.predict({"ids" if index == 0 else "hidden": x, **tables}, state=state).values()
+            given = {"ids" if index == 0 else "hidden": x, **({} if state is None else tables)}
+            (x,) = model.predict(given, state=state).values()
         got.append(torch.from_numpy(x)[0].float())
         past += new
     expected = run(parts(tensors, config), config, ids, [12])
@@ -220,4 +222,8 @@ def test_sizes_of_the_real_models(tmp_path, model):
         und = extract_und.plan(checkpoint.specs, LanceConfig.load(source / "llm_config.json"), "glm4_moe", False,
                                torch.bfloat16)
     assert export_coreml.palette_bytes(und) == 1_700_268_800
-    assert len(export_coreml.parts_of(36, 6)) == 6
+    pieces = export_coreml.parts_of(36, 12)
+    assert [export_coreml.holds(piece) for piece in pieces] == [
+        "embedding", "layers 0 to 11", "layers 12 to 23", "layers 24 to 35", "head"]
+    named = [name for piece in pieces for name in export_coreml.names_of(und, piece)]
+    assert sorted(named) == sorted(und)

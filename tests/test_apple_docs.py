@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from test_architecture import LIMIT, functions, public, tree
 
-from apple import compare_mlx, export_coreml, export_mlx, extract_und
+from apple import compare_mlx, export_coreml, export_mlx, extract_und, measure_nano
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "apple"
 MODULES = sorted(FOLDER.glob("*.py"))
 SCRIPTS = {"extract_und": extract_und, "export_mlx": export_mlx, "export_coreml": export_coreml,
-           "compare_mlx": compare_mlx}
+           "compare_mlx": compare_mlx, "measure_nano": measure_nano}
 TEXTS = [(FOLDER / "README.md").read_text(encoding="utf-8"), *(module.__doc__ for module in SCRIPTS.values())]
 COMMANDS = sorted({line.strip() for text in TEXTS for line in text.splitlines()
                    if line.strip().startswith("python apple/")})

@@ -1,0 +1,212 @@
+"""MLX's 4-bit grids as codecs: what lance_quant's search, rounding and GPTQ must know of a format.
+
+The part of lance_quant.codec.Codec that they use. Unlike mlx_codes.quantize, which repeats MLX, the grids here are the
+ones that leave the smallest weighted error, with scales (and biases) rounded to what the file holds before codes are
+chosen. The formats and sizes are the same.
+
+Shape suffixes: o out, i in, g group.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from apple import mlx_codes
+from apple.mlx_codes import Format
+from lance_quant import nvfp4
+from lance_quant.codec import Grid, Kind, nearest_levels
+from lance_quant.int4 import pack_nibbles
+
+_LEVELS = 15
+_MIN_SCALE = 1e-7  # MLX's
+_STARTS = (1.0, 0.9, 0.8)  # of the range, from which affine grids are refitted
+_REFITS = 3  # rounds of least squares per start
+
+
+class MlxWeight(NamedTuple):
+    """A packed weight.
+
+    packed: uint8 [out, in/2], even column in the low nibble
+    scale: [out, groups], as the file holds it
+    bias: [out, groups]; None in the floating-point formats
+    """
+
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class MlxCodec:
+    """What all three formats share.
+
+    dtype: of affine scales and biases in the file
+    """
+
+    fmt: Format
+    dtype: torch.dtype
+    SCHEMES: ClassVar[dict[Kind, str]] = {}
+
+    @property
+    def group_size(self) -> int:
+        """Inputs per scale."""
+        return self.fmt.group_size
+
+    def context(self, amax: float) -> None:
+        """Nothing is shared between weights."""
+
+    def quantize(self, w: Tensor, context: None = None) -> MlxWeight:
+        """As MLX rounds a weight [out, in] in its file's dtype."""
+        parts = mlx_codes.quantize(w.to(self.dtype), self.fmt)
+        return MlxWeight(parts["weight"].view(torch.uint8), parts["scales"], parts.get("biases"))
+
+    def dequantize(self, q: MlxWeight) -> Tensor:
+        """packed -> float32 [out, in]."""
+        return mlx_codes.dequantize(self.tensors(q), self.fmt)
+
+    def fake_quant_io(self, w_io: Tensor, context: None = None) -> Tensor:
+        """MLX's rounding of a transposed float32 weight: [in, out] -> [in, out]."""
+        return mlx_codes.fake_quant_io(w_io, self.fmt)
+
+    def round_io(self, w_io: Tensor, grid: Grid, context: None = None) -> tuple[MlxWeight, Tensor]:
+        """The nearest levels of a float32 weight [in, out] in its groups' grids: packed, and as float32 [in, out]."""
+        values = nearest_levels(self, w_io, grid)
+        return self.encode(values.t().contiguous(), grid), values
+
+    def tensors(self, q: MlxWeight) -> dict[str, Tensor]:
+        """What a packed weight is in the file: suffix -> tensor."""
+        rest = {} if q.bias is None else {"biases": q.bias}
+        return {"weight": q.packed.contiguous().view(torch.uint32), "scales": q.scale, **rest}
+
+
+class Affine(MlxCodec):
+    """code * step + bias. A Grid's zero is -bias / step, a float: the bias is what rounding -zero * step gives."""
+
+    def grid(self, w_io: Tensor, importance: Tensor, context: None = None) -> Grid:
+        """Of MLX's own grids, and ranges pulled in and refitted to their codes by least squares, the best of each
+        group for squared errors weighted by `importance` [in]."""
+        blocks_ogi = w_io.t().reshape(w_io.shape[1], -1, self.group_size)
+        weight_gi = importance.view(-1, self.group_size)
+        best = None
+        for step, bias in self._candidates(blocks_ogi, weight_gi):
+            values = _codes(blocks_ogi, step, bias).mul_(step).add_(bias)
+            found = (values.sub_(blocks_ogi).square_().mul_(weight_gi).sum(-1, keepdim=True), step, bias)
+            best = found if best is None else tuple(
+                torch.where(found[0] < best[0], new, old) for new, old in zip(found, best, strict=True))
+        _, step, bias = (part.squeeze(-1).t().contiguous() for part in best)
+        return Grid(step, -bias / step)
+
+    def _candidates(self, blocks_ogi: Tensor, weight_gi: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Steps and biases [o, g, 1], as stored."""
+        parts = mlx_codes.quantize(blocks_ogi.flatten(1), self.fmt)
+        yield tuple(self._stored(parts[name][..., None]) for name in ("scales", "biases"))
+        low, high = blocks_ogi.amin(-1, keepdim=True), blocks_ogi.amax(-1, keepdim=True)
+        total = weight_gi.sum(-1)[:, None]
+        middle = (blocks_ogi * weight_gi).sum(-1, keepdim=True) / total
+        for start in _STARTS:
+            step, bias = self.storable((high - low) / _LEVELS * start), self._stored(low * start)
+            for _ in range(_REFITS):
+                yield step, bias
+                code = _codes(blocks_ogi, step, bias)
+                code_middle = (code * weight_gi).sum(-1, keepdim=True) / total
+                centred = (code - code_middle) * weight_gi
+                spread = (centred * code).sum(-1, keepdim=True)
+                slope = (centred * blocks_ogi).sum(-1, keepdim=True) / spread
+                # A group of one code has no slope.
+                step = self.storable(torch.where(spread > 0, slope, step))
+                bias = self._stored(middle - step * code_middle)
+            yield step, bias
+
+    def _stored(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).float()
+
+    def _bias(self, grid: Grid) -> Tensor:
+        return self._stored(-grid.zero * grid.step)
+
+    def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
+        """The nearest level of each value [n, out]; the grid's tensors broadcast against it."""
+        bias = self._bias(grid)
+        return _codes(w_io, grid.step, bias).mul_(grid.step).add_(bias)
+
+    def storable(self, step: Tensor, context: None = None) -> Tensor:
+        """Rounded to the file's dtype, positive."""
+        return self._stored(step.clamp(min=_MIN_SCALE))
+
+    def encode(self, values: Tensor, grid: Grid, context: None = None) -> MlxWeight:
+        """Pack values [out, in] near levels of `grid` ([groups, out]): a refitted step moves the levels, but for the
+        rounding of the bias, and that is where they settle."""
+        bias = self._bias(grid).t().contiguous()
+        blocks_ogi = values.view(*bias.shape, -1)
+        code_oi = _codes(blocks_ogi, grid.step.t()[..., None], bias[..., None]).view(values.shape).byte()
+        return MlxWeight(pack_nibbles(code_oi), grid.step.t().contiguous().to(self.dtype), bias.to(self.dtype))
+
+
+def _codes(values: Tensor, step: Tensor, bias: Tensor) -> Tensor:
+    return ((values - bias) / step).round_().clamp_(0, _LEVELS)
+
+
+class _Float4(MlxCodec):
+    """E2M1 times a scale."""
+
+    def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
+        """The nearest level of each value [n, out]; the grid's tensors broadcast against it."""
+        return nvfp4.nearest(w_io, grid.step)
+
+    def encode(self, values: Tensor, grid: Grid, context: None = None) -> MlxWeight:
+        """Pack values [out, in] that are levels of `grid` ([groups, out]), exactly."""
+        step = grid.step.t().contiguous()
+        per_block = step.repeat_interleave(self.group_size // nvfp4.BLOCK, 1)
+        return MlxWeight(nvfp4.encode(values, per_block, 1.0).packed, self._bytes(step), None)
+
+
+class Nvfp4(_Float4):
+    """NVFP4 as MLX has it: without a scale per tensor."""
+
+    def grid(self, w_io: Tensor, importance: Tensor, context: None = None) -> Grid:
+        """See nvfp4.search_scales_io."""
+        return Grid(nvfp4.search_scales_io(w_io, 1.0, importance), None)
+
+    def storable(self, step: Tensor, context: None = None) -> Tensor:
+        """Rounded to E4M3."""
+        return nvfp4.round_e4m3(step.clamp(nvfp4.MIN_E4M3, nvfp4.E4M3_MAX))
+
+    def _bytes(self, step: Tensor) -> Tensor:
+        return nvfp4.encode_e4m3(step)
+
+
+class Mxfp4(_Float4):
+    """MXFP4: powers of two, 32 inputs each."""
+
+    def grid(self, w_io: Tensor, importance: Tensor, context: None = None) -> Grid:
+        """The power of two that MLX takes or half of it, whichever leaves the smaller error weighted by `importance`
+        [in]. Twice of it has no level that MLX's lacks."""
+        blocks_gio = w_io.view(-1, self.group_size, w_io.shape[1])
+        weight_gi = importance.view(-1, 1, self.group_size)
+        largest = blocks_gio.abs().amax(1, keepdim=True) / nvfp4.E2M1_MAX
+        plain = _power_of_two(torch.where(largest > 0, largest.log2().ceil(), 0.0))
+        half = _power_of_two(plain.log2() - 1)
+        errors = [torch.bmm(weight_gi, nvfp4.nearest(blocks_gio, step).sub_(blocks_gio).square_())
+                  for step in (plain, half)]
+        return Grid(torch.where(errors[1] < errors[0], half, plain).squeeze(1), None)
+
+    def storable(self, step: Tensor, context: None = None) -> Tensor:
+        """Rounded to a power of two."""
+        return _power_of_two(step.log2().round())
+
+    def _bytes(self, step: Tensor) -> Tensor:
+        return (step.log2() + 127).byte()
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    return torch.exp2(exponent.clamp(-126, 127))  # what a float32 is exact for
+
+
+CODECS = {"affine": Affine, "nvfp4": Nvfp4, "mxfp4": Mxfp4}
+
+
+def codec_of(fmt: Format, dtype: torch.dtype) -> MlxCodec:
+    """The codec of a format, for a file whose norms have some dtype."""
+    return CODECS[fmt.mode](fmt, dtype)
