@@ -13,7 +13,7 @@ TITLES = {
     "LanceKitImageUnderstanding": ("Lance 图像理解", "回答关于图片的问题。"),
     "LanceKitVideoUnderstanding": ("Lance 视频理解", "回答关于视频的问题。"),
     "LanceKitUnload": ("Lance 卸载", "释放 Lance 模型占用的全部显存和内存。"),
-    "LanceKitSelfCheck": ("Lance 自检", "报告版本、设备、模型以及缺少的内容。"),
+    "LanceKitSelfCheck": ("Lance 自检", "报告版本、设备、模型、官方源码的位置以及缺少的内容。"),
 }
 HELP = {
     "LanceKitModelLoader": "按文件夹内容而不是名称识别检查点：`awq_meta.json` 是 INT4，`nvfp4_meta.json` 是 NVFP4，"
@@ -43,6 +43,8 @@ INPUTS = {
     "offload": ("卸载到内存", "auto：需要空间时由 ComfyUI 把语言模型、ViT 和 VAE 移到内存。"
                 "after_use：用完立即让出 GPU。"),
     "vae_tiling": ("VAE 分块", "把大画面分成重叠的块解码：内存少得多，结果略有不同。"),
+    "kernel": ("计算内核", "mode 为 ondemand 时如何计算 4 位权重。auto：本机上最快的。"
+               "reference：纯 PyTorch，很慢，用于对比。"),
     "model": ("模型", "来自 Lance 模型加载器。"),
     "prompt": ("提示词", "要生成什么。"),
     "size": ("尺寸", "宽 x 高。auto 为官方尺寸；lance-nano 为 112x112。"),

@@ -35,6 +35,7 @@ class Spec:
     keep_loaded: bool
     offload: str
     vae_tiling: bool
+    kernel: str
 
 
 class LanceModel:
@@ -144,7 +145,7 @@ def _load(spec: Spec) -> "Pipeline":
     source.on_read = progress.step
     prepare = None
     if choice.found.precision != "bf16":
-        prepare = _packed(choice.found.folder, dtype, rest, spec.mode, progress.step)
+        prepare = _packed(choice.found.folder, dtype, rest, spec, progress.step)
     try:
         model = load_lance(source, LanceConfig.load(paths.model / "llm_config.json"), rest, dtype, dtype, prepare)
     except BaseException:
@@ -171,7 +172,7 @@ def _watched(weights: Path) -> "Checkpoint":
     return Watched(weights)
 
 
-def _packed(folder: Path, dtype: "torch.dtype", device: "torch.device", mode: str,
+def _packed(folder: Path, dtype: "torch.dtype", device: "torch.device", spec: Spec,
             on_read: Callable[[], None]) -> Callable[["torch.nn.Module"], object]:
     """What puts a packed folder's linears into a model that is still on meta."""
     from lance_quant.packed import PackedFolder
@@ -186,6 +187,6 @@ def _packed(folder: Path, dtype: "torch.dtype", device: "torch.device", mode: st
 
     def prepare(model: "torch.nn.Module") -> None:
         with Watched(folder) as packed:
-            swap_linears(model, packed, dtype, device, mode)
+            swap_linears(model, packed, dtype, device, spec.mode, spec.kernel)
 
     return prepare

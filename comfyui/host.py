@@ -35,6 +35,16 @@ def roots() -> list[Path]:
     return [Path(path) for path in folder_paths.get_folder_paths(FOLDER)]
 
 
+def source_places() -> list[tuple[str, Path]]:
+    """Where a ComfyUI's user puts a checkout of the official source: (what the folder is called, folder)."""
+    try:
+        import folder_paths
+    except ImportError:
+        return []
+    nodes = [("custom_nodes", Path(path)) for path in folder_paths.get_folder_paths("custom_nodes")]
+    return [*nodes, ("ComfyUI folder", Path(folder_paths.base_path))]
+
+
 def device_names() -> list[str]:
     """What the loader's device widget offers."""
     import torch

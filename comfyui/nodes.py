@@ -27,12 +27,12 @@ _BLACKWELL = 10  # compute capability from which GPUs multiply NVFP4
 
 
 def load_model(flavor: str, precision: str, checkpoint: str, device: str, mode: str,
-               keep_loaded: bool, offload: str, vae_tiling: bool) -> tuple[LanceModel, str]:
+               keep_loaded: bool, offload: str, vae_tiling: bool, kernel: str) -> tuple[LanceModel, str]:
     """Lance Model Loader."""
     toolkit.require()
     choice = models.choose(flavor, precision, checkpoint, _is_blackwell(device))
     stamp = model_fingerprint(flavor, precision, checkpoint, device)
-    model = handle_of(Spec(choice, stamp, device, mode, keep_loaded, offload, vae_tiling))
+    model = handle_of(Spec(choice, stamp, device, mode, keep_loaded, offload, vae_tiling, kernel))
     missing = [name for name, part in (("ViT", choice.vit), ("VAE", choice.vae)) if part is None]
     info = "\n".join([f"{choice.found.label}: {choice.found.flavor}, {choice.found.precision}",
                       f"weights {choice.found.weights}", f"why: {choice.reason}",
@@ -208,6 +208,7 @@ def self_check() -> dict[str, Any]:
         lines.append(f"model {found.label}: {found.flavor or 'unreadable'}, {found.precision}, {found.weights}")
         lines.append(f"  parts: {_attempt(lambda found=found: _parts(found))}")
     lines.append(f"auto would load: {_attempt(lambda: _automatic())}")
+    lines.append(f"official source: {_attempt(_official_source)}")
     report = "\n".join(lines)
     host.log.info("Lance self check\n%s", report)
     return {"ui": {"text": [report]}, "result": (report,)}
@@ -224,6 +225,16 @@ def _attempt(report: Any) -> str:
 def _parts(found: models.Found) -> str:
     choice = models.choose("auto", "auto", found.label, blackwell=False)
     return f"configuration {choice.config}, ViT {choice.vit or 'missing'}, VAE {choice.vae or 'missing'}"
+
+
+def _official_source() -> str:
+    """Where ByteDance's own code was looked for, in order; the nodes do not need it."""
+    from lance_quant import official
+
+    looked = list(official.look(None, host.source_places()))
+    places = [f"  {number}. {one.via}: {one.path}: {one.rejected or 'found'}" for number, one in enumerate(looked, 1)]
+    found = "none, and no node needs it" if looked[-1].rejected else f"{looked[-1].path} ({looked[-1].via})"
+    return "\n".join([f"{found}; looked at", *places])
 
 
 def _automatic() -> str:

@@ -163,7 +163,10 @@ NODES = (
                 "space. after_use: each gives up the GPU as soon as it is done.", "auto", choices=("auto", "after_use"),
                 advanced=True),
           Input("vae_tiling", "BOOLEAN", "Decode large frames in overlapping tiles: much less memory, and the result "
-                "differs a little.", False, advanced=True)),
+                "differs a little.", False, advanced=True),
+          Input("kernel", "COMBO", "What computes 4-bit weights in mode ondemand. auto: the fastest that this machine "
+                "has. reference: plain PyTorch, slow, to compare with.", "auto", choices=("auto", "reference"),
+                advanced=True)),
          (Output("model", "LANCE_MODEL", "For all other Lance nodes."),
           Output("info", "STRING", "What was loaded, from where, and why that.")),
          "Checkpoints are recognised by what is in a folder, whatever its name: `awq_meta.json` is INT4, "
@@ -223,7 +226,7 @@ NODES = (
          (Output("after", "*", "What came in, unchanged."),),
          "The model loads again by itself when a node needs it."),
     Node("LanceKitSelfCheck", "Lance Self Check",
-         "Reports versions, devices, models and what is missing.", "self_check", (),
+         "Reports versions, devices, models, where the official source is, and what is missing.", "self_check", (),
          (Output("report", "STRING", "The report as text."),),
          "Run it first when something does not work, and put its text into a bug report.", is_output=True),
 )

@@ -29,7 +29,7 @@ ANSWER = "max_new_tokens temperature top_p seed"
 SAMPLING = "steps cfg seed timestep_shift cfg_start cfg_end low_memory"
 # Saved workflows hold these names, and widget values in this order: only ever add at an end.
 FROZEN = {
-    "LanceKitModelLoader": "flavor precision checkpoint device mode keep_loaded offload vae_tiling",
+    "LanceKitModelLoader": "flavor precision checkpoint device mode keep_loaded offload vae_tiling kernel",
     "LanceKitTextToImage": f"model prompt size width height batch {SAMPLING}",
     "LanceKitTextToVideo": f"model prompt size width height frames fps {SAMPLING}",
     "LanceKitImageToVideo": f"model image prompt resolution frames fps {SAMPLING}",
@@ -82,7 +82,8 @@ class Comfy:
                 comfy.progress.append((value, total))
 
         made = {
-            "folder_paths": {"models_dir": str(self.root), "get_folder_paths": lambda _: [str(self.root / "lance")]},
+            "folder_paths": {"models_dir": str(self.root), "base_path": str(self.root / "ComfyUI"),
+                             "get_folder_paths": lambda name: [str(self.root / name)]},
             "comfy": {}, "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
             "comfy.utils": {"ProgressBar": ProgressBar},
             "comfy.model_management": {
@@ -557,6 +558,9 @@ def test_published_packed_folders_run_in_both_modes(comfy, tiny, folder, precisi
     assert precision in info
     ondemand = draw(small)
     torch.testing.assert_close(ondemand, draw(load(checkpoint="packed", mode="cached")[0]), rtol=0, atol=2 / 255)
+    reference, _ = load(checkpoint="packed", kernel="reference")
+    torch.testing.assert_close(ondemand, draw(reference), rtol=0, atol=2 / 255)
+    assert {part.choice for part in reference._pipeline.model.modules() if hasattr(part, "choice")} == {"reference"}
     assert not torch.equal(ondemand, draw(tiny))
 
 
@@ -588,6 +592,34 @@ def test_self_check_reports_and_never_fails(comfy, tiny, monkeypatch):
     assert "some name/Lance_3B: lance_nano, bf16" in report and "transformers: " in report
     monkeypatch.setattr(host, "device", lambda _: 1 / 0)
     assert "FAILED: division by zero" in nodes.self_check()["result"][0]
+
+
+def source_lines() -> list[str]:
+    """What the self check says of the official source, places renamed by what they are."""
+    lines = nodes.self_check()["result"][0].splitlines()
+    return lines[[line.startswith("official source: ") for line in lines].index(True):]
+
+
+def test_self_check_lists_where_the_official_source_was_looked_for(comfy, monkeypatch):
+    from lance_quant import official
+
+    monkeypatch.delenv(official.ENV_SOURCE, raising=False)
+    monkeypatch.setattr(official, "_HOME", comfy.root / "elsewhere" / "pack")
+    monkeypatch.chdir(comfy.root)
+    first, *places = source_lines()
+    assert first == "official source: none, and no node needs it; looked at"
+    assert [place.split(":")[0].strip() for place in places] == [
+        "1. inside this repository", "2. beside this repository", "3. custom_nodes", "4. ComfyUI folder",
+        "5. working directory", "6. working directory"]
+    source = comfy.root / "custom_nodes" / "lance"
+    for marker in official.MARKERS:
+        (source / marker).parent.mkdir(parents=True, exist_ok=True)
+        (source / marker).touch()
+    first, *places = source_lines()
+    assert first == f"official source: {source} (custom_nodes); looked at"
+    assert len(places) == 3 and places[-1] == f"  3. custom_nodes: {source}: found"
+    monkeypatch.setenv(official.ENV_SOURCE, str(comfy.root / "wrong"))
+    assert source_lines()[1:] == [f"  1. LANCE_SRC_PATH: {comfy.root / 'wrong'}: does not exist"]
 
 
 @pytest.fixture
