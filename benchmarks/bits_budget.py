@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+"""Where the bits go: INT4 with one group size, against a budget of the same size, on lance-nano.
+
+    python benchmarks/bits_budget.py --seeds 0 1 2
+
+Reads   lance_nano/checkpoint (or --model_path)
+Writes  nothing that stays; prints a table in Markdown and, as the last line on stdout, JSON: per variant its bits per
+        quantized weight, bytes of the file, linears by format, `velocity`, relative error on the float model's own
+        trajectories, and `kl`, nats per token on its own answers, both on held-out samples, with every seed's values
+Needs   1.5 GB of memory per worker; on one CPU core about 6 minutes per seed
+
+A seed decides which samples calibrate and which are held out, and the noise of the pictures. Rounding is from
+statistics ("nearest") or from captures ("gptq"). A budget's harm is the relative output error, from statistics, or what
+captures say (lance_quant/sensitivity.py). head8: the output head and the token embedding in 8 bits.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fidelity_nano import CPU, MODEL, TASKS, Baseline, baseline_of, calibrate, prompts_of, sampling_of
+
+from lance_nano import evaluate
+from lance_nano.scenes import SIZE
+from lance_quant import budget, capture, cli, convert, layout, sensitivity
+from lance_quant.codec import Int4
+from lance_quant.compare import step_errors, token_divergence
+from lance_quant.lance.pipeline import Pipeline
+from lance_quant.ours import Weights
+from lance_quant.packed import PackedFolder
+from lance_quant.stats import ActStats
+from lance_quant.tensorfile import Checkpoint
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One packed model: `gptq` rounds from captures; `measured` takes a budget's harm from them."""
+
+    group_size: int = 64
+    gptq: bool = False
+    budget: float | None = None
+    measured: bool = False
+    head_bits: int = 16
+
+    def __str__(self) -> str:
+        harm = "measured" if self.measured else "output error"
+        size = f"g{self.group_size}" if self.budget is None else f"budget {self.budget:g}, {harm}"
+        return f"{size}{', head8' if self.head_bits == 8 else ''}, {'gptq' if self.gptq else 'nearest'}"
+
+
+def variants(budgets: list[float], roundings: list[str]) -> list[Variant]:
+    """What is compared."""
+    out = []
+    for gptq in (rounding == "gptq" for rounding in roundings):
+        out += [Variant(size, gptq) for size in (64, 32)]
+        out += [Variant(64, gptq, bits, measured) for bits in budgets for measured in (False, True)]
+        out.append(Variant(64, gptq, head_bits=8))
+    return out
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--model_path", type=Path, default=MODEL, help="a lance-nano folder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="see above")
+    parser.add_argument("--questions", type=int, default=64, help="that calibrate")
+    parser.add_argument("--captions", type=int, default=24, help="that calibrate")
+    parser.add_argument("--n", type=int, default=60, help="held-out questions; a fourth as many descriptions")
+    parser.add_argument("--traced", type=int, default=12, help="held-out captions")
+    parser.add_argument("--steps", type=int, default=10, help="denoising steps")
+    parser.add_argument("--roundings", nargs="+", choices=("nearest", "gptq"), default=["nearest", "gptq"],
+                        help="from statistics, or from captures")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[4.375, 4.75],
+                        help="bits per quantized weight: those of group sizes 64 and 32")
+    parser.add_argument("--workers", type=int, default=1, help="seeds measured side by side")
+    return parser.parse_args(argv)
+
+
+class Shared:
+    """Effects that are measured once for all variants: scales, and so weights, are the same."""
+
+    def __init__(self, effects: budget.Effects):
+        self._effects, self._layers = effects, {}
+
+    def of_layer(self, index: int, weights: Weights) -> Mapping[str, torch.Tensor]:
+        """See budget.Effects."""
+        if index not in self._layers:
+            self._layers[index] = self._effects.of_layer(index, weights)
+        return self._layers[index]
+
+
+def pack(variant: Variant, work: Path, stats: ActStats, model: Path, effects: Shared) -> Path:
+    """The variant's folder."""
+    captures, out = captures_in(work), work / "packed" / str(variant)
+    replay = capture.replay_of(model, captures, CPU) if variant.gptq else None
+    with Checkpoint(model) as source:
+        convert.quantize_checkpoint(source, stats, Int4(variant.group_size), out, "ours", CPU, False, replay,
+                                    sizes=convert.Sizes(variant.budget, variant.head_bits,
+                                                        effects if variant.measured else None))
+    return out
+
+
+def captures_in(work: Path) -> list[Path]:
+    """What `calibrate` leaves there."""
+    return [work / f"{task}.safetensors" for task in TASKS]
+
+
+def describe(folder: Path) -> dict[str, object]:
+    """Size of a packed model, and its linears by expert, kind and format."""
+    with PackedFolder(folder) as packed:
+        formats = {name: f"g{spec.group_size}" for name, spec in packed.linears.items()}
+        formats |= dict.fromkeys(packed.kept, "bf16")
+        count = Counter(f"{layout.expert_of(name)} {layout.kind_of(name)} {size}" for name, size in formats.items())
+        return {"bits": packed.bits_per_weight, "bytes": packed.facts()["bytes"],
+                "formats": dict(sorted(count.items()))}
+
+
+def measure(seed: int, args: argparse.Namespace) -> dict[str, dict]:
+    """Variant -> size and distances, with one seed."""
+    torch.set_num_threads(1)
+    out = {}
+    with tempfile.TemporaryDirectory() as folder:
+        stats = calibrate(args.model_path, Path(folder), seed, args)
+        baseline = baseline_of(evaluate.load(args.model_path, None, "cpu", "float32"), seed, args)
+        effects = Shared(sensitivity.effects_of(args.model_path, captures_in(Path(folder)), CPU))
+        for variant in variants(args.budgets, args.roundings):
+            packed = pack(variant, Path(folder), stats, args.model_path, effects)
+            found = distance(evaluate.load(args.model_path, packed, "cpu", "float32"), baseline, seed, args)
+            out[str(variant)] = {**describe(packed), **found}
+            print(f"seed {seed}  {variant!s:<36} velocity {found['velocity']:.4f}  KL {found['kl']:.3e}",
+                  file=sys.stderr)
+    return out
+
+
+@torch.no_grad()
+def distance(pipeline: Pipeline, baseline: Baseline, seed: int, args: argparse.Namespace) -> dict[str, float]:
+    """How far a model is from the baseline on the baseline's own tokens and trajectories."""
+    prompts = prompts_of(pipeline, baseline.asked)
+    kl = [token_divergence(logprobs, pipeline.forced_logprobs(*prompt, ids)).kl
+          for prompt, ids, logprobs in zip(prompts, baseline.ids, baseline.logprobs, strict=True)]
+    errors: list[float] = []
+    for caption, trace in zip(baseline.captions, baseline.traces, strict=False):
+        denoiser = pipeline.denoiser(caption.text, SIZE, SIZE, sampling_of(seed, args))
+        velocity = torch.stack([denoiser.velocity(step.x, step.t) for step in trace])
+        errors += step_errors(velocity, torch.stack([step.velocity for step in trace]))
+    return {"velocity": statistics.fmean(errors), "kl": torch.cat(kl).mean().item()}
+
+
+def summary(runs: list[dict[str, dict]]) -> list[dict[str, object]]:
+    """One row per variant, means over the seeds and every seed's values."""
+    rows = []
+    for name in runs[0]:
+        each = [run[name] for run in runs]
+        rows.append({"variant": name, "bits": max(row["bits"] for row in each), "bytes": each[0]["bytes"],
+                     "formats": [row["formats"] for row in each]}
+                    | {key: statistics.fmean(row[key] for row in each) for key in ("velocity", "kl")}
+                    | {f"{key}_by_seed": [row[key] for row in each] for key in ("velocity", "kl")})
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """The summary in Markdown, with the range over the seeds."""
+    lines = ["| variant | bits | file, bytes | velocity | KL |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = [f"{row[key]:.4g} ({min(row[f'{key}_by_seed']):.3g} .. {max(row[f'{key}_by_seed']):.3g})"
+                 for key in ("velocity", "kl")]
+        lines.append(f"| {row['variant']} | {row['bits']:.4f} | {row['bytes']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_args(argv)
+    with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
+        rows = summary(pool.starmap(measure, [(seed, args) for seed in args.seeds], chunksize=1))
+    print(table(rows))
+    print(json.dumps({"seeds": args.seeds, "cpu": platform.processor() or platform.machine(),
+                      "torch": torch.__version__, "model": args.model_path.name, "questions": args.questions,
+                      "captions": args.captions, "n": args.n, "traced": args.traced, "steps": args.steps,
+                      "variants": rows}))
+
+
+if __name__ == "__main__":
+    cli.run(main)

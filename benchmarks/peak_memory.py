@@ -1,0 +1,286 @@
+#!/usr/bin/env python3
+"""Measure the peak memory of a question and of a picture: real shapes, random weights made in place, every format.
+
+    python benchmarks/peak_memory.py --formats int4 --tasks x2t --layers 36       # on the CPU: 9 GB, minutes
+    python benchmarks/peak_memory.py                                              # 2 of 36 layers, 36 computed
+    python benchmarks/peak_memory.py --device cuda --layers 36 --vae
+    python benchmarks/peak_memory.py --device meta --layers 36 --vae              # computed, in seconds
+
+Reads   nothing; weights are made in place
+Writes  nothing; the last line on stdout is the result as JSON, all sizes in bytes
+Needs   what it measures
+
+Each task and format runs in a process of its own. There, each part of the request is a stage with its own peak: of the
+resident memory of the process (CPU), or of what torch allocated (CUDA). `x2t` is a question about a picture of 672 x
+672: "look", the ViT on 2304 patches; "answer", a prompt of 640 tokens and a few more. `t2i` is a picture of --height x
+--width: "denoise", the prompt and a guided step; with --vae "decode", latents to pixels. What a stage needs beside the
+language model is there while it runs; --offload says what stays afterwards: a ViT that is still there adds to
+"answer".
+
+With fewer than 36 layers, `peak_36` is computed: the missing layers' weights and cache entries, to the byte, are added
+to the measured peak. Activations do not depend on the number of layers.
+
+--device meta computes what a GPU would hold: the same code runs on tensors without values, and the bytes of all that
+are alive at once are counted. Attention counts with its output alone, as flash attention does, and packed linears,
+which then compute in bfloat16, with what the CUDA path allocates. Not counted: the libraries' workspaces, the CUDA
+context, and the ViT's activations.
+"""
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from denoise import request
+from random_lance import FORMATS, REAL_LAYERS, compute_dtype, random_lance, random_values, real_config, weight_bytes
+from synthetic_lance import PRESETS, vit_tower
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lance_quant import cli, kernels
+from lance_quant.codec import Codec, PackedWeight
+from lance_quant.kernels.w4a16 import TILE_ROWS
+from lance_quant.lance.generation import Denoiser, Sampling
+from lance_quant.lance.merge import merge_projections
+from lance_quant.lance.mot import Lance
+from lance_quant.lance.pipeline import OFFLOADS, latent_grid
+from lance_quant.lance.tokens import TARGET, TEMPLATE, VIT, Packed, Split, Visual, mrope_positions
+from lance_quant.lance.understanding import Decoding
+from lance_quant.memory import peak_memory, reset_peak_memory
+from lance_quant.results import device_name, versions
+
+TASKS = ("x2t", "t2i")
+_LOOKED, _MERGED = (1, 48, 48), (1, 24, 24)  # patches and tokens of a picture of 672 x 672
+_TEXT = (20, 44)  # tokens around the picture of an ordinary question
+_ANSWER = 4
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what runs")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bfloat16", "int4", "nvfp4_slim"],
+                        help="of the linears; packed ones compute in --dtype")
+    parser.add_argument("--offload", nargs="+", choices=OFFLOADS, default=list(OFFLOADS),
+                        help="as for run_baseline.py; of effect on x2t, whose ViT runs before the model")
+    parser.add_argument("--head_bits", type=int, choices=[8, 16], default=16,
+                        help="of output head and embedding; 16: the compute dtype")
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers, of 36")
+    parser.add_argument("--height", type=int, default=768, help="of the picture that t2i makes")
+    parser.add_argument("--width", type=int, default=768, help="of the picture that t2i makes")
+    parser.add_argument("--sequential_guidance", action="store_true", help="as for run_baseline.py")
+    parser.add_argument("--vae", action="store_true", help="also decode the picture: minutes on the CPU")
+    parser.add_argument("--vae_tiling", action="store_true", help="as for run_baseline.py")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    parser.add_argument("--inside", action="store_true", help="measure in this process: one task, format and offload")
+    cli.add_device(parser)
+    return parser.parse_args(argv)
+
+
+class Stages:
+    """Peaks by stage, in bytes."""
+
+    def __init__(self, device: torch.device, alive: "Alive | None"):
+        self.device, self.alive = device, alive
+        self.peaks: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure the block's peak, from what is there when it begins."""
+        if self.alive is not None:
+            self.alive.peak = self.alive.now
+            yield
+            self.peaks[name] = self.alive.peak
+            return
+        reset_peak_memory(self.device)
+        yield
+        found = peak_memory(self.device)
+        self.peaks[name] = found.get("cuda", found["host"])
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors that were made inside and are still there: `now`, and the `peak` so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Run an operation and look at what it returns."""
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._known:
+                    self._known.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, key, size)
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+class Allocations:
+    """A kernel for packed linears (kernels.Kernel) that allocates what the CUDA one does, and computes nothing."""
+
+    name = "allocations"
+
+    def linear(self, x: Tensor, q: PackedWeight, codec: Codec, bias: Tensor | None) -> Tensor:
+        """See kernels.Kernel; many rows have their weight unpacked as a whole."""
+        n_out = q.packed.shape[0]
+        unpacked = x.new_empty(n_out, 2 * q.packed.shape[1]) if len(x) > TILE_ROWS else None
+        out = x.new_empty(len(x), n_out)
+        del unpacked
+        return out
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
+    """Attention that allocates its output alone."""
+    return torch.empty_like(q)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    args = parse_args(argv)
+    device = torch.device("meta") if args.device == "meta" else cli.device_of(args.device)
+    if args.inside:
+        print(json.dumps(measure(args, device)))
+        return
+    rows = []
+    name = "computed for a GPU" if device.type == "meta" else device_name(device)
+    print(f"{name}; GB with {args.layers} layers, and computed for {REAL_LAYERS}")
+    for task in args.tasks:
+        for form in args.formats:
+            for offload in args.offload if task == "x2t" else args.offload[:1]:
+                row = {"task": task, "format": form, "offload": offload if task == "x2t" else "any",
+                       **(here if device.type == "meta" else in_child)(args, task, form, offload)}
+                rows.append(row)
+                text = "  ".join(f"{name} {row['peak'][name] / 1e9:.2f} -> {row['peak_36'][name] / 1e9:.2f}"
+                                 for name in row["peak"])
+                print(f"{task} {form:<11}{row['offload']:<8}{text}", flush=True)
+    print(json.dumps({"device": name, "layers": args.layers, "rows": rows, "versions": versions()}))
+
+
+def here(args: argparse.Namespace, task: str, form: str, offload: str) -> dict[str, object]:
+    """What `measure` returns in this process, which is fine where nothing is measured."""
+    return measure(argparse.Namespace(**vars(args) | {"tasks": [task], "formats": [form], "offload": [offload]}),
+                   torch.device(args.device))
+
+
+def in_child(args: argparse.Namespace, task: str, form: str, offload: str) -> dict[str, object]:
+    """What `measure` returns in a new process."""
+    command = [sys.executable, __file__, "--inside", "--tasks", task, "--formats", form, "--offload", offload]
+    for name in ("head_bits", "layers", "height", "width", "threads", "device", "dtype"):
+        command += [f"--{name}", str(getattr(args, name))]
+    command += [f"--{name}" for name in ("sequential_guidance", "vae", "vae_tiling") if getattr(args, name)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, object]:
+    """Peaks of one task in one format, and what the model itself holds."""
+    torch.set_num_threads(args.threads)
+    with contextlib.ExitStack() as stack:
+        alive = None
+        if device.type == "meta":
+            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", flash))
+            stack.enter_context(mock.patch.object(kernels, "choose", lambda *_: Allocations()))
+            alive = stack.enter_context(Alive())
+        return measured(args, device, Stages(device, alive))
+
+
+def measured(args: argparse.Namespace, device: torch.device, stages: Stages) -> dict[str, object]:
+    """See `measure`."""
+    packed = torch.bfloat16 if device.type == "meta" else cli.dtype_of(args.dtype, device)
+    dtype = compute_dtype(args.formats[0], packed)
+    model = random_lance(real_config(args.layers), args.formats[0], dtype, device, head_bits=args.head_bits)
+    merge_projections(model)
+    entries = RUNS[args.tasks[0]](args, model, stages)
+    layer = weight_bytes(model.language_model.model.layers[0])
+    cache = entries * 2 * model.config.num_key_value_heads * model.config.head_dim * dtype.itemsize
+    missing = REAL_LAYERS - args.layers
+    computed = {name: peak + missing * (layer + (cache if name in ("answer", "denoise") else 0))
+                for name, peak in stages.peaks.items()}
+    return {"head_bits": args.head_bits, "dtype": str(dtype).removeprefix("torch."), "peak": stages.peaks,
+            "peak_36": computed, "weights": weight_bytes(model), "weights_36": weight_bytes(model) + missing * layer,
+            "layer": layer, "cache_per_layer": cache}
+
+
+def question(args: argparse.Namespace, model: Lance, stages: Stages) -> int:
+    """x2t; cache entries per layer."""
+    tower = random_part(vit_tower(PRESETS["real"]), model)
+    tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config).to(model.device)  # not filled by the above
+    with stages.stage("look"):
+        patches = random_values((_LOOKED[1] * _LOOKED[2], 1176), model.dtype, model.device)
+        if model.device.type == "meta":  # the tower looks at values of its grid
+            seen = torch.empty(_MERGED[1] * _MERGED[2], model.config.hidden_size, dtype=model.dtype, device="meta")
+        else:
+            with torch.no_grad():
+                seen = tower(patches, grid_thw=torch.tensor([_LOOKED], device=model.device)).pooler_output
+        if args.offload[0] == "vae_vit" or (args.offload[0] == "cpu" and model.device.type == "meta"):
+            del tower  # off the device either way
+        elif args.offload[0] == "cpu":
+            tower.to("cpu")
+    before, after = _TEXT
+    pads = _MERGED[1] * _MERGED[2]
+    visuals = (Visual(before + 1, _MERGED),)
+    length = before + pads + 2 + after
+    packed = Packed(torch.arange(1000, 1000 + length), mrope_positions(length, visuals),
+                    (Split(before, "causal", TEMPLATE), Split(pads + 2, "full", VIT), Split(after, "causal", TEMPLATE)),
+                    visuals)
+    with stages.stage("answer"):
+        decoding = Decoding(model, model.config.vocab_size, length + _ANSWER, _ANSWER)
+        decoding.start(packed, seen, _ANSWER, seed=0)
+        for _ in range(_ANSWER):
+            decoding.step()
+    return length + _ANSWER
+
+
+def picture(args: argparse.Namespace, model: Lance, stages: Stages) -> int:
+    """t2i; cache entries per layer."""
+    grid = latent_grid(args.height, args.width)
+    packed = request(grid)
+    with stages.stage("denoise"):
+        denoiser = Denoiser(model, packed, Sampling(batch_guidance=not args.sequential_guidance))
+        x = torch.zeros(grid[1] * grid[2], 48, dtype=model.dtype, device=model.device)
+        velocity = denoiser.velocity(x, 0.9)
+    del denoiser
+    if args.vae:
+        from lance_quant.lance.vae import Vae, build_autoencoder
+
+        with torch.device("meta"):
+            autoencoder = build_autoencoder(160, 256)
+        vae = Vae(random_part(autoencoder, model), model.dtype, model.device)
+        if args.vae_tiling:
+            vae.autoencoder.enable_tiling()
+        with stages.stage("decode"):
+            vae.decode(velocity.reshape(*grid, -1))
+    return 2 * packed.span(TARGET)[1]
+
+
+def random_part(part: nn.Module, model: Lance) -> nn.Module:
+    """A module on meta, filled at the model's device in its dtype."""
+    for name, parameter in list(part.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        values = random_values(parameter.shape, model.dtype, model.device).mul_(0.02)
+        setattr(part.get_submodule(owner), last, nn.Parameter(values, requires_grad=False))
+    return part.eval()
+
+
+RUNS: dict[str, Callable[[argparse.Namespace, Lance, Stages], int]] = {"x2t": question, "t2i": picture}
+
+
+if __name__ == "__main__":
+    cli.run(main)

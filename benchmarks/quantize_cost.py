@@ -1,0 +1,165 @@
+#!/usr/bin/env python3
+"""Measure what quantizing costs: seconds and peak memory of one layer at Lance's real shapes, method by method.
+
+    OMP_NUM_THREADS=1 python benchmarks/quantize_cost.py --tokens 8192
+    python benchmarks/quantize_cost.py --device cuda --tokens 65536
+
+Reads   nothing; weights and tokens are made up
+Writes  nothing; prints a table in Markdown and, as the last line, JSON: by method `seconds` of wall clock,
+        `cpu_seconds` of all threads, `peak_bytes` of the process, `layer_bytes` of the float32 layer in it,
+        `device_peak_bytes` on a GPU, and `full_model_hours`: the layers of Lance_3B times CPU seconds, or on a GPU
+        times seconds
+Needs   5 GB of memory; on one CPU core about 15 minutes at 8192 tokens, nearly all of it for `ours`
+
+Every method runs in a process of its own: its peak is nobody else's. rtn: nearest rounding. published: `--recipe
+published`. ours_diagonal: ours from statistics. ours: with --capture, where `inputs_seconds` are what it takes to make
+the layer's inputs and Gram matrices again and grow with the tokens; the rest does not. What a run does once (reading,
+writing, copying what is outside of the layers) is not in these figures.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import sys
+import time
+from typing import Any
+
+import fidelity_synthetic
+import torch
+
+from lance_quant import capture, cli, convert, layout, ours
+from lance_quant.codec import Codec, Int4, Nvfp4
+from lance_quant.lance.config import LanceConfig
+from lance_quant.lance.mot import Layer
+from lance_quant.stats import ActStats, LinearStats
+
+METHODS = ("rtn", "published", "ours_diagonal", "ours")
+CODECS: dict[str, Codec] = {"int4": Int4(64), "nvfp4": Nvfp4()}
+LAYERS = 36  # of Lance_3B
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to measure")
+    parser.add_argument("--format", choices=CODECS, default="int4", help="what is written")
+    parser.add_argument("--tokens", type=int, default=8192, help="of the capture, both experts together")
+    parser.add_argument("--shrink", type=int, choices=(1, 2, 4, 8), default=1, help="divides Lance's widths")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where layers are quantized")
+    return parser.parse_args(argv)
+
+
+class Timed(capture.Replay):
+    """A replay that knows how long it took."""
+
+    seconds = 0.0
+
+    def moments(self, *args: Any) -> Any:
+        """See capture.Replay."""
+        return self._timed(super().moments, *args)
+
+    def advance(self, *args: Any) -> None:
+        """See capture.Replay."""
+        self._timed(super().advance, *args)
+
+    def _timed(self, function: Any, *args: Any) -> Any:
+        started = time.perf_counter()
+        result = function(*args)
+        _wait(self._device)
+        self.seconds += time.perf_counter() - started
+        return result
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def made_up_layer(config: LanceConfig, device: torch.device) -> ours.Weights:
+    """A layer of Gaussian weights."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        layer = Layer(config)
+    weights = {}
+    for name, value in layer.state_dict().items():
+        w = torch.empty(value.shape, device=device).normal_(std=0.02)
+        weights[f"{layout.LAYERS}.0.{name}"] = w.add_(1) if "norm" in name else w
+    return weights
+
+
+def made_up_stats(config: LanceConfig, weights: ours.Weights) -> ActStats:
+    """Statistics with lognormal channels: what they hold does not change what a search costs."""
+    generator = torch.Generator().manual_seed(1)
+    linears = {}
+    for group in layout.groups(0):
+        size = torch.randn(weights[f"{group.linears[0]}.weight"].shape[1], generator=generator).mul_(0.5).exp_()
+        linears |= dict.fromkeys(group.linears, LinearStats(size * 100, size.square() * 150, size * 4, 100, 1))
+    return ActStats(linears, ["synthetic"], [{"run_id": "synthetic"}], len(linears))
+
+
+@torch.no_grad()
+def measure(method: str, args: argparse.Namespace) -> dict[str, float]:
+    """Quantize one layer with one method, in this process."""
+    device, codec = torch.device(args.device), CODECS[args.format]
+    config = fidelity_synthetic.config_of(args.shrink, layers=1)
+    weights = made_up_layer(config, device)
+    stats = ActStats({}, [], [{"run_id": "none"}], 0) if method == "rtn" else made_up_stats(config, weights)
+    replay = None
+    if method == "ours":
+        replay = Timed(config, fidelity_synthetic.draw_calls(config, args.tokens // 2, 0), device)
+    recipe = convert.quantize_published if method == "published" else ours.quantize_layer
+    layer_bytes = sum(w.nbytes for w in weights.values())
+    started, cpu = time.perf_counter(), cpu_seconds()
+    for group, done in recipe(0, weights, stats, codec, replay):
+        print(f"{method:<14} {group.name:<22} {done.seconds:7.1f} s", file=sys.stderr, flush=True)
+    _wait(device)
+    found = {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - cpu, "layer_bytes": layer_bytes,
+             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+             * (1 if sys.platform == "darwin" else 1024)}
+    if replay is not None:
+        found["inputs_seconds"] = replay.seconds
+    if device.type == "cuda":
+        found["device_peak_bytes"] = torch.cuda.max_memory_allocated()
+    found["full_model_hours"] = found["seconds" if device.type == "cuda" else "cpu_seconds"] * LAYERS / 3600
+    return found
+
+
+def cpu_seconds() -> float:
+    """That this process has used so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """One row per method."""
+    head = ["method", "seconds per layer", "of that inputs", "CPU seconds", "peak memory", f"{LAYERS} layers"]
+    lines = [head, ["---"] * len(head)]
+    for method, found in results.items():
+        inputs = f"{found['inputs_seconds']:.0f}" if "inputs_seconds" in found else "-"
+        peak = f"{found['peak_bytes'] / 1e9:.2f} GB"
+        if "device_peak_bytes" in found:
+            peak += f", GPU {found['device_peak_bytes'] / 1e9:.2f} GB"
+        lines.append([method, f"{found['seconds']:.1f}", inputs, f"{found['cpu_seconds']:.0f}", peak,
+                      f"{found['full_model_hours']:.2f} h"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_args(argv)
+    cli.device_of(args.device)
+    results = {}
+    for method in args.methods:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            results[method] = pool.apply(measure, (method, args))
+        print(f"{method}: {json.dumps(results[method])}", file=sys.stderr, flush=True)
+    print(table(results))
+    print(json.dumps({"format": args.format, "tokens": args.tokens, "shrink": args.shrink, "device": args.device,
+                      "threads": torch.get_num_threads(), "cpu": platform.processor() or platform.machine(),
+                      "torch": torch.__version__, "methods": results}))
+
+
+if __name__ == "__main__":
+    cli.run(main)
