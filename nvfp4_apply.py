@@ -6,7 +6,7 @@
 Reads   a float checkpoint; activation statistics (awq_merge_stats.py); captures, if given
 Writes  OUT/nvfp4_state_dict.safetensors and OUT/nvfp4_meta.json, for Lance_3B 5.09 GB, 4.39 GB with --slim, and
         OUT/quant_report.html
-Needs   1.4 GB of memory (one layer) and the space for the output; on one CPU core 55 s per layer of Lance_3B, so 33
+Needs   1.8 GB of memory (two layers) and the space for the output; on one CPU core 11 s per layer of Lance_3B, so 7
         minutes, on several cores or a GPU less. With --capture also two Gram matrices per expert (down_proj: 0.5 GB
         each) and the captured states, and many passes through every layer: meant for a GPU
 Next    run_quant_eval.py --awq_dir OUT

@@ -26,7 +26,9 @@ from lance_quant.fuse import Folded, Heads, fold_norm
 
 GRID = 20  # steps of the exponent between 0 and 1
 _STRIDE = 4  # of the first look along the candidates; then half of it around the best, and so on
-ROWS = 256  # of each weight that are looked at, evenly spaced: errors are means over rows
+# Rows of each weight that are looked at, evenly spaced: errors are means over rows. On trained linears of 384 to 1536
+# rows the choice costs 0.03 % with 512; 256 missed rows that dominate one of them, and cost 18 % there.
+ROWS = 512
 # Channels are never held to be quieter than this fraction of the loudest one: a channel that was silent during
 # calibration need not stay silent, and would otherwise be traded away altogether.
 FLOOR = 1e-4
