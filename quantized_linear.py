@@ -103,7 +103,10 @@ class _PackedLinear(nn.Module):
             return F.linear(x, self.cached, self.bias)
         if x.dtype != self.dtype or x.shape[-1] != self.in_features:
             raise ValueError(f"expected {self.in_features} inputs in {self.dtype}, got {x.shape[-1]} in {x.dtype}")
-        y = self.kernel().linear(x.reshape(-1, self.in_features), self._packed(), self.codec, self.bias)
+        kernel = self.kernel()
+        if x.requires_grad and torch.is_grad_enabled():  # the others have no gradient
+            kernel = kernels.choose("reference", self.codec, self.in_features, self.dtype, x.device)
+        y = kernel.linear(x.reshape(-1, self.in_features), self._packed(), self.codec, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def kernel(self) -> kernels.Kernel:
@@ -112,6 +115,11 @@ class _PackedLinear(nn.Module):
         if self._kernel is None or self._kernel[0] != device:
             self._kernel = device, kernels.choose(self.choice, self.codec, self.in_features, self.dtype, device)
         return self._kernel[1]
+
+    def settle(self) -> None:
+        """Choose the kernel now rather than when this first runs: torch.compile cannot follow the choice."""
+        if self.cached is None:
+            self.kernel()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # model.to(dtype) must move the scales, not round them, so `fn` is shown bytes; the compute dtype is set once,
@@ -169,14 +177,14 @@ class WQLinearNVFP4(_PackedLinear):
                  dtype: torch.dtype, device: torch.device | str | None = None, mode: Mode = "ondemand",
                  kernel: kernels.Choice = "auto"):
         super().__init__(in_features, out_features, Nvfp4(slim), bias, dtype, device, mode, kernel)
-        self.register_buffer("global_scale", torch.ones(out_features, 1, device=device) if slim else None,
-                             persistent=False)
+        ones = torch.ones(out_features, 1, dtype=torch.float32, device=device) if slim else None
+        self.register_buffer("global_scale", ones, persistent=False)
 
     def fill(self, q: Nvfp4Weight, bias: Tensor | None) -> None:
         """See _PackedLinear.fill."""
         super().fill(q, bias)
         if self.codec.slim:
-            ones = torch.ones(self.out_features, 1, device=q.packed.device)
+            ones = torch.ones(self.out_features, 1, dtype=torch.float32, device=q.packed.device)
             self.global_scale = ones * q.global_scale if self.mode == "ondemand" else None
 
     def empty_like(self, out_features: int) -> "WQLinearNVFP4":
@@ -246,14 +254,20 @@ def swap_linears(model: nn.Module, folder: PackedFolder | Path, dtype: torch.dty
     if wrong:
         raise InputError(f"{folder.path} does not fit this model in {len(wrong)} linears, first: "
                          f"{'; '.join(wrong[:5])}")
-    if mode == "ondemand" and kernel != "auto":  # one that cannot run is refused before anything is replaced
-        for name, spec in folder.linears.items():
-            kernels.choose(kernel, folder.codec(name), spec.shape[1], dtype, torch.device(device))
-    head = int8.swap(model, folder, dtype, device, cached=mode == "cached")
+    if mode == "ondemand":
+        require_kernel(folder, dtype, torch.device(device), kernel)
+    head = int8.swap(model, folder, dtype, device, cached=mode == "cached", kernel=kernel)
     for name in folder.linears:
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, _filled(name, folder, dtype, device, mode, kernel))
     return [*folder.linears, *head]
+
+
+def require_kernel(folder: PackedFolder, dtype: torch.dtype, device: torch.device, kernel: kernels.Choice) -> None:
+    """Raise InputError if a kernel was asked for by name and cannot run one of the folder's linears here."""
+    if kernel != "auto":
+        for name, spec in folder.linears.items():
+            kernels.choose(kernel, folder.codec(name), spec.shape[1], dtype, device)
 
 
 def _misfit(name: str, module: nn.Module | None, folder: PackedFolder) -> str | None:

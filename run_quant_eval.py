@@ -24,7 +24,7 @@ from lance_quant.lance.pipeline import Pipeline
 from lance_quant.packed import PackedFolder
 from lance_quant.results import Results, RunRecord, describe, drop_traces, require_source, run_task
 from lance_quant.tasks import Settings, load_samples
-from quantized_linear import swap_linears
+from quantized_linear import require_kernel, swap_linears
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             task_cli.stream_of(args, team)
             team.require_free(args.save_path_gen)
             _require_comparable(args, settings, samples, packed)
+            _require_kernel(args, packed)
         team.require_same(models=[one.meta for one in packed.values()], samples=[describe(one) for one in samples])
         with team.folder(args.save_path_gen) as folder:
             sections = _compare_all(args, settings, samples, packed, folder, team)
@@ -90,6 +91,17 @@ def _require_comparable(args: argparse.Namespace, settings: Settings, samples: l
         fingerprint, what = task_cli.float_facts(args.model_path)["fingerprint"], f"--model_path {args.model_path}"
     for one in packed.values():
         require_source(one, fingerprint, what)
+
+
+def _require_kernel(args: argparse.Namespace, packed: dict[str, PackedFolder]) -> None:
+    """Raise InputError, before anything is loaded, if --kernel cannot run the packed folders."""
+    if args.mode == "cached":
+        if args.kernel != "auto":
+            cli.log.warning("of no effect with --mode cached: --kernel")
+        return
+    device = cli.device_of(args.device)
+    for one in packed.values():
+        require_kernel(one, cli.dtype_of(args.dtype, device), device, args.kernel)
 
 
 def _compare_all(args: argparse.Namespace, settings: Settings, samples: list, packed: dict[str, PackedFolder],

@@ -5,6 +5,7 @@ official loop's way of caching.
     python benchmarks/decode.py                                              # 4 of 36 layers, on the CPU
     python benchmarks/decode.py --clock cpu --compile --formats bfloat16 int4
     python benchmarks/decode.py --device cuda --layers 36 --compile
+    python benchmarks/decode.py --head_bits 16 8 --formats float32 bfloat16 int4
 
 Reads   nothing; weights are made in place
 Writes  nothing; the last line on stdout is the result as JSON. Milliseconds of a token with the layers asked for, of
@@ -81,6 +82,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="of the linears; packed ones compute in --dtype")
     parser.add_argument("--baseline", choices=["bfloat16", "float32"], default="bfloat16",
                         help="the format that the others are compared with; always there")
+    parser.add_argument("--head_bits", nargs="+", type=int, choices=[8, 16], default=[16],
+                        help="of the packed formats' head and embedding, one row each; 16: the compute dtype")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers, of 36")
     parser.add_argument("--past", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=8, help="tokens decoded per round")
@@ -154,21 +157,31 @@ def rows_of(args: argparse.Namespace, device: torch.device) -> list[Row]:
     """Every way that was asked for, the baseline first."""
     config, rows = real_config(args.layers), []
     tables: dict[torch.dtype, Tensor] = {}
-    for form in [args.baseline, *(form for form in args.formats if form != args.baseline)]:
-        dtype = compute_dtype(form, cli.dtype_of(args.dtype, device))
-        if dtype not in tables:
-            tables[dtype] = random_values((config.vocab_size, config.hidden_size), dtype, device).mul_(0.02)
-        model = random_lance(config, form, dtype, device, ["und"], tables[dtype])
+    for form, head_bits in contestants(args):
+        dtype, table = compute_dtype(form, cli.dtype_of(args.dtype, device)), None
+        if head_bits == 16:
+            if dtype not in tables:
+                tables[dtype] = random_values((config.vocab_size, config.hidden_size), dtype, device).mul_(0.02)
+            table = tables[dtype]
+        name = form if head_bits == 16 else f"{form}, 8-bit head,"
+        model = random_lance(config, form, dtype, device, ["und"], table, head_bits)
         if form == args.baseline:
             rows += [ours(f"{form} eager", model, args, compiled=False),
                      official(f"{form} official caching", model, args)]
-            model = random_lance(config, form, dtype, device, ["und"], tables[dtype])
+            model = random_lance(config, form, dtype, device, ["und"], table, head_bits)
         merge_projections(model)
         compiled = args.compile and compile_steps(model)
-        rows.append(ours(f"{form} merged", model, args, compiled=False))
+        rows.append(ours(f"{name} merged", model, args, compiled=False))
         if compiled:
-            rows.append(ours(f"{form} compiled", model, args, compiled=True))
+            rows.append(ours(f"{name} compiled", model, args, compiled=True))
     return rows
+
+
+def contestants(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Formats, the baseline first, with the bits of their head; the choice of those is for packed formats."""
+    forms = dict.fromkeys([args.baseline, *args.formats])
+    return [(form, bits) for form in forms
+            for bits in (dict.fromkeys(args.head_bits) if FORMATS[form] is not None else [16])]
 
 
 def timed(rows: list[Row], args: argparse.Namespace) -> list[float]:
@@ -206,11 +219,11 @@ def main(argv: list[str] | None = None) -> None:
     base = found[baseline]
     kind = "measured" if args.layers == REAL_LAYERS else "computed: head + 36 x layer"
     print(f"{device_name(device)}, {args.layers} of {REAL_LAYERS} layers, prompt of {args.past}, {args.clock} clock")
-    print(f"{'ms per token':<28}{'layer':>9}{'head':>9}{'whole token':>13}   times as fast as {baseline} "
+    print(f"{'ms per token':<30}{'layer':>9}{'head':>9}{'whole token':>13}   times as fast as {baseline} "
           f"(whole token {kind})")
     for name, one in found.items():
         one["speedup_layer"], one["speedup"] = (base[part] / one[part] for part in ("layer_ms", "whole_token_ms"))
-        print(f"{name:<28}{one['layer_ms']:>9.2f}{one['head_ms']:>9.2f}{one['whole_token_ms']:>13.1f}"
+        print(f"{name:<30}{one['layer_ms']:>9.2f}{one['head_ms']:>9.2f}{one['whole_token_ms']:>13.1f}"
               f"   layer {one['speedup_layer']:.2f} x, whole token {one['speedup']:.2f} x")
     print(json.dumps({"device": device_name(device), "layers": args.layers, "past": args.past, "clock": args.clock,
                       "baseline": baseline, "packed_dtype": args.dtype, "rounds": args.rounds,

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the peak memory of a question and of a picture: real shapes, random weights made in place, every format.
 
-    python benchmarks/peak_memory.py --formats int4 --tasks x2t --layers 36       # on the CPU: 9 GB, minutes
+    python benchmarks/peak_memory.py --formats int4 --tasks x2t --layers 36 --head_bits 8  # on the CPU: 7 GB, minutes
     python benchmarks/peak_memory.py                                              # 2 of 36 layers, 36 computed
     python benchmarks/peak_memory.py --device cuda --layers 36 --vae
     python benchmarks/peak_memory.py --device meta --layers 36 --vae              # computed, in seconds

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lance_quant import __version__, budget, int8, layout, packed, published, quant_report
-from lance_quant.codec import Codec, Int4
+from lance_quant.codec import Codec, Int4, block_threads
 from lance_quant.errors import InputError
 from lance_quant.files import require_free
 from lance_quant.ours import BF16_ENTRY, Activations, Choices, Quantized, Weights, quantize_layer
@@ -339,10 +339,16 @@ class _Job:
                 stored, coming = coming.result(), None
                 if index + 1 in todo:
                     coming = reader.submit(self._stored, index + 1)
-                layers.append(self.layer(index, stored, disk))
+                with self._threads():
+                    layers.append(self.layer(index, stored, disk))
                 if self.work is not None:
                     self._keep(layers[-1])
         return layers
+
+    def _threads(self) -> AbstractContextManager[Any]:
+        """Large products, of the published search and of captured layers, are torch's to share among threads."""
+        blockwise = self.recipe == "ours" and self.activations is None and self.device.type == "cpu"
+        return block_threads() if blockwise else nullcontext()
 
     def _stored(self, index: int) -> Weights:
         """A layer as the source has it; runs while the layer before is worked on."""

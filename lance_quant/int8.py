@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lance_quant import layout
+from lance_quant import kernels, layout
 from lance_quant.errors import InputError
 from lance_quant.tensorfile import Checkpoint, TensorSpec, require_finite
 
@@ -62,6 +62,23 @@ def quantize(w: Tensor) -> Int8Weight:
 def dequantize(q: Int8Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """[out, in]: code times scale, exact in float32, rounded once to `dtype`."""
     return (q.codes.float() * q.scale.float()[:, None]).to(dtype)
+
+
+def blocks(q: Int8Weight) -> Iterator[Int8Weight]:
+    """The weight, a few rows at a time."""
+    rows = max(1, _BLOCK // q.codes.shape[1])
+    for codes, scale in zip(q.codes.split(rows), q.scale.split(rows), strict=True):
+        yield Int8Weight(codes, scale)
+
+
+def linear(x: Tensor, q: Int8Weight) -> Tensor:
+    """The definition: [rows, in] -> [rows, out] by the dequantized weight, which exists a few rows at a time."""
+    y, begin = x.new_empty(len(x), len(q.codes)), 0
+    for part in blocks(q):
+        end = begin + len(part.codes)
+        y[:, begin:end] = F.linear(x, dequantize(part, x.dtype))
+        begin = end
+    return y
 
 
 def specs(shape: Sequence[int]) -> dict[str, TensorSpec]:
@@ -122,17 +139,12 @@ class _Rows(nn.Module):
         """Take over a packed weight; cached layers keep its values in the compute dtype instead."""
         self.codes_int8, self.row_scales = q
         if self._keep:
-            self.cached = torch.cat([dequantize(part, self.dtype) for part in self._blocks()])
+            self.cached = torch.cat([dequantize(part, self.dtype) for part in blocks(q)])
             self.codes_int8 = self.row_scales = None
 
     def file_keys(self, prefix: str) -> set[str]:
         """The tensors of a packed file that this layer accounts for; `prefix` is its module name."""
         return {f"{prefix}.{suffix}" for suffix in SUFFIXES}
-
-    def _blocks(self) -> Iterator[Int8Weight]:
-        rows = max(1, _BLOCK // self.codes_int8.shape[1])
-        for codes, scale in zip(self.codes_int8.split(rows), self.row_scales.split(rows), strict=True):
-            yield Int8Weight(codes, scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         # model.to(dtype) must move the scales, not round them: `fn` is shown bytes.
@@ -140,27 +152,50 @@ class _Rows(nn.Module):
 
 
 class Int8Linear(_Rows):
-    """Drop-in nn.Linear without bias over 8-bit rows; the float weight exists a few rows at a time.
+    """Drop-in nn.Linear without bias over 8-bit rows, which a kernel computes (lance_quant.kernels).
 
     Args:
         shape: (out, in).
         dtype: compute dtype, of the inputs and outputs.
         cached: dequantize once, and keep that.
+        kernel: what computes otherwise, see kernels.choose_int8.
     """
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, cached: bool = False):
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, cached: bool = False,
+                 kernel: kernels.Choice = "auto"):
         super().__init__(shape, dtype, cached)
         self.out_features, self.in_features = shape
+        self.choice = kernel
+        self._kernel: tuple[torch.device, kernels.Kernel] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
+        """[..., in] in the compute dtype -> [..., out]."""
         if self.cached is not None:
             return F.linear(x, self.cached)
-        return torch.cat([F.linear(x, dequantize(part, self.dtype)) for part in self._blocks()], -1)
+        if x.dtype != self.dtype or x.shape[-1] != self.in_features:
+            raise ValueError(f"expected {self.in_features} inputs in {self.dtype}, got {x.shape[-1]} in {x.dtype}")
+        kernel = self.kernel()
+        if x.requires_grad and torch.is_grad_enabled():  # the others have no gradient
+            kernel = kernels.choose_int8("reference", self.in_features, self.dtype, x.device)
+        y = kernel.int8_linear(x.reshape(-1, self.in_features), Int8Weight(self.codes_int8, self.row_scales))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def kernel(self) -> kernels.Kernel:
+        """What computes this layer where it is now."""
+        device = self.codes_int8.device
+        if self._kernel is None or self._kernel[0] != device:
+            self._kernel = device, kernels.choose_int8(self.choice, self.in_features, self.dtype, device)
+        return self._kernel[1]
+
+    def settle(self) -> None:
+        """Choose the kernel now rather than when this first runs: torch.compile cannot follow the choice."""
+        if self.cached is None:
+            self.kernel()
 
 
 class Int8Embedding(_Rows):
-    """Drop-in nn.Embedding over 8-bit rows; arguments as Int8Linear, shape (tokens, width)."""
+    """Drop-in nn.Embedding over 8-bit rows, of which those asked for are dequantized; arguments as Int8Linear, shape
+    (tokens, width)."""
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype, cached: bool = False):
         super().__init__(shape, dtype, cached)
@@ -181,13 +216,13 @@ class Folder(Protocol):
 
 
 def swap(model: nn.Module, folder: Folder, dtype: torch.dtype, device: torch.device | str,
-         cached: bool = False) -> list[str]:
+         cached: bool = False, kernel: kernels.Choice = "auto") -> list[str]:
     """Replace exactly the head and embedding that a packed folder lists in 8 bits, and fill them from its file.
 
     Args:
         model: its module names are those of the checkpoint; may be on `meta`.
         dtype: compute dtype.
-        cached: see Int8Linear.
+        cached, kernel: see Int8Linear.
 
     Returns:
         Names of the replaced modules.
@@ -196,7 +231,8 @@ def swap(model: nn.Module, folder: Folder, dtype: torch.dtype, device: torch.dev
         InputError: a listed module is not in the model, is another kind of layer, or has another shape.
     """
     modules = dict(model.named_modules())
-    made = {name: _layer_for(name, modules.get(name), shape, dtype, cached) for name, shape in folder.head.items()}
+    made = {name: _layer_for(name, modules.get(name), shape, dtype, cached, kernel)
+            for name, shape in folder.head.items()}
     for name, layer in made.items():
         q = Int8Weight(*(folder.checkpoint.read(f"{name}.{suffix}", device=device) for suffix in SUFFIXES))
         require_finite(q.scale, f"{folder.checkpoint.path}: {name}")
@@ -206,10 +242,13 @@ def swap(model: nn.Module, folder: Folder, dtype: torch.dtype, device: torch.dev
     return list(made)
 
 
-def _layer_for(name: str, module: nn.Module | None, shape: tuple[int, int], dtype: torch.dtype, cached: bool) -> _Rows:
+def _layer_for(name: str, module: nn.Module | None, shape: tuple[int, int], dtype: torch.dtype, cached: bool,
+               kernel: kernels.Choice) -> _Rows:
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear | nn.Embedding) or tuple(weight.shape) != shape:
         found = "nothing" if module is None else f"a {type(module).__name__}"
         found += f" {list(weight.shape)}" if isinstance(weight, Tensor) else ""
         raise InputError(f"the file holds {name} in 8 bits, {list(shape)}; the model has {found} there")
-    return (Int8Linear if isinstance(module, nn.Linear) else Int8Embedding)(shape, dtype, cached)
+    if isinstance(module, nn.Linear):
+        return Int8Linear(shape, dtype, cached, kernel)
+    return Int8Embedding(shape, dtype, cached)

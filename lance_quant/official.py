@@ -161,7 +161,7 @@ def require_possible(args: argparse.Namespace, paths: "LancePaths") -> None:
     if idle:
         raise InputError(f"the official code knows nothing like {', '.join(idle)}: leave it away with the official "
                          "backend")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("the official backend runs in one process: start it without torchrun")
     if args.seed == 0:
         raise InputError("--seed 0: the official code takes that as no seed at all; use another")

@@ -138,9 +138,13 @@ def run_watched(pipeline: Pipeline, samples: Sequence[Question] | Sequence[Promp
                 numbers: Sequence[int], begin: Callable[[int], None]) -> None:
     """Run a task for what hooks see of it; `begin` gets each sample's number before it runs."""
     done = (answer_all if settings.kind.makes == "text" else draw_all)(pipeline, samples, settings)
-    for number in numbers:
-        begin(number)
-        next(done)
+    pipeline.model.watched = True
+    try:
+        for number in numbers:
+            begin(number)
+            next(done)
+    finally:
+        pipeline.model.watched = False
     deque(done, maxlen=0)  # ends the bar
 
 

@@ -1,10 +1,14 @@
+import threading
+
 import pytest
 import torch
 
 from lance_quant.codec import (
     Int4,
     Nvfp4,
+    block_threads,
     dequantize_to,
+    map_blocks,
     nearest_levels,
     quantize_measured,
     quantize_scaled,
@@ -60,6 +64,21 @@ def test_blocks_change_nothing(codec, monkeypatch):
         assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(q, expected, strict=True))
         assert torch.equal(dequantize_to(codec, q, torch.bfloat16), codec.dequantize(expected).bfloat16())
     assert torch.get_num_threads() == before
+
+
+def test_inside_block_threads_operations_have_one_thread_and_blocks_have_all(monkeypatch):
+    small_blocks(monkeypatch)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with block_threads() as outer, block_threads() as inner:
+            assert (outer, inner, torch.get_num_threads()) == (3, 3, 1)
+            seen = map_blocks(lambda block: (threading.current_thread().name, torch.get_num_threads()),
+                              [gaussian(64, 128)])
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert {count for _, count in seen} == {1} and threading.current_thread().name not in {name for name, _ in seen}
 
 
 def test_stored_bits_per_weight_are_those_of_the_format():

@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from test_packed import edit
 from torch import nn
 
-from lance_quant import convert, int8, layout
+from lance_quant import convert, int8, kernels, layout
 from lance_quant.codec import Int4, Nvfp4
 from lance_quant.errors import InputError
+from lance_quant.kernels import native
+from lance_quant.kernels.reference import Reference
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.packed import PackedFolder
@@ -21,6 +23,8 @@ from quantized_linear import swap_linears
 SRC = GOLDENS / "checkpoint" / "Lance_3B"
 STATS = GOLDENS / "published" / "act_stats.pt"
 EMBEDDING, HEAD = layout.VOCABULARY
+KERNELS = {"native": native.Native, "reference": Reference}
+needs_native = pytest.mark.skipif(native.unavailable() is not None, reason=f"native: {native.unavailable()}")
 
 
 def rand(*shape, seed=0):
@@ -78,6 +82,132 @@ def test_the_layers_compute_with_the_dequantized_weight(monkeypatch, cached, dty
         assert moved.row_scales.dtype == torch.bfloat16 and torch.equal(moved(x), linear(x))
 
 
+def every_code(n_out, n_in):
+    """All codes, scales over six decades, one row of zeros and one whose codes are the largest."""
+    order = torch.randperm(n_in, generator=torch.Generator().manual_seed(4))
+    codes = (torch.arange(n_out * n_in) % 255 - 127).view(n_out, n_in)[:, order].to(torch.int8)
+    codes[1], codes[2] = 0, 127
+    return int8.Int8Weight(codes, (10 ** (rand(n_out, seed=3).clamp(-2, 2) * 1.5 - 3)).bfloat16())
+
+
+# Share of the sum of |products| by which a result may be off. float32: a sum of n_in products and the scale, 2^-24 a
+# step (n_in + 2 steps at most, n_in 384). Others: rounding of the weight, where a GEMM needs it in their dtype, and of
+# the result, 2^-9 each for bfloat16; float16 multiplies in float32, 2^-11 for the result.
+SHARE = {torch.float32: 2.0**-24 * 386, torch.bfloat16: 2.0**-24 * 386 + 2 * 2.0**-9,
+         torch.float16: 2.0**-24 * 386 + 2 * 2.0**-11}
+
+
+def check(kernel, rows, dtype, n_out=37, n_in=384, x=None):
+    q = every_code(n_out, n_in)
+    x = rand(rows, n_in, seed=1).to(dtype) if x is None else x
+    y = kernel.int8_linear(x, q)
+    assert y.shape == (len(x), n_out) and y.dtype == dtype
+    weight = int8.dequantize(q).double()
+    error, worst = (y.double() - x.double() @ weight.t()).abs(), x.double().abs() @ weight.abs().t()
+    # 2^-25: half of float16's smallest number
+    assert (error <= worst * SHARE[dtype] + (2.0**-25 if dtype == torch.float16 else 1e-30)).all(), error.max()
+
+
+@needs_native
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 32, 33, 67])
+def test_every_kernel_computes_what_the_definition_says(monkeypatch, kernel, dtype, rows):
+    monkeypatch.setattr(native, "_INT8_BLOCK", 5 * 384)  # the last of 37 rows are a shorter block
+    monkeypatch.setattr(int8, "_BLOCK", 5 * 384)
+    check(kernel(), rows, dtype)
+
+
+@needs_native
+def test_inputs_may_be_strided_empty_and_of_very_different_size():
+    strided = rand(384, 10).t()[::2]
+    assert not strided.is_contiguous()
+    check(native.Native(), 5, torch.float32, x=strided)
+    for rows in (2, 40):
+        for size in (0.0, 1e-30, 1e30):
+            check(native.Native(), rows, torch.float32, x=rand(rows, 384) * size)
+        check(native.Native(), rows, torch.float32, n_out=3, n_in=64)
+    assert native.Native().int8_linear(torch.empty(0, 384), every_code(4, 384)).shape == (0, 4)
+
+
+@needs_native
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_row_that_is_not_finite_stays_visible_and_alone(bad, rows):
+    x = rand(rows, 384)
+    x[1, 100] = bad
+    y = native.Native().int8_linear(x, every_code(40, 384))
+    assert not y[1].isfinite().all() and y[[0, *range(2, rows)]].isfinite().all()
+
+
+@needs_native
+def test_few_rows_do_not_depend_on_one_another():
+    kernel, q, x = native.Native(), every_code(40, 384), rand(7, 384)
+    assert torch.equal(kernel.int8_linear(x, q), torch.cat([kernel.int8_linear(row[None], q) for row in x]))
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_dequantized_weight_is_never_there_as_a_whole(monkeypatch, rows):
+    sizes, original = [], native._scratch
+    monkeypatch.setattr(native, "_INT8_BLOCK", 16 * 384)
+    monkeypatch.setattr(native, "_scratch", lambda size, dtype: sizes.append(size) or original(size, dtype))
+    check(native.Native(), rows, torch.float32, n_out=100)
+    assert sizes == ([] if rows == 3 else 6 * [16 * 384] + [4 * 384])
+
+
+def filled(n_in=128, dtype=torch.float32, **options):
+    layer = int8.Int8Linear((48, n_in), dtype, **options)
+    layer.fill(int8.quantize(rand(48, n_in)))
+    return layer
+
+
+@needs_native
+def test_the_head_takes_the_kernel_of_its_device_and_what_ran_is_counted():
+    before = dict(kernels.calls)
+    layers = [filled(), filled(kernel="reference"), filled(kernel="triton"), filled(n_in=96), filled(cached=True)]
+    for layer in layers:
+        for rows in (1, 40):
+            layer(rand(rows, layer.in_features))
+    assert [layer.kernel().name for layer in layers[:4]] == ["native", "reference", "reference", "reference"]
+    ran = {path: count - before.get(path, 0) for path, count in kernels.calls.items() if count > before.get(path, 0)}
+    assert ran == {"native int8 dot": 1, "native int8 dequantize + float32 GEMM": 1, "reference int8": 6}
+
+
+@pytest.mark.parametrize("why", ["no compiler", "width"])
+def test_a_head_that_runs_on_the_reference_says_why(monkeypatch, caplog, why):
+    kernels._say_once.cache_clear()
+    if why == "no compiler":
+        monkeypatch.setattr(native, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
+    layer, x = filled(128 if why == "no compiler" else 96), rand(2, 128 if why == "no compiler" else 96)
+    assert torch.equal(layer(x), F.linear(x, int8.dequantize(int8.Int8Weight(layer.codes_int8, layer.row_scales))))
+    layer(x), filled(layer.in_features)(x)
+    (message,) = caplog.messages
+    said = "no C compiler; install gcc" if why == "no compiler" else "multiples of 64 inputs"
+    assert said in message and "the 8-bit head" in message and "much slower reference" in message
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 128, dtype=torch.bfloat16), torch.zeros(2, 64)], ids=["dtype", "width"])
+def test_inputs_of_another_dtype_or_width_are_refused(x):
+    with pytest.raises(ValueError, match=r"expected 128 inputs in torch.float32, got \d+ in torch"):
+        filled()(x)
+
+
+def test_gradients_pass_through_the_head():
+    layer, x = filled(), rand(3, 128).requires_grad_()
+    layer(x).sum().backward()
+    weight = int8.dequantize(int8.Int8Weight(layer.codes_int8, layer.row_scales))
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1))  # the same sums in another order
+
+
+@needs_native
+def test_the_head_is_one_node_of_a_compiled_graph():
+    layer, x = filled(), rand(3, 128)
+    layer.settle(), filled(cached=True).settle()
+    compiled = torch.compile(lambda x: layer(x) * 2, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x) * 2)
+
+
 def write(out, codec):
     return convert.convert(SRC, STATS, out, codec, "ours", CPU, sizes=convert.Sizes(head_bits=8))
 
@@ -129,6 +259,13 @@ def test_a_folder_with_an_8_bit_head_loads_like_any_other_and_means_its_codes(fo
     ids, hidden = torch.tensor([3, 1, 4]), rand(5, model.config.hidden_size)
     assert torch.equal(model.embed(ids), rounded[EMBEDDING][ids])
     torch.testing.assert_close(model.get_submodule(HEAD)(hidden), hidden @ rounded[HEAD].t(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_kernel_asked_for_by_name_is_the_head_s_too(folder):
+    with PackedFolder(folder) as packed:
+        model = Pipeline.load(LancePaths.find(SRC), CPU, torch.float32, packed.checkpoint.path,
+                              lambda model: swap_linears(model, packed, torch.float32, CPU, kernel="reference")).model
+    assert model.get_submodule(HEAD).kernel().name == "reference"
 
 
 def drop(key):

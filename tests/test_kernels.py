@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,30 @@ def test_a_row_that_is_not_finite_stays_visible_and_alone(bad, rows):
 
 
 @needs_native
+@pytest.mark.parametrize("codec", [Int4(64), Nvfp4(slim=True)], ids=["int4", "slim"])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_default_dtype_of_the_process_changes_nothing(codec, rows):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        check(native.Native(), codec, rows, 300, 384, torch.float32,
+              x=torch.randn(rows, 384, generator=generator(1), dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(before)
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_gradient_passes_as_through_the_dequantized_weight(rows):
+    model = layer(Int4(64))
+    x = torch.randn(rows, 128, generator=generator(10)).requires_grad_()
+    model(x).square().sum().backward()
+    other = x.detach().clone().requires_grad_()
+    torch.nn.functional.linear(other, model.dequantize(), model.bias).square().sum().backward()
+    assert torch.equal(x.grad, other.grad)
+
+
+@needs_native
 def test_few_rows_do_not_depend_on_one_another():
     codec, kernel = Nvfp4(), native.Native()
     q, x = random_weight(codec, 40, 384), torch.randn(7, 384, generator=generator(7))
@@ -194,6 +219,51 @@ def test_shapes_that_native_cannot_take_run_on_the_reference(codec, n_in):
     assert layer(codec, n_in=n_in).kernel().name == "reference"
     with pytest.raises(InputError, match="multiples of 64 inputs, in groups of 16, 32 or multiples of 64"):
         layer(codec, n_in=n_in, kernel="native").kernel()
+
+
+@pytest.fixture
+def slow_compiler(tmp_path):
+    """Takes half a second and leaves one word."""
+    script = tmp_path / "slow cc"
+    script.write_text('#!/bin/sh\n[ "$1" = --version ] && exit\n'
+                      'while [ "$1" != -o ]; do shift; done\nsleep 0.5\necho compiled > "$2"\n')
+    script.chmod(0o755)
+    return [str(script)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script that runs")
+def test_two_that_compile_at_once_leave_one_library(slow_compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with ThreadPoolExecutor(2) as pool:  # of one process id, as processes in two containers may be
+        first, second = pool.map(native._compiled, [slow_compiler] * 2)
+    assert first == second and first.read_text() == "compiled\n"
+    assert [path.name for path in (tmp_path / "cache/lance-quant").iterdir()] == [first.name]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script that runs")
+@pytest.mark.parametrize("trouble", ["no folder", "not writable", "no home"])
+def test_without_a_home_to_write_in_the_library_is_compiled_for_this_process(slow_compiler, monkeypatch, tmp_path,
+                                                                            trouble):
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    if trouble == "no folder":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    elif trouble == "not writable":  # also root, whom permissions do not stop
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(native.os, "access", lambda path, mode: Path(path) != tmp_path / "cache/lance-quant")
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(native.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    made = native._compiled(slow_compiler)
+    assert made.read_text() == "compiled\n" and made.parent.name.startswith("lance-quant-")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script that runs")
+def test_a_library_that_is_there_is_taken_where_nothing_can_be_written(slow_compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    first = native._compiled(slow_compiler)
+    monkeypatch.setattr(native.os, "access", lambda path, mode: False)
+    assert native._compiled(slow_compiler) == first
 
 
 @needs_native

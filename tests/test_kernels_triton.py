@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is in requirements-dev.txt")
 
 from test_kernels import CODECS, exact, generator, random_weight  # noqa: E402
 
+from lance_quant import int8  # noqa: E402
 from lance_quant.codec import Int4, Nvfp4  # noqa: E402
 from lance_quant.kernels import triton_kernels, w4a16  # noqa: E402
 from lance_quant.kernels.parts import parts_of  # noqa: E402
@@ -66,6 +67,18 @@ def test_unpacks_to_the_last_bit(codec):
     weight = triton_kernels.unpack(*there(q.packed, *parts_of(q)), codec.group_size, torch.bfloat16).cpu()
     truncated = (expected.view(torch.int32) & -65536).view(torch.float32)  # see SHARE
     assert ((weight == expected.bfloat16()) | (weight == truncated.bfloat16())).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, n_out, n_in", [(0, 11, 64), (1, 11, 576), (3, 5, 50), (5, 11, 576)])
+def test_an_8_bit_head_computes_what_the_definition_says(dtype, rows, n_out, n_in):
+    q = int8.quantize(torch.randn(n_out, n_in, generator=generator(1)) * torch.logspace(-3, 0, n_out)[:, None])
+    x = torch.randn(n_in, rows, generator=generator(2)).to(dtype).t()
+    y = w4a16.compute_int8(*there(x, *q)).cpu()
+    assert y.shape == (rows, n_out) and y.dtype == dtype
+    weight = int8.dequantize(q)
+    sums = x.double().abs() @ weight.double().abs().t()
+    assert ((y.double() - exact(x, weight, None)).abs() <= sums * SHARE[dtype] + 1e-7).all()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 257])

@@ -1,7 +1,9 @@
 """What makes the loops fast changes no result: merged projections, batches, one prefill, compiled steps."""
 
+import functools
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from conftest import CPU, GOLDENS, relative
 from torch import nn
 
 import run_baseline
-from lance_quant import codec, convert
+from lance_quant import codec, convert, tasks
 from lance_quant.lance import compiled, understanding
 from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.config import LancePaths
@@ -135,6 +137,16 @@ def test_a_limit_below_the_distance_of_two_looks_is_kept(pipeline, x2t, question
     assert answer.ids == x2t["f32"].meta["generated_ids"][0][:11]
 
 
+def test_calibration_sees_no_token_behind_an_end(pipeline, questions, monkeypatch):
+    """Sample 1 ends after 64 tokens: on a GPU a run decodes up to 7 more before it looks."""
+    monkeypatch.setattr(understanding, "_tokens_per_look", lambda device: 300)
+    settings = SimpleNamespace(kind=SimpleNamespace(makes="text"), resolution="image_256res", max_new_tokens=256,
+                               choice=understanding.GREEDY)
+    rows, _ = calls_of(pipeline, lambda: tasks.run_watched(pipeline, questions[1:2], settings, [0], lambda _: None))
+    assert len(rows) == 64 + 3  # system text, picture, question
+    assert not pipeline.model.watched
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """torch.compile up to the graphs, which then run as they are: no C++ compiler, seconds instead of minutes."""
@@ -172,6 +184,22 @@ def test_compiled_denoising_is_the_official_one_and_compiles_once_per_shape(path
         latent = pipeline.sample(pipeline.denoiser(prompts[sample].text, *SIZE, SIX), SIX)
         assert relative(latent, t2i["f32"].tensors[f"s{sample}.latent.0.0"]) < CLOSE
     assert len(traced) == 2 and list(pipeline.model.compiled.seconds) == ["denoising step, 2 x 48 latents"]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_packed_steps_are_compiled_once_too(paths, prompts, traced, tmp_path, kernel):
+    """Neither the choice of a kernel nor the count of its calls is in the graphs."""
+    convert.convert(GOLDENS / "checkpoint/Lance_3B", GOLDENS / "published/act_stats.pt", tmp_path / "packed",
+                    codec.Int4(32), "ours", CPU)
+    latents, two = [], Sampling(num_timesteps=2)
+    for compile_too in (False, True):
+        with PackedFolder(tmp_path / "packed") as folder:
+            prepare = functools.partial(swap_linears, folder=folder, dtype=torch.float32, device=CPU, kernel=kernel)
+            pipeline = Pipeline.load(paths, CPU, torch.float32, folder.checkpoint.path, prepare, merged=True)
+        assert not compile_too or compile_steps(pipeline.model)
+        traced.clear()
+        latents.append(pipeline.sample(pipeline.denoiser(prompts[0].text, *SIZE, two), two))
+    assert relative(*latents) < CLOSE and len(traced) == 2
 
 
 def test_a_run_says_what_it_compiled_and_how_long_that_took(traced, tmp_path):

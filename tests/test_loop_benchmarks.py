@@ -85,10 +85,10 @@ def test_an_8_bit_vocabulary_takes_a_byte_a_weight():
 
 def test_decoding_is_timed_for_every_way(tiny, capsys):
     decode.main(["--layers", "2", "--past", "4", "--tokens", "2", "--rounds", "1", "--formats", "float32", "int4",
-                 "--device", "cpu"])
+                 "--head_bits", "16", "8", "--device", "cpu"])
     result = last(capsys)
     assert list(result["rows"]) == ["bfloat16 eager", "bfloat16 official caching", "bfloat16 merged", "float32 merged",
-                                    "int4 merged"]
+                                    "int4 merged", "int4, 8-bit head, merged"]
     assert result["whole_token"] == "computed: head + 36 x layer"
     row = result["rows"]["int4 merged"]
     assert row["whole_token_ms"] == pytest.approx(row["head_ms"] + 36 * row["layer_ms"])

@@ -36,3 +36,11 @@ def test_the_documented_set_up_installs_the_pinned_set(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert "pip install -q -r requirements.txt -e ." in text.replace("pip install -r", "pip install -q -r")
     assert "install -q -e ." not in text and "`pip install -e .`" not in text
+
+
+def test_every_package_that_scripts_import_is_installed():
+    """`python apple/export_mlx.py` has apple/ itself on its path, not the folder above."""
+    found = {".".join(path.parent.relative_to(ROOT).parts) for top in ("lance_quant", "lance_nano", "apple")
+             for path in (ROOT / top).rglob("__init__.py")}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert set(listed) == found and len(listed) == len(found)

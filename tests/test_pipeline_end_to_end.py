@@ -128,6 +128,20 @@ def test_both_modes_and_all_kernels_give_the_same_answers(work, mode, kernel, ra
     assert not list(tmp_path.rglob("*.safetensors"))  # --save_latents was not asked for
 
 
+def test_a_kernel_that_cannot_run_is_refused_before_the_float_model_runs(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(task_cli, "load_to_run", None)
+    with pytest.raises(InputError, match="kernel triton cannot run .* on cpu"):
+        run_quant_eval.main([*X2T, "--awq_dir", str(work / "int4"), "--kernel", "triton", "--save_path_gen",
+                             str(tmp_path / "q")])
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_kernel_for_unpacked_weights_is_said_to_do_nothing(work, tmp_path, caplog):
+    run_quant_eval.main([*X2T, "--limit", "1", "--max_new_tokens", "1", "--awq_dir", str(work / "int4"), "--mode",
+                         "cached", "--kernel", "triton", "--save_path_gen", str(tmp_path / "q")])
+    assert "of no effect with --mode cached: --kernel" in caplog.text
+
+
 def test_without_a_baseline_the_float_model_runs_first(work, tmp_path):
     run_quant_eval.main([*T2I, *STEPS, "--limit", "1", "--awq_dir", str(work / "int4"), "--save_path_gen",
                          str(tmp_path / "q")])

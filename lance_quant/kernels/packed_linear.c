@@ -1,4 +1,4 @@
-/* Linear layers over packed 4-bit weights on x86-64 with AVX2; native.py compiles and calls this.
+/* Linear layers over packed weights on x86-64 with AVX2; native.py compiles and calls this. 4 bits first, 8 at the end.
 
    A weight row is read 32 bytes at a time: 64 columns, the even ones in the low nibbles. `groups` of scales per 64
    columns are 1 (group sizes that are multiples of 64), 2 (32) or 4 (16).
@@ -294,5 +294,49 @@ void packed_dequantize(const Weight *w, int64_t begin, int64_t end, int to_bf16,
         else if (w->zero) dequantize_row(w, row, 1, 0, to);
         else if (to_bf16) dequantize_row(w, row, 0, 1, to);
         else dequantize_row(w, row, 0, 0, to);
+    }
+}
+
+/* 8 bits with one scale per row: a code is exact in float32, so there the products are taken. */
+#define CHAINS 4  /* sums of 8 lanes each that do not wait for one another */
+#define INT8_ROWS 3  /* of activations at a time; with 4 the sums would not fit in the registers */
+
+/* One row of codes times m rows of activations [m, in]. */
+INLINE void int8_row_dot(const int8_t *codes, float scale, const float *x, int64_t n_in, const int m, float *result) {
+    __m256 total[INT8_ROWS][CHAINS];
+    for (int r = 0; r < m; r++)
+        for (int c = 0; c < CHAINS; c++) total[r][c] = _mm256_setzero_ps();
+    for (int64_t i = 0; i < n_in; i += 8 * CHAINS)
+        for (int c = 0; c < CHAINS; c++) {
+            const int64_t at = i + 8 * c;
+            __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(codes + at))));
+            for (int r = 0; r < m; r++)
+                total[r][c] = _mm256_fmadd_ps(code, _mm256_loadu_ps(x + r * n_in + at), total[r][c]);
+        }
+    for (int r = 0; r < m; r++) {
+        __m256 left = _mm256_add_ps(total[r][0], total[r][1]), right = _mm256_add_ps(total[r][2], total[r][3]);
+        result[r] = scale * lanes_sum(_mm256_add_ps(left, right));
+    }
+}
+
+/* y[rows, out] = x[rows, in] . (codes[out, in] * scale[out])^T; scales are bfloat16. */
+void int8_linear(const int8_t *codes, const uint16_t *scale, int64_t n_out, int64_t n_in, const float *x, int64_t rows,
+                 float *y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t begin = 0; begin < n_out; begin += ROWS_AT_ONCE) {
+        const int64_t end = begin + ROWS_AT_ONCE < n_out ? begin + ROWS_AT_ONCE : n_out;
+        for (int64_t r = 0; r < rows; r += INT8_ROWS) {
+            const int m = rows - r < INT8_ROWS ? (int)(rows - r) : INT8_ROWS;
+            for (int64_t row = begin; row < end; row++) {
+                const int8_t *code = codes + row * n_in;
+                float result[INT8_ROWS];
+                switch (m) {
+                case 1: int8_row_dot(code, bf16(scale[row]), x + r * n_in, n_in, 1, result); break;
+                case 2: int8_row_dot(code, bf16(scale[row]), x + r * n_in, n_in, 2, result); break;
+                default: int8_row_dot(code, bf16(scale[row]), x + r * n_in, n_in, 3, result);
+                }
+                for (int i = 0; i < m; i++) y[(r + i) * n_out + row] = result[i];
+            }
+        }
     }
 }

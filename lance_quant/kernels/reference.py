@@ -1,10 +1,11 @@
-"""The definition as a kernel: dequantize the whole weight at every call, then F.linear."""
+"""The definition as a kernel: dequantize the whole weight at every call (of an 8-bit head a block of rows), then
+F.linear."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lance_quant import kernels
+from lance_quant import int8, kernels
 from lance_quant.codec import Codec, PackedWeight, dequantize_to
 
 
@@ -20,3 +21,11 @@ class Reference:
         """See kernels.Kernel."""
         kernels.count("reference")
         return F.linear(x, dequantize_to(codec, q, x.dtype), bias)
+
+    def int8_refusal(self, n_in: int, dtype: torch.dtype, device: torch.device) -> None:
+        """It can serve every layer."""
+
+    def int8_linear(self, x: Tensor, q: int8.Int8Weight) -> Tensor:
+        """See kernels.Kernel."""
+        kernels.count("reference int8")
+        return int8.linear(x, q)

@@ -117,6 +117,22 @@ def _unpack(packed, scale, zero, row_scale, out, n_out, n_groups, GROUPS: tl.con
     tl.store(out + where, tl.join(even, odd).to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _int8_gemv(x, codes, scale, out, n_in, n_out, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr):
+    """One row of inputs and BLOCK_N outputs of a weight in 8 bits with one scale per row."""
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(0, n_in, BLOCK_I):
+        i = first + tl.arange(0, BLOCK_I)
+        inputs = tl.load(x + row * n_in + i, mask=i < n_in, other=0.0).to(tl.float32)
+        code = tl.load(codes + n.to(tl.int64)[:, None] * n_in + i[None, :],
+                       mask=(n[:, None] < n_out) & (i[None, :] < n_in), other=0).to(tl.float32)
+        total += tl.sum(code * inputs[None, :], axis=1)
+    total *= tl.load(scale + n, mask=n < n_out, other=0.0).to(tl.float32)
+    tl.store(out + row * n_out + n, total.to(out.dtype.element_ty), mask=n < n_out)
+
+
 def _shared(scale: Tensor, zero: Tensor | None, row_scale: Tensor | None, group_size: int, columns: int) -> dict:
     """What all kernels are told: the format, and how many groups make a block of about `columns`."""
     return {"GROUPS": max(1, columns // group_size), "HALF": group_size // 2, "IS_INT4": zero is not None,
@@ -154,4 +170,12 @@ def unpack(packed: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor
     shared = _shared(scale, zero, row_scale, group_size, 256)
     _unpack[triton.cdiv(n_out, 8), triton.cdiv(n_groups, shared["GROUPS"])](
         packed, scale, zero, row_scale, out, n_out, n_groups, BLOCK_N=8, **shared)
+    return out
+
+
+def int8_gemv(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """[rows, in] -> [rows, out]; every row reads the whole weight."""
+    x, (n_out, n_in) = x.contiguous(), codes.shape
+    out = x.new_empty(x.shape[0], n_out)
+    _int8_gemv[triton.cdiv(n_out, 8), x.shape[0]](x, codes, scale, out, n_in, n_out, BLOCK_N=8, BLOCK_I=512)
     return out

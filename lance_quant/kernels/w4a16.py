@@ -8,6 +8,8 @@ Three paths, chosen by the number of rows:
            definition says, and cuBLAS multiplies it. The buffer's traffic is 5 bytes a weight: a tenth of the
            multiplication's time at 2300 rows on an H100, by arithmetic
 
+An 8-bit head has a gemv of its own; more rows of it multiply a block of rows at a time, dequantized by PyTorch.
+
 Nothing here was timed: the limits between the paths come from arithmetic and from the dispatch constants of others
 (comfy-kitchen leaves its 4-bit kernel at 256 rows). Correctness is tested on the CPU through Triton's interpreter.
 """
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lance_quant import kernels
+from lance_quant import int8, kernels
 from lance_quant.codec import Codec, PackedWeight
 from lance_quant.kernels.parts import define, parts_of
 
@@ -33,24 +35,42 @@ class TritonW4A16:
 
     def refusal(self, codec: Codec, n_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """See kernels.Kernel."""
-        if device.type != "cuda":
-            return "it runs on CUDA"
-        if importlib.util.find_spec("triton") is None:  # it comes with torch for CUDA
-            return "the triton package is missing; install torch's build for CUDA"
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "it needs compute capability 8.0 (Ampere) or newer"
-        return unsupported(codec, dtype)
+        return _not_here(device) or unsupported(codec, dtype)
 
     def linear(self, x: Tensor, q: PackedWeight, codec: Codec, bias: Tensor | None) -> Tensor:
         """See kernels.Kernel."""
         scale, zero, row_scale = parts_of(q)
         return torch.ops.lance_quant.triton_linear(x, q.packed, scale, zero, row_scale, bias, codec.group_size)
 
+    def int8_refusal(self, n_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        """See kernels.Kernel."""
+        return _not_here(device) or _uncomputed(dtype)
+
+    def int8_linear(self, x: Tensor, q: int8.Int8Weight) -> Tensor:
+        """See kernels.Kernel."""
+        return torch.ops.lance_quant.triton_int8(x, q.codes, q.scale)
+
+
+def _not_here(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it runs on CUDA"
+    if importlib.util.find_spec("triton") is None:  # it comes with torch for CUDA
+        return "the triton package is missing; install torch's build for CUDA"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+def _uncomputed(dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "it computes in float32, bfloat16 or float16"
+    return None
+
 
 def unsupported(codec: Codec, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot compute such layers anywhere."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return "it computes in float32, bfloat16 or float16"
+    if (reason := _uncomputed(dtype)) is not None:
+        return reason
     if codec.group_size not in _GROUP_SIZES:
         return f"it takes groups of {', '.join(map(str, _GROUP_SIZES))}"
     return None
@@ -74,4 +94,18 @@ def compute(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, row_s
     return F.linear(x, triton_kernels.unpack(*weight, group_size, x.dtype), bias)
 
 
+def compute_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """[rows, in] -> [rows, out], on the path for so many rows."""
+    from lance_quant.kernels import triton_kernels
+
+    if not x.shape[0]:
+        return x.new_empty(0, codes.shape[0])
+    if x.shape[0] <= GEMV_ROWS:
+        kernels.count("triton int8 gemv")
+        return triton_kernels.int8_gemv(x, codes, scale)
+    kernels.count("triton int8 dequantize + GEMM")
+    return int8.linear(x, int8.Int8Weight(codes, scale))
+
+
 define("triton_linear", compute, "CUDA")
+define("triton_int8", compute_int8, "CUDA", "Tensor codes, Tensor scale")

@@ -30,10 +30,13 @@ def compile_steps(model: Lance) -> bool:
     try:
         torch.compile(_probe)(torch.ones(8, device=model.device))
     except Exception as error:  # noqa: BLE001 - whatever a compiler's absence looks like, running without is possible
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or "it gave no reason").splitlines()[0]
         log.warning("--compile: nothing can be compiled here, the run goes on without (%s: %s). A C++ compiler "
                     "(CPU) or triton (CUDA) is needed", type(error).__name__, reason)
         return False
+    for module in model.modules():
+        if hasattr(module, "settle"):  # packed linears choose a kernel when they first run, which cannot be compiled
+            module.settle()
     model.compiled = Compiled(model)
     return True
 
@@ -75,26 +78,32 @@ class Compiled:
             kind: what else it depends on.
         """
         capacity, longest = (-(-size // _ROOM) * _ROOM for size in (room, longest))
-        key = (capacity, longest, kind)
+        key, device = (capacity, longest, kind), self._model.device
         if self._kept is None or self._kept[0] != key:
             self._kept = None  # its memory first
             decoding = make(capacity, longest)
             with self.first(f"decoding step, {capacity} tokens"):
-                step = _graph(decoding.step) if self._model.device.type == "cuda" else decoding.step
+                step = _graph(decoding.step, device) if device.type == "cuda" else decoding.step
                 step()  # it is not started: what it decodes means nothing
             self._kept = key, decoding, step
         return self._kept[1:]
 
 
-def _graph(step: Callable[[], None]) -> Callable[[], None]:
-    """A step that touches the same memory every time, recorded as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UPS):
+def _graph(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A step that touches the same memory of a GPU every time, recorded as a CUDA graph."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay

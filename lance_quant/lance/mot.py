@@ -287,10 +287,12 @@ class Lance(nn.Module):
     """Everything that the file model.safetensors holds for the language model and its latent interface.
 
     `dtype` is the compute dtype: it is said here and never read from a weight, which may be packed.
-    `compiled` is set by compiled.compile_steps.
+    `compiled` is set by compiled.compile_steps. `watched` says that hooks measure what runs, so that nothing may run in
+    vain.
     """
 
     compiled: "Compiled | None" = None
+    watched = False
 
     def __init__(self, config: LanceConfig, dtype: torch.dtype, device: torch.device):
         super().__init__()

@@ -122,9 +122,10 @@ def answer(model: Lance, tokenizer: LanceTokenizer, prompt: Packed, vit_tokens: 
     else:
         decoding, step = model.compiled.decoding(make, room, max_new_tokens, (choice.temperature, choice.top_p))
     decoding.start(prompt, vit_tokens, max_new_tokens, choice.seed)
+    each = 1 if model.watched else _tokens_per_look(model.device)
     ids: list[int] = []
     while len(ids) < max_new_tokens:
-        count = min(_tokens_per_look(model.device), max_new_tokens - len(ids))
+        count = min(each, max_new_tokens - len(ids))
         for _ in range(count):
             step()
         for token in decoding.ids[len(ids):len(ids) + count].tolist():
