@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lance_quant import __version__, budget, int8, layout, packed, published, quant_report
 from lance_quant.codec import Codec, Int4, block_threads
 from lance_quant.errors import InputError
-from lance_quant.files import require_free
+from lance_quant.files import require_free, size_text
 from lance_quant.ours import BF16_ENTRY, Activations, Choices, Quantized, Weights, quantize_layer
 from lance_quant.stats import ActStats, model_fingerprint
 from lance_quant.tensorfile import Checkpoint, TensorSpec, file_size, require_finite
@@ -150,7 +150,7 @@ def dry_run(src: Path, codec: Codec, sizes: Sizes = ONE_SIZE, stats_path: Path |
         specs = plan(source.specs, codec, choices, sizes.head_bits)
         bits = packed.bits_per_weight(specs, shapes)
     size, chosen = file_size(specs), f"{_counted(choices)}\n" if choices else ""
-    return (f"{packed.table(specs)}\n{chosen}{bits:.4f} bits per quantized weight, {size / 1e9:.2f} GB\n"
+    return (f"{packed.table(specs)}\n{chosen}{bits:.4f} bits per quantized weight, {size_text(size)}\n"
             f"output_bytes: {size}")
 
 
@@ -200,7 +200,7 @@ class Report:
 
     def __str__(self) -> str:
         kept = f", {self.kept} kept in bfloat16" if self.kept else ""
-        return (f"wrote {self.out}: {self.nbytes / 1e9:.2f} GB, {self.bits_per_weight:.4f} bits per quantized weight, "
+        return (f"wrote {self.out}: {size_text(self.nbytes)}, {self.bits_per_weight:.4f} bits per quantized weight, "
                 f"{self.searched} linears searched, {self.plain} rounded plainly{kept}")
 
 
@@ -441,7 +441,7 @@ def _checked(pieces: Iterable[Tensor], name: str) -> Iterator[Tensor]:
 
 def _page(codec: Codec, report: Report, stats: ActStats, recipe: Recipe, specs: Mapping[str, TensorSpec],
           sizes: Sizes) -> str:
-    facts = {"format": str(codec), "recipe": recipe, "size": f"{report.nbytes / 1e9:.3f} GB",
+    facts = {"format": str(codec), "recipe": recipe, "size": size_text(report.nbytes),
              "bits per quantized weight": f"{report.bits_per_weight:.4f}", "calibrated on": ", ".join(stats.tasks),
              "linears scaled": f"{report.searched} of {report.searched + report.plain}",
              "linears without statistics": str(len(report.without_statistics)), "tool": f"lance-quant {__version__}",
