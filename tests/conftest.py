@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from lance_quant.lance.pipeline import Pipeline
 GOLDENS = Path(__file__).parent / "goldens"
 CPU = torch.device("cpu")
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which any test may do first
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
 
 

@@ -1,13 +1,8 @@
 """The CUDA kernels, on a GPU where there is one and through Triton's interpreter elsewhere; not how fast they are."""
 
-import os
-
 import pytest
 import torch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before triton_kernels is imported
 pytest.importorskip("triton", reason="triton is in requirements-dev.txt")
 
 from test_kernels import CODECS, exact, generator, random_weight  # noqa: E402
@@ -17,6 +12,7 @@ from lance_quant.codec import Int4, Nvfp4  # noqa: E402
 from lance_quant.kernels import triton_kernels, w4a16  # noqa: E402
 from lance_quant.kernels.parts import parts_of  # noqa: E402
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLAIMED = {name: codec for name, codec in CODECS.items() if w4a16.unsupported(codec, torch.float32) is None}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Share of the sum of |products|: rounding of weights (tile only), of the result, of float32 sums. The interpreter
