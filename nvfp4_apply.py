@@ -6,9 +6,9 @@
 Reads   a float checkpoint; activation statistics (awq_merge_stats.py); captures, if given
 Writes  OUT/nvfp4_state_dict.safetensors and OUT/nvfp4_meta.json, for Lance_3B 5.09 GB, 4.39 GB with --slim, and
         OUT/quant_report.html
-Needs   1.8 GB of memory (two layers) and the space for the output; on one CPU core 11 s per layer of Lance_3B, so 7
-        minutes, on several cores or a GPU less. With --capture also two Gram matrices per expert (down_proj: 0.5 GB
-        each) and the captured states, and many passes through every layer: meant for a GPU
+Needs   2.1 GB of memory (two layers) and the space for the output; on four CPU cores 7 s per layer of Lance_3B, so 5
+        minutes. With --capture 4 GB and the captured states (down_proj's Gram matrix alone is 0.5 GB), and several
+        minutes per layer on one core: meant for a GPU
 Next    run_quant_eval.py --awq_dir OUT
 """
 
