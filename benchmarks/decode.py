@@ -75,24 +75,29 @@ class GrowingRow(CacheRow):
         return tuple(part.transpose(0, 1) for part in grown)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = cli.parser(__doc__)
+def add_comparison(parser: argparse.ArgumentParser, layers: int, rounds: int) -> None:
+    """What is compared, how large it is, and how it is timed; the defaults are the benchmark's."""
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["float32", "bfloat16", "int4", "nvfp4"],
                         help="of the linears; packed ones compute in --dtype")
     parser.add_argument("--baseline", choices=["bfloat16", "float32"], default="bfloat16",
                         help="the format that the others are compared with; always there")
-    parser.add_argument("--head_bits", nargs="+", type=int, choices=[8, 16], default=[16],
-                        help="of the packed formats' head and embedding, one row each; 16: the compute dtype")
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers, of 36")
-    parser.add_argument("--past", type=int, default=128, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=8, help="tokens decoded per round")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds; the median counts")
+    parser.add_argument("--layers", type=int, default=layers, help="decoder layers, of 36")
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds; the median counts")
     parser.add_argument("--compile", action="store_true", help="also the compiled steps, warm-up not counted")
     parser.add_argument("--clock", choices=CLOCKS, default="wall",
                         help="cpu: processor time instead, for one thread on a machine with other work")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     cli.add_device(parser)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("--head_bits", nargs="+", type=int, choices=[8, 16], default=[16],
+                        help="of the packed formats' head and embedding, one row each; 16: the compute dtype")
+    parser.add_argument("--past", type=int, default=128, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens decoded per round")
+    add_comparison(parser, layers=4, rounds=5)
     return parser.parse_args(argv)
 
 

@@ -26,8 +26,8 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from decode import CLOCKS, GrowingRow, now
-from random_lance import FORMATS, REAL_LAYERS, compute_dtype, random_lance, real_config
+from decode import GrowingRow, add_comparison, now
+from random_lance import REAL_LAYERS, compute_dtype, random_lance, real_config
 from torch import Tensor, nn
 
 from lance_quant import cli
@@ -57,19 +57,9 @@ class Row:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = cli.parser(__doc__)
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["float32", "bfloat16", "int4", "nvfp4"],
-                        help="of the linears; packed ones compute in --dtype")
-    parser.add_argument("--baseline", choices=["bfloat16", "float32"], default="bfloat16",
-                        help="the format that the others are compared with; always there")
-    parser.add_argument("--layers", type=int, default=1, help="decoder layers, of 36")
     parser.add_argument("--height", type=int, default=768, help="of the picture")
     parser.add_argument("--width", type=int, default=768, help="of the picture")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds; the median counts")
-    parser.add_argument("--compile", action="store_true", help="also the compiled steps, warm-up not counted")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall",
-                        help="cpu: processor time instead, for one thread on a machine with other work")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
-    cli.add_device(parser)
+    add_comparison(parser, layers=1, rounds=3)
     return parser.parse_args(argv)
 
 
