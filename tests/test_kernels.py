@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lance_quant import kernels
+from lance_quant import compiler, kernels
 from lance_quant.codec import Int4, Nvfp4, dequantize_to
 from lance_quant.errors import InputError
 from lance_quant.int4 import Int4Weight
@@ -231,11 +231,15 @@ def slow_compiler(tmp_path):
     return [str(script)]
 
 
+def compiled(command):
+    return compiler.compiled(native._SOURCE, native._FLAGS, command)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script that runs")
 def test_two_that_compile_at_once_leave_one_library(slow_compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with ThreadPoolExecutor(2) as pool:  # of one process id, as processes in two containers may be
-        first, second = pool.map(native._compiled, [slow_compiler] * 2)
+        first, second = pool.map(compiled, [slow_compiler] * 2)
     assert first == second and first.read_text() == "compiled\n"
     assert [path.name for path in (tmp_path / "cache/lance-quant").iterdir()] == [first.name]
 
@@ -244,26 +248,26 @@ def test_two_that_compile_at_once_leave_one_library(slow_compiler, monkeypatch, 
 @pytest.mark.parametrize("trouble", ["no folder", "not writable", "no home"])
 def test_without_a_home_to_write_in_the_library_is_compiled_for_this_process(slow_compiler, monkeypatch, tmp_path,
                                                                             trouble):
-    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(compiler.tempfile, "tempdir", str(tmp_path))
     if trouble == "no folder":
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     elif trouble == "not writable":  # also root, whom permissions do not stop
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr(native.os, "access", lambda path, mode: Path(path) != tmp_path / "cache/lance-quant")
+        monkeypatch.setattr(compiler.os, "access", lambda path, mode: Path(path) != tmp_path / "cache/lance-quant")
     else:
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setattr(native.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
-    made = native._compiled(slow_compiler)
+        monkeypatch.setattr(compiler.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+    made = compiled(slow_compiler)
     assert made.read_text() == "compiled\n" and made.parent.name.startswith("lance-quant-")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script that runs")
 def test_a_library_that_is_there_is_taken_where_nothing_can_be_written(slow_compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first = native._compiled(slow_compiler)
-    monkeypatch.setattr(native.os, "access", lambda path, mode: False)
-    assert native._compiled(slow_compiler) == first
+    first = compiled(slow_compiler)
+    monkeypatch.setattr(compiler.os, "access", lambda path, mode: False)
+    assert compiled(slow_compiler) == first
 
 
 @needs_native

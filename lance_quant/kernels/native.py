@@ -21,32 +21,20 @@ Why C and not torch.compile: Inductor's code for the same integer expression too
 shape instead of 5 s once.
 """
 
-import atexit
-import contextlib
 import ctypes
 import functools
-import hashlib
-import logging
-import os
 import platform
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lance_quant import kernels, nvfp4
+from lance_quant import compiler, kernels, nvfp4
 from lance_quant.codec import Codec, PackedWeight
 from lance_quant.int8 import Int8Weight
 from lance_quant.kernels.parts import define, parts_of
-
-log = logging.getLogger("lance_quant")
 
 _SOURCE = Path(__file__).with_name("packed_linear.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
@@ -241,16 +229,9 @@ def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"it is written for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
     if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
         return None, "this CPU has no AVX2"
-    compiler = shlex.split(os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or "")
-    if not compiler:
-        return None, "there is no C compiler; install gcc"
-    try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except subprocess.CalledProcessError as error:
-        said = (error.stderr or str(error)).strip().splitlines()
-        return None, f"{compiler[0]} failed: {next((line for line in said if 'error' in line), said[-1])}"
-    except OSError as error:  # no such compiler, a full disk, a folder that may hold no programs
-        return None, f"it cannot be compiled or loaded: {error}"
+    library, reason = compiler.load(_SOURCE, _FLAGS)
+    if library is None:
+        return None, reason
     _declare(library)
     return library, None
 
@@ -264,39 +245,3 @@ def _declare(library: ctypes.CDLL) -> None:
     library.packed_dequantize.restype = None
     library.int8_linear.argtypes = [pointer, pointer, number, number, pointer, number, pointer, small]
     library.int8_linear.restype = None
-
-
-def _compiled(compiler: list[str]) -> Path:
-    """The shared library of this source, compiler and CPU; compiled unless an earlier run has."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    cpu = next((line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("flags")), "")
-    key = hashlib.sha256("\n".join([_SOURCE.read_text(), version, cpu, *_FLAGS]).encode()).hexdigest()[:16]
-    name = f"packed_linear-{key}.so"
-    for folder in _cache_folders():
-        if (folder / name).is_file():
-            return folder / name
-        if os.access(folder, os.W_OK):
-            break
-    log.info("compiling the CPU kernels (once) to %s", folder / name)
-    # A folder of its own: another process, also in another container with the same home, may be compiling too.
-    with tempfile.TemporaryDirectory(prefix="compiling-", dir=folder) as own:
-        partial = Path(own) / name
-        subprocess.run([*compiler, *_FLAGS, str(_SOURCE), "-o", str(partial)], capture_output=True, text=True,
-                       check=True)
-        os.replace(partial, folder / name)
-    return folder / name
-
-
-def _cache_folders() -> Iterator[Path]:
-    """Where the library may be kept: in the user's cache, else in a folder that goes when the process ends."""
-    with contextlib.suppress(OSError, RuntimeError):  # no home to write in; a user without a home
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lance-quant"
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-    passing = Path(tempfile.mkdtemp(prefix="lance-quant-"))
-    atexit.register(shutil.rmtree, passing, ignore_errors=True)
-    yield passing
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
