@@ -24,7 +24,7 @@ def load(source: Path, flags: Sequence[str]) -> tuple[ctypes.CDLL | None, str | 
     """The library of a C source, compiled unless an earlier run has; or None, and why there is none.
 
     Args:
-        source: one file without headers of its own.
+        source: one file; the headers that it includes are beside it.
         flags: for the compiler.
     """
     command = shlex.split(os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or "")
@@ -47,7 +47,8 @@ def compiled(source: Path, flags: Sequence[str], command: Sequence[str]) -> Path
     """
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
     cpu = next((line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("flags")), "")
-    key = hashlib.sha256("\n".join([source.read_text(), version, cpu, *flags]).encode()).hexdigest()[:16]
+    texts = [path.read_text() for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256("\n".join([*texts, version, cpu, *flags]).encode()).hexdigest()[:16]
     name = f"{source.stem}-{key}.so"
     for folder in _cache_folders():
         if (folder / name).is_file():

@@ -9,16 +9,17 @@ Two paths, chosen by the number of rows:
     gemm   more rows. A block of weight rows is dequantized, to the last bit as the definition says, into one scratch
            buffer that stays in the cache and serves all layers, and the library's GEMM multiplies it.
 
+With AVX-512 `dot` is faster than PyTorch's float32 GEMM whatever the number of rows, so there float32 never needs the
+other path. The GEMM then runs in bfloat16 where the layer does; elsewhere in float32, because PyTorch's bfloat16 GEMM
+has no fast path without AVX-512 (Zen 3: 64 rows in 270 ms instead of 55).
+
 An 8-bit head goes the same two ways, its few rows in float32: converting a code takes two instructions for 8 of them.
 One row through the head of Lance_3B, one Zen 3 core: bfloat16 or float32 `F.linear` 65 ms, this 29, PyTorch's
 `aten._weight_int8pack_mm` 45 for bfloat16 activations and 390 for float32 ones.
 
-The GEMM runs in bfloat16 where the layer does and the CPU has AVX-512; elsewhere in float32, because PyTorch's bfloat16
-GEMM has no fast path without AVX-512 (Zen 3: 64 rows in 270 ms instead of 55).
-
 Why C and not torch.compile: Inductor's code for the same integer expression took 11 ms where this takes 1.1
 (2048 -> 11008, one row, one Zen 3 core; bfloat16 F.linear: 4.5), needs a C++ compiler as well, and compiles 5-30 s per
-shape instead of 5 s once.
+shape instead of 10 s once.
 """
 
 import ctypes
@@ -39,11 +40,12 @@ from lance_quant.kernels.parts import define, parts_of
 _SOURCE = Path(__file__).with_name("packed_linear.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 COLUMNS = 64  # that packed_linear.c takes at a time
-# Rows up to which `dot` runs, by what the GEMM would compute in. float32: measured, benchmarks/RESULTS.md. bfloat16
-# with AVX-512: not measured, from that GEMM's 4 ms at up to 16 rows, where `dot` takes 0.3 to 0.5 ms a row. 8 bits
-# cross there too: the head of Lance_3B takes 350 and 380 ms for 32 rows, 690 and 650 for 64.
-DOT_ROWS = {torch.bfloat16: 12, torch.float32: 32}
-_BLOCK = 1 << 22  # weights that are unpacked at a time
+# Rows up to which `dot` runs, by what the GEMM would compute in: measured, benchmarks/RESULTS.md. All of them where it
+# is the AVX-512 version and the GEMM would be in float32.
+DOT_ROWS = {torch.bfloat16: 18, torch.float32: 32}
+# 8 bits: the head of Lance_3B takes 350 and 380 ms for 32 rows in float32, 690 and 650 for 64.
+INT8_DOT_ROWS = {torch.bfloat16: 12, torch.float32: 32}
+_BLOCK = 1 << 21  # weights that are unpacked at a time
 _INT8_BLOCK = 1 << 20  # likewise; 4 MB of floats stay in the cache between the passes of `_int8_gemm`
 
 
@@ -134,13 +136,21 @@ def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, row_s
     weight = _weight(packed, scale, zero, row_scale, group_size)
     if not x.shape[0]:
         return x.new_empty(0, weight.n_out)
-    if x.shape[0] <= DOT_ROWS[gemm_dtype(x.dtype)]:
-        return dot(x, weight, bias)
-    return gemm(x, weight, bias)
+    return dot(x, weight, bias) if _few(x) else gemm(x, weight, bias)
+
+
+def _few(x: Tensor) -> bool:
+    dtype = gemm_dtype(x.dtype)
+    return x.shape[0] <= DOT_ROWS[dtype] or (dtype == torch.float32 and is_wide())
+
+
+def is_wide() -> bool:
+    """Whether `dot` is the AVX-512 version."""
+    return bool(_library().packed_is_wide())
 
 
 def dot(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
-    """The path for few rows: [rows, in] -> [rows, out]."""
+    """The path for few rows, see the module docstring: [rows, in] -> [rows, out]."""
     kernels.count("native dot")
     digits = 2 if x.dtype == torch.bfloat16 else 3
     wide = x.float().contiguous()
@@ -173,7 +183,7 @@ def gemm(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
 def _int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if not x.shape[0]:
         return x.new_empty(0, codes.shape[0])
-    if x.shape[0] <= DOT_ROWS[gemm_dtype(x.dtype)]:
+    if x.shape[0] <= INT8_DOT_ROWS[gemm_dtype(x.dtype)]:
         return _int8_dot(x, codes, scale)
     return _int8_gemm(x, codes, scale)
 
@@ -241,6 +251,7 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.packed_linear.argtypes = [pointer, pointer, number, small, pointer, pointer, small]
     library.packed_linear.restype = small
+    library.packed_is_wide.argtypes, library.packed_is_wide.restype = [], small
     library.packed_dequantize.argtypes = [pointer, number, number, small, pointer, small]
     library.packed_dequantize.restype = None
     library.int8_linear.argtypes = [pointer, pointer, number, number, pointer, number, pointer, small]
