@@ -9,9 +9,8 @@ Two paths, chosen by the number of rows:
     gemm   more rows. A block of weight rows is dequantized, to the last bit as the definition says, into one scratch
            buffer that stays in the cache and serves all layers, and the library's GEMM multiplies it.
 
-With AVX-512 `dot` is faster than PyTorch's float32 GEMM whatever the number of rows, so there float32 never needs the
-other path. The GEMM then runs in bfloat16 where the layer does; elsewhere in float32, because PyTorch's bfloat16 GEMM
-has no fast path without AVX-512 (Zen 3: 64 rows in 270 ms instead of 55).
+The GEMM runs in bfloat16 where the layer does and the CPU has AVX-512; elsewhere in float32, because PyTorch's bfloat16
+GEMM has no fast path without AVX-512 (Zen 3: 64 rows in 270 ms instead of 55).
 
 An 8-bit head goes the same two ways, its few rows in float32: converting a code takes two instructions for 8 of them.
 One row through the head of Lance_3B, one Zen 3 core: bfloat16 or float32 `F.linear` 65 ms, this 29, PyTorch's
@@ -32,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lance_quant import compiler, kernels, nvfp4
+from lance_quant import compiler, kernels, matmul, nvfp4
 from lance_quant.codec import Codec, PackedWeight
 from lance_quant.int8 import Int8Weight
 from lance_quant.kernels.parts import define, parts_of
@@ -40,8 +39,7 @@ from lance_quant.kernels.parts import define, parts_of
 _SOURCE = Path(__file__).with_name("packed_linear.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 COLUMNS = 64  # that packed_linear.c takes at a time
-# Rows up to which `dot` runs, by what the GEMM would compute in: measured, benchmarks/RESULTS.md. All of them where it
-# is the AVX-512 version and the GEMM would be in float32.
+# Rows up to which `dot` runs, by what the GEMM would compute in: measured, benchmarks/RESULTS.md.
 DOT_ROWS = {torch.bfloat16: 18, torch.float32: 32}
 # 8 bits: the head of Lance_3B takes 350 and 380 ms for 32 rows in float32, 690 and 650 for 64.
 INT8_DOT_ROWS = {torch.bfloat16: 12, torch.float32: 32}
@@ -136,17 +134,7 @@ def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, row_s
     weight = _weight(packed, scale, zero, row_scale, group_size)
     if not x.shape[0]:
         return x.new_empty(0, weight.n_out)
-    return dot(x, weight, bias) if _few(x) else gemm(x, weight, bias)
-
-
-def _few(x: Tensor) -> bool:
-    dtype = gemm_dtype(x.dtype)
-    return x.shape[0] <= DOT_ROWS[dtype] or (dtype == torch.float32 and is_wide())
-
-
-def is_wide() -> bool:
-    """Whether `dot` is the AVX-512 version."""
-    return bool(_library().packed_is_wide())
+    return dot(x, weight, bias) if x.shape[0] <= DOT_ROWS[gemm_dtype(x.dtype)] else gemm(x, weight, bias)
 
 
 def dot(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
@@ -174,7 +162,7 @@ def gemm(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
         end = min(begin + step, weight.n_out)
         block = _scratch((end - begin) * weight.n_in, dtype).view(end - begin, weight.n_in)
         dequantize_rows(weight, begin, end, block)
-        torch.mm(wide, block.t(), out=y[:, begin:end])
+        _multiply(wide, block, y[:, begin:end])
     if bias is not None:
         y += bias
     return y.to(x.dtype)
@@ -206,8 +194,16 @@ def _int8_gemm(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         part = codes[begin:begin + step]
         # codes are exact in either dtype, so this is rounded once, as the definition is
         block = _scratch(part.numel(), dtype).view(part.shape).copy_(part).mul_(scale[begin:begin + step, None])
-        torch.mm(wide, block.t(), out=y[:, begin:begin + step])
+        _multiply(wide, block, y[:, begin:begin + step])
     return y.to(x.dtype)
+
+
+def _multiply(x: Tensor, block: Tensor, y: Tensor) -> None:
+    """[rows, in] times [out, in] transposed, into `y` [rows, out]."""
+    if x.dtype == torch.float32:
+        y.copy_(matmul.linear(x, block))
+    else:
+        torch.mm(x, block.t(), out=y)
 
 
 _kept = threading.local()
@@ -251,7 +247,6 @@ def _declare(library: ctypes.CDLL) -> None:
     pointer, number, small = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.packed_linear.argtypes = [pointer, pointer, number, small, pointer, pointer, small]
     library.packed_linear.restype = small
-    library.packed_is_wide.argtypes, library.packed_is_wide.restype = [], small
     library.packed_dequantize.argtypes = [pointer, number, number, small, pointer, small]
     library.packed_dequantize.restype = None
     library.int8_linear.argtypes = [pointer, pointer, number, number, pointer, number, pointer, small]

@@ -46,10 +46,8 @@ INLINE float lanes_sum(__m256 v) {
 }
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define PACKED_WIDE 1
 #include "packed_avx512.h"
 #else
-#define PACKED_WIDE 0
 #include "packed_avx2.h"
 #endif
 
@@ -96,11 +94,6 @@ int packed_linear(const Weight *w, const float *x, int64_t rows, int digits, con
         linear_of(w, fixed, units, n, digits, bias, y + r * w->n_out, threads);
     }
     return free(fixed), free(units), 0;
-}
-
-/* Whether these are the AVX-512 versions. */
-int packed_is_wide(void) {
-    return PACKED_WIDE;
 }
 
 /* Rows begin..end as float32 or bfloat16 [end - begin, in], to the last bit what the definition says. */
