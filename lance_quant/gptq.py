@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lance_quant import linalg, matmul
 from lance_quant.codec import Codec, Grid, map_blocks, nearest_levels
 
 BLOCK = 128  # columns per step: what is behind a block is corrected once per block, by a matrix product
@@ -197,11 +198,11 @@ def aim(w_io: Tensor, moments: Moments) -> Tensor | None:
         return w_io
     factor = moments.gram.clone()
     factor.diagonal().add_(ASYMMETRY_DAMPING * float(factor.diagonal().mean()))
-    if not _factorize(factor):
+    if not linalg.cholesky_(factor):
         return None
-    pull = moments.cross.t() @ w_io if moments.pull is None else moments.pull
-    half = torch.linalg.solve_triangular(factor, pull, upper=False)  # cholesky_solve would copy the factor
-    return torch.linalg.solve_triangular(factor.t(), half, upper=True).mul_(ASYMMETRY).add_(w_io)
+    pull = matmul.linear(moments.cross.t(), w_io.t()) if moments.pull is None else moments.pull
+    half = linalg.solve_lower(factor, pull)
+    return linalg.solve_lower(factor, half, transposed=True).mul_(ASYMMETRY).add_(w_io)
 
 
 def inverse_factor(gram: Tensor, damping: float, order: Tensor) -> Tensor | None:
@@ -212,21 +213,17 @@ def inverse_factor(gram: Tensor, damping: float, order: Tensor) -> Tensor | None
     Args:
         order: [in] of rows and columns.
     """
+    # H^-1 = U^T U with U = R^-1 where H = R R^T and R is upper triangular: the lower factor of H in reverse, turned.
+    order = order.flip(0)
     factor = gram[order[:, None], order]  # the only matrix of this size that is made here
     diagonal = factor.diagonal()
     diagonal[diagonal <= 0] = float(diagonal.mean())
     diagonal.add_(damping * float(diagonal.mean()))
-    if not _factorize(factor):
+    if not linalg.cholesky_(factor):
         return None
-    torch.cholesky_inverse(factor, out=factor)
-    return factor if _factorize(factor, upper=True) and torch.isfinite(factor).all() else None
-
-
-def _factorize(matrix: Tensor, upper: bool = False) -> bool:
-    """Replace a symmetric matrix by its Cholesky factor; False where it has none."""
-    info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, info))
-    return int(info) == 0
+    linalg.invert_lower_(factor)
+    linalg.turn_(factor)
+    return factor if torch.isfinite(factor).all() else None
 
 
 def propagate(w_io: Tensor, order: Tensor, factor: Tensor, grid: Grid, codec: Codec) -> Tensor:
@@ -251,7 +248,7 @@ def propagate(w_io: Tensor, order: Tensor, factor: Tensor, grid: Grid, codec: Co
             torch.sub(block[row], level, out=errors[row])
             errors[row] /= diagonal[column]
             block[row + 1:].addr_(factor[column, column + 1:end], errors[row], alpha=-1)
-        left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+        left[end:] -= matmul.linear(factor[start:end, end:].t(), errors.t())
     return out
 
 
@@ -273,7 +270,7 @@ def descend(target: Tensor, values: Tensor, grid: Grid, moments: Moments, codec:
     for _ in range(SWEEPS):
         for start in range(0, len(target), span):
             end = min(start + span, len(target))
-            gradient = (gram[start:end] @ off).add_(off[start:end], alpha=damping)
+            gradient = matmul.linear(gram[start:end], off.t()).add_(off[start:end], alpha=damping)
             local = gram[start:end, start:end].clone()
             local.diagonal().add_(damping)
             _revisit(values[start:end], gradient, local, start, grid, codec)

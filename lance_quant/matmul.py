@@ -14,11 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """float32 [n, in] times float32 [out, in] transposed: [n, out]. Either may be a transposed view."""
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., in] times [out, in] transposed, plus bias [out]: [..., out]. Views are fine; there is no gradient."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and w.numel() and _onednn_is_faster():
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return F.linear(x, w)
+        flat = _dense(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
+        y = torch.ops.mkldnn._linear_pointwise(flat, _dense(w), bias, "none", [], "")
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], len(w))
+    return F.linear(x, w, bias)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The same values; oneDNN has no fast code for a part of the columns of a matrix."""
+    return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
 
 
 @functools.cache

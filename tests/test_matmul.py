@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lance_quant import matmul
+from lance_quant.lance.linear import Linear
 
 
 @pytest.fixture(params=[False, True], ids=["PyTorch's choice", "oneDNN"])
@@ -20,8 +21,25 @@ def test_a_product_is_that_of_float64_to_rounding(library, n, width, out):
     x, w = torch.randn(n, width), torch.randn(out, width)
     # 2^-24 for every sum of a row, at most `width` of them, of terms whose sizes add up to |x| |w|
     bound = (x.abs().double() @ w.abs().double().t()) * width * 2.0**-24
-    for left, right in ((x, w), (x.t().contiguous().t(), w), (x, w.t().contiguous().t())):
+    for left, right in ((x, w), (x.t().contiguous().t(), w), (x, w.t().contiguous().t()),
+                        (torch.cat([x, x], 1)[:, :width], torch.cat([w, w], 1)[:, width:])):
         assert ((matmul.linear(left, right).double() - x.double() @ w.double().t()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5), (0, 3, 5)])
+def test_it_is_f_linear_for_inputs_of_any_number_of_axes(library, shape):
+    x, w, bias = torch.randn(shape), torch.randn(7, 5), torch.randn(7)
+    torch.testing.assert_close(matmul.linear(x, w, bias), F.linear(x, w, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_has_the_gradient_of_nn_linear():
+    layer = Linear(5, 7)
+    x = torch.randn(2, 5, requires_grad=True)
+    layer(x).square().sum().backward()
+    y = F.linear(x, layer.weight, layer.bias)
+    assert torch.equal(layer.weight.grad, torch.autograd.grad(y.square().sum(), layer.weight)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("n, width, out", [(0, 8, 4), (3, 8, 0), (3, 0, 4)])

@@ -42,17 +42,17 @@ def _merge(owner: nn.Module, names: Sequence[str], merged: str) -> bool:
 def stacked(linears: Sequence[nn.Module]) -> nn.Module | None:
     """One linear whose outputs are those of all, in order; None where they are of different kinds.
 
-    Linears of other classes than nn.Linear say themselves whether and how they can be stacked, in a class method
+    Linears that are no nn.Linear say themselves whether and how they can be stacked, in a class method
     `stacked` of the same meaning.
     """
     kinds = {type(linear) for linear in linears}
     if len(kinds) > 1 or len({linear.bias is None for linear in linears}) > 1:
         return None
     (kind,) = kinds
-    if kind is not nn.Linear:
+    if not issubclass(kind, nn.Linear):
         return kind.stacked(linears) if hasattr(kind, "stacked") else None
-    whole = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears),
-                      linears[0].bias is not None, device="meta")
+    whole = kind(linears[0].in_features, sum(linear.out_features for linear in linears), linears[0].bias is not None,
+                 device="meta")
     for name, _ in list(whole.named_parameters()):
         parts = torch.cat([getattr(linear, name).detach() for linear in linears])
         setattr(whole, name, nn.Parameter(parts, requires_grad=False))

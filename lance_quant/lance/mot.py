@@ -27,6 +27,7 @@ from lance_quant.lance.config import (
     TIME_FREQUENCIES,
     LanceConfig,
 )
+from lance_quant.lance.linear import Linear
 from lance_quant.layout import SUFFIX, Expert
 
 if TYPE_CHECKING:
@@ -90,10 +91,10 @@ class Attention(nn.Module):
         width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
         self.widths = [width, kv_width, kv_width]
         for suffix in SUFFIX.values():
-            self.add_module(f"q_proj{suffix}", nn.Linear(width, width))
-            self.add_module(f"k_proj{suffix}", nn.Linear(width, kv_width))
-            self.add_module(f"v_proj{suffix}", nn.Linear(width, kv_width))
-            self.add_module(f"o_proj{suffix}", nn.Linear(width, width, bias=False))
+            self.add_module(f"q_proj{suffix}", Linear(width, width))
+            self.add_module(f"k_proj{suffix}", Linear(width, kv_width))
+            self.add_module(f"v_proj{suffix}", Linear(width, kv_width))
+            self.add_module(f"o_proj{suffix}", Linear(width, width, bias=False))
             self.add_module(f"q_norm{suffix}", RMSNorm(config.head_dim, config.rms_norm_eps))
             self.add_module(f"k_norm{suffix}", RMSNorm(config.head_dim, config.rms_norm_eps))
 
@@ -153,9 +154,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: LanceConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         merged = getattr(self, "gate_up_proj", None)  # see merge.py
@@ -232,7 +233,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: LanceConfig):
         super().__init__()
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
 
 class TimestepEmbedder(nn.Module):
@@ -240,8 +241,8 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(),
-                                 nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(Linear(TIME_FREQUENCIES, hidden_size), nn.SiLU(),
+                                 Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         """Embedding [n, hidden] in `dtype` of timesteps [n], the sinusoid in float32."""
@@ -299,8 +300,8 @@ class Lance(nn.Module):
         self.config, self.dtype, self.device = config, dtype, device
         self.language_model = LanguageModel(config)
         self.time_embedder = TimestepEmbedder(config.hidden_size)
-        self.vae2llm = nn.Linear(LATENT_CHANNELS, config.hidden_size)
-        self.llm2vae = nn.Linear(config.hidden_size, LATENT_CHANNELS)
+        self.vae2llm = Linear(LATENT_CHANNELS, config.hidden_size)
+        self.llm2vae = Linear(config.hidden_size, LATENT_CHANNELS)
         self.latent_pos_embed = LatentPositions(config.hidden_size)
 
     def compute_buffers(self, rotary_rounding: torch.dtype) -> None:
