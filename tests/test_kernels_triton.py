@@ -1,5 +1,11 @@
 """The CUDA kernels, on a GPU where there is one and through Triton's interpreter elsewhere; not how fast they are."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -96,3 +102,19 @@ def test_rows_may_have_scales_of_their_own():
                                                    (Int4(64), torch.float64, "float32, bfloat16 or float16")])
 def test_what_the_kernels_cannot_take_is_said(codec, dtype, message):
     assert message in w4a16.unsupported(codec, dtype)
+
+
+@pytest.mark.parametrize("rows, group_size, dtype, blocks", [
+    (5, 64, torch.bfloat16, (16, 32)), (64, 64, torch.float32, (32, 64)), (65, 64, torch.float32, (64, 64)),
+    (65, 128, torch.float32, (32, 64)), (65, 256, torch.float32, (16, 32)), (65, 128, torch.bfloat16, (64, 64))])
+def test_blocks_are_smaller_where_groups_are_wide(rows, group_size, dtype, blocks):
+    assert triton_kernels.tile_blocks(rows, group_size, dtype) == blocks
+
+
+def test_every_kernel_compiles_for_gpus_that_are_not_here_and_fits_their_shared_memory(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(Path(__file__).with_name("compile_triton.py"))], text=True, check=True,
+                          stdout=subprocess.PIPE, env={**environment, "TRITON_CACHE_DIR": str(tmp_path)})
+    made = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {one["gpu"] for one in made} == {80, 89, 90, 100, 120}
+    assert [one for one in made if one["shared"] > one["of"]] == []

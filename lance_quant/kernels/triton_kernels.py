@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_GEMV_COLUMNS, _TILE_COLUMNS, _UNPACK_COLUMNS = 512, 64, 256  # of a block of weights, at least one group
+
 
 @triton.jit
 def _values(code, IS_INT4: tl.constexpr):
@@ -146,8 +148,17 @@ def gemv(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, row_scal
     out = x.new_empty(x.shape[0], n_out)
     _gemv[triton.cdiv(n_out, 8), x.shape[0]](x, packed, scale, zero, row_scale, bias, out, n_out, scale.shape[1],
                                              BLOCK_N=8, HAS_BIAS=bias is not None,
-                                             **_shared(scale, zero, row_scale, group_size, 512))
+                                             **_shared(scale, zero, row_scale, group_size, _GEMV_COLUMNS))
     return out
+
+
+def tile_blocks(rows: int, group_size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and outputs of a block of `_tile`: as many as fit the shared memory of consumer GPUs, 99 KB, where a block
+    is kept several times over to load ahead (tests/compile_triton.py has the bytes)."""
+    width = max(_TILE_COLUMNS, group_size) * dtype.itemsize
+    if rows <= 16 or width > 512:
+        return 16, 32
+    return (32, 64) if rows <= 64 or width > 256 else (64, 64)
 
 
 def tile(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None,
@@ -155,10 +166,10 @@ def tile(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, row_scal
     """[rows, in] -> [rows, out]; every block of rows reads the whole weight."""
     x, rows, n_out = x.contiguous(), x.shape[0], packed.shape[0]
     out = x.new_empty(rows, n_out)
-    block_m, block_n = (16, 32) if rows <= 16 else (32, 64) if rows <= 64 else (64, 64)
+    block_m, block_n = tile_blocks(rows, group_size, x.dtype)
     _tile[triton.cdiv(n_out, block_n), triton.cdiv(rows, block_m)](
         x, packed, scale, zero, row_scale, bias, out, rows, n_out, scale.shape[1], BLOCK_M=block_m, BLOCK_N=block_n,
-        HAS_BIAS=bias is not None, **_shared(scale, zero, row_scale, group_size, 64))
+        HAS_BIAS=bias is not None, **_shared(scale, zero, row_scale, group_size, _TILE_COLUMNS))
     return out
 
 
@@ -167,7 +178,7 @@ def unpack(packed: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor
     """The weight, [out, in]: the definition's, rounded to `dtype`."""
     n_out, n_groups = scale.shape
     out = torch.empty(n_out, n_groups * group_size, dtype=dtype, device=packed.device)
-    shared = _shared(scale, zero, row_scale, group_size, 256)
+    shared = _shared(scale, zero, row_scale, group_size, _UNPACK_COLUMNS)
     _unpack[triton.cdiv(n_out, 8), triton.cdiv(n_groups, shared["GROUPS"])](
         packed, scale, zero, row_scale, out, n_out, n_groups, BLOCK_N=8, **shared)
     return out
