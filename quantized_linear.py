@@ -297,5 +297,7 @@ def _filled(name: str, folder: PackedFolder, dtype: torch.dtype, device: torch.d
     q = folder.read_weight(name, device)
     for tensor in (part for part in (*q, bias) if isinstance(part, Tensor)):
         require_finite(tensor, f"{folder.path}: {name}")
+    if mode == "ondemand":
+        kernels.require_values(kernel, q, f"{folder.path}: {name}")
     layer.fill(q, bias)
     return layer

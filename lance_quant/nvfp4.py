@@ -82,7 +82,7 @@ def decode_e4m3(code: Tensor) -> Tensor:
     return (mantissa + 8 * (exponent > 0)).mul_(unit)
 
 
-def _scales(sizes: Tensor, dim: int, global_scale: float) -> Tensor:
+def _scales(sizes: Tensor, dim: int, global_scale: float | Tensor) -> Tensor:
     """E4M3 value of every block's scale, without G, from |weights|; `dim` is kept with size 1."""
     wanted = sizes.amax(dim, keepdim=True) / (E2M1_MAX * global_scale)
     return round_e4m3(wanted.clamp_(min=MIN_E4M3))
@@ -123,6 +123,30 @@ def quantize(w: Tensor, global_scale: float | None = None) -> Nvfp4Weight:
     value = _magnitudes(sizes_obi, scale * global_scale)
     code_oi = _codes(value, blocks_obi).view(n_out, n_in)
     return Nvfp4Weight(pack_nibbles(code_oi), encode_e4m3(scale.squeeze(2)), global_scale)
+
+
+@torch.no_grad()
+def quantize_rows(x: Tensor) -> Nvfp4Weight:
+    """`quantize` of every row by itself, without waiting for the device: for activations, as they come.
+
+    Args:
+        x: [rows, in], any float dtype; `in` is a multiple of 16.
+
+    Returns:
+        Nvfp4Weight with a global scale per row, float32 [rows, 1]. It is NaN for a row that holds NaN or Inf, and the
+        codes of that row mean nothing.
+    """
+    blocks_rbi = x.float().unflatten(1, (-1, BLOCK))
+    sizes_rbi = blocks_rbi.abs()
+    amax = sizes_rbi.amax((1, 2), keepdim=True)
+    octave = _power_of_two(amax)
+    # global_scale_for: the smallest power of two that is at least amax / (6 * 256), which is amax / 1.5 / 2^10
+    global_scale = torch.where(amax <= 1.5 * octave, octave * 2.0**-10, octave * 2.0**-9).clamp(min=2.0**-100)
+    global_scale = torch.where(amax == 0, torch.ones_like(amax), global_scale)
+    scale = _scales(sizes_rbi, 2, global_scale)
+    code = _codes(_magnitudes(sizes_rbi, scale * global_scale), blocks_rbi).view(x.shape)
+    global_scale = torch.where(amax.isfinite(), global_scale, torch.full_like(amax, math.nan))
+    return Nvfp4Weight(pack_nibbles(code), encode_e4m3(scale.squeeze(2)), global_scale.squeeze(2))
 
 
 def scale_values(q: Nvfp4Weight) -> Tensor:

@@ -176,7 +176,7 @@ def test_the_head_takes_the_kernel_of_its_device_and_what_ran_is_counted():
 
 @pytest.mark.parametrize("why", ["no compiler", "width"])
 def test_a_head_that_runs_on_the_reference_says_why(monkeypatch, caplog, why):
-    kernels._say_once.cache_clear()
+    kernels.say_once.cache_clear()
     if why == "no compiler":
         monkeypatch.setattr(native, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
     layer, x = filled(128 if why == "no compiler" else 96), rand(2, 128 if why == "no compiler" else 96)

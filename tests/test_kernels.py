@@ -231,7 +231,7 @@ def layer(codec, n_out=48, n_in=128, bias=True, seed=0, **options):
 @pytest.fixture
 def no_native(monkeypatch):
     monkeypatch.setattr(native, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
-    kernels._say_once.cache_clear()
+    kernels.say_once.cache_clear()
 
 
 def test_without_a_compiler_the_reference_runs_and_a_warning_says_why(no_native, caplog):

@@ -165,3 +165,14 @@ def test_a_kernel_that_cannot_run_is_refused_before_anything_is_replaced(folders
     with pytest.raises(InputError, match="kernel triton cannot run .* on cpu: it runs on CUDA"):
         swap_linears(model, folders["int4"], torch.float32, CPU, kernel="triton")
     assert not [part for part in model.modules() if isinstance(part, WQLinearINT4)]
+
+
+def test_a_file_whose_scales_tensor_cores_cannot_take_is_refused_when_it_is_read(folders):
+    with pytest.raises(InputError, match=f"nvfp4: {layout.linears(3)[0]}: kernel nvfp4_w4a4 cannot run this weight: .*"
+                                         "scales are not E4M3 times a power of two.*take --kernel auto"):
+        swap_linears(toy(), folders["published_nvfp4"], torch.float32, CPU, kernel="nvfp4_w4a4")
+    for name in ("nvfp4", "slim"):
+        model = toy()
+        swap_linears(model, folders[name], torch.float32, CPU, kernel="nvfp4_w4a4")
+        assert model.get_submodule(Q).kernel().name == "nvfp4_w4a4"
+    swap_linears(toy(), folders["published_nvfp4"], torch.float32, CPU, "cached", "nvfp4_w4a4")

@@ -1,13 +1,20 @@
 """How packed linears are computed: one seam, and a kernel per kind of machine behind it.
 
-    reference   dequantize, then F.linear, in plain PyTorch: any device, any shape, and what the others are tested by
-    native      CPUs with AVX2: C on the packed bytes, compiled on this machine when it is first needed (native.py)
-    triton      CUDA: Triton on the packed bytes (w4a16.py)
+    reference       dequantize, then F.linear, in plain PyTorch: any device and shape, and what others are tested by
+    native          CPUs with AVX2: C on the packed bytes, compiled on this machine when it is first needed (native.py)
+    triton          CUDA: Triton on the packed bytes (w4a16.py)
+    comfy_kitchen   CUDA, INT4 in groups of 64: comfy-kitchen's kernel on the packed bytes, where it is installed
+                    (comfy.py)
+    nvfp4_w4a4      NVFP4, with activations rounded to NVFP4 too, on the FP4 tensor cores of Blackwell (w4a4.py)
 
-All of them read the bytes of the file as they are; none keeps a repacked copy. `auto` takes the one of the device
-where it can serve a layer, and the reference elsewhere, saying why once. A kernel chooses between its own paths by the
-number of rows: few rows are limited by reading the weights, so they are multiplied without being unpacked to memory;
-many rows are limited by the multiplications, so a block of weights is unpacked and handed to the GEMM of the library.
+All of them read the codes of the file as they are; none keeps a repacked copy of those. `auto` takes the one of the
+device where it can serve a layer, of triton and comfy_kitchen the faster (fastest.py), and the reference elsewhere,
+saying why once; never nvfp4_w4a4, which computes something else. A kernel chooses between its own paths by the number
+of rows: few rows are limited by reading the weights, so they are multiplied without being unpacked to memory; many rows
+are limited by the multiplications, so a block of weights is unpacked and handed to the GEMM of the library.
+
+tinygemm (`aten._weight_int4pack_mm`) is not among them: it wants a copy of the codes in an order of its own, so that a
+layer would either have its bytes twice or no longer those of its file. benchmarks/linear_kernels.py times it.
 
 The 8-bit head (int8.py) goes through the same seam.
 """
@@ -28,8 +35,8 @@ if TYPE_CHECKING:  # int8 imports this module
 
 log = logging.getLogger("lance_quant")
 
-Choice = Literal["auto", "reference", "native", "triton"]
-CHOICES: tuple[Choice, ...] = ("auto", "reference", "native", "triton")
+Choice = Literal["auto", "reference", "native", "triton", "comfy_kitchen", "nvfp4_w4a4"]
+CHOICES: tuple[Choice, ...] = ("auto", "reference", "native", "triton", "comfy_kitchen", "nvfp4_w4a4")
 OF_DEVICE: dict[str, Choice] = {"cpu": "native", "cuda": "triton"}
 # Kernel and path -> calls in this process; run.json has the difference over a run (on several processes: of the first).
 # A recorded CUDA graph counts once, however often it is replayed, and the reference inside compiled steps not at all.
@@ -66,27 +73,44 @@ def choose(choice: Choice, codec: Codec, n_in: int, dtype: torch.dtype, device: 
     kernel = _kernel(wanted)
     refusal = kernel.refusal(codec, n_in, dtype, device)
     if refusal is None:
-        return kernel
+        return _or_faster(kernel, codec, n_in, dtype, device) if choice == "auto" else kernel
     if choice != "auto":
         raise InputError(f"kernel {choice} cannot run {codec} with {n_in} inputs in {dtype} on {device}: {refusal}; "
                          f"take --kernel auto or reference")
-    _say_once(f"kernel {wanted} cannot run {codec} with {n_in} inputs ({refusal}): such layers run on the much slower "
+    say_once(f"kernel {wanted} cannot run {codec} with {n_in} inputs ({refusal}): such layers run on the much slower "
               f"reference")
     return _kernel("reference")
+
+
+def _or_faster(kernel: Kernel, codec: Codec, n_in: int, dtype: torch.dtype, device: torch.device) -> Kernel:
+    """The kernel of a device, or where there is another one beside it, what takes the faster of the two."""
+    if kernel.name == "triton":
+        fastest = _kernel("fastest")
+        if fastest.refusal(codec, n_in, dtype, device) is None:
+            return fastest
+    return kernel
+
+
+def require_values(choice: Choice, q: PackedWeight, where: str) -> None:
+    """Raise InputError, naming `where`, if a kernel was asked for by name and the values of a weight do not suit it."""
+    if choice == "nvfp4_w4a4":
+        from lance_quant.kernels.w4a4 import misfit
+        if (reason := misfit(q)) is not None:
+            raise InputError(f"{where}: kernel nvfp4_w4a4 cannot run this weight: {reason}; take --kernel auto")
 
 
 def choose_int8(choice: Choice, n_in: int, dtype: torch.dtype, device: torch.device) -> Kernel:
     """The kernel of an 8-bit head with `n_in` inputs.
 
     `choice` is about the model's linears: where that kernel cannot run the head, the reference does, and a warning
-    says why.
+    says why. nvfp4_w4a4 says nothing about 8 bits and counts as auto.
     """
-    wanted = OF_DEVICE.get(device.type, "reference") if choice == "auto" else choice
+    wanted = OF_DEVICE.get(device.type, "reference") if choice in ("auto", "nvfp4_w4a4") else choice
     kernel = _kernel(wanted)
     refusal = kernel.int8_refusal(n_in, dtype, device)
     if refusal is None:
         return kernel
-    _say_once(f"kernel {wanted} cannot run the 8-bit head ({refusal}): it runs on the much slower reference")
+    say_once(f"kernel {wanted} cannot run the 8-bit head ({refusal}): it runs on the much slower reference")
     return _kernel("reference")
 
 
@@ -97,17 +121,27 @@ def count(path: str) -> None:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Warn, unless this process has said so before."""
     log.warning("%s", message)
 
 
 @functools.cache
-def _kernel(name: Choice) -> Kernel:
+def _kernel(name: Choice | Literal["fastest"]) -> Kernel:
     if name == "native":
         from lance_quant.kernels.native import Native
         return Native()
     if name == "triton":
         from lance_quant.kernels.w4a16 import TritonW4A16
         return TritonW4A16()
+    if name == "comfy_kitchen":
+        from lance_quant.kernels.comfy import ComfyKitchen
+        return ComfyKitchen()
+    if name == "fastest":
+        from lance_quant.kernels.fastest import Fastest
+        return Fastest()
+    if name == "nvfp4_w4a4":
+        from lance_quant.kernels.w4a4 import W4A4
+        return W4A4()
     from lance_quant.kernels.reference import Reference
     return Reference()
