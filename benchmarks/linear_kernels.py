@@ -9,7 +9,8 @@ Reads   nothing; weights are random
 Writes  nothing; a table on stderr, and the last line on stdout is the result as JSON: per cell the milliseconds of
         every contestant, and how many times faster ours is than each of the others. Contestants take turns within one
         run and the fastest turn of each counts, so that a busy machine slows all of them or none; every turn has
-        another copy of the weight, as many as it takes to leave the caches
+        another copy of the weight, as many as it takes to leave the caches. On CUDA there are also, where they can
+        run: comfy_kitchen and tinygemm (INT4), nvfp4_w4a4 (NVFP4 on Blackwell; it computes something else)
 Needs   2 GB
 """
 
@@ -29,7 +30,7 @@ from lance_quant import cli, kernels
 from lance_quant.codec import Codec, Int4, Nvfp4, PackedWeight
 from lance_quant.errors import InputError
 from lance_quant.int4 import Int4Weight
-from lance_quant.kernels import native, parts
+from lance_quant.kernels import comfy, native, parts, w4a4
 from lance_quant.nvfp4 import MAGNITUDES, Nvfp4Weight
 from lance_quant.results import device_name
 
@@ -118,11 +119,41 @@ def _contestants(cell: Cell, codec: Codec, dtype: torch.dtype, device: torch.dev
     packed = _copies(lambda: _random(codec, cell.n_out, cell.n_in, device))
     x_own = x.to(dtype)
     yield "published", _calls(packed, lambda q: F.linear(x_own, published(q, dtype)))
-    kernel = kernels.choose("auto", codec, cell.n_in, dtype, device)
+    kernel = kernels.choose("triton" if device.type == "cuda" else "auto", codec, cell.n_in, dtype, device)
     yield "ours", _calls(packed, lambda q: kernel.linear(x_own, q, codec, None))
+    if device.type == "cuda":
+        yield from _others(cell, codec, packed, x_own)
     if every_path:
         for name, function in _paths(device, codec, dtype).items():
             yield name, _calls(packed, lambda q, function=function: function(x_own, q))
+
+
+def _others(cell: Cell, codec: Codec, packed: list[PackedWeight],
+            x: Tensor) -> Iterator[tuple[str, Callable[[int], object]]]:
+    """What else computes such a layer on this GPU."""
+    for kernel in (comfy.ComfyKitchen(), w4a4.W4A4()):
+        if kernel.refusal(codec, cell.n_in, x.dtype, x.device) is None and (
+                kernel.name != "nvfp4_w4a4" or w4a4.without_tensor_cores(x.device) is None):
+            yield kernel.name, _calls(packed, lambda q, kernel=kernel: kernel.linear(x, q, codec, None))
+    if isinstance(codec, Int4) and x.dtype == torch.bfloat16 and cell.n_in % 128 == 0 and cell.n_out % 8 == 0:
+        repacked = [tinygemm_weight(q) for q in packed]
+        multiply = torch.ops.aten._weight_int4pack_mm
+        yield "tinygemm", _calls(repacked, lambda q: multiply(x, q[0], codec.group_size, q[1]))
+
+
+def tinygemm_weight(q: Int4Weight) -> tuple[Tensor, Tensor]:
+    """A weight as `aten._weight_int4pack_mm` takes it: codes in an order of its own, and `scales_and_zeros`."""
+    return torch.ops.aten._convert_weight_to_int4pack(even_high(q.packed), 8), scales_and_zeros(q, torch.bfloat16)
+
+
+def even_high(packed: Tensor) -> Tensor:
+    """Packed bytes with the even column in the high nibble."""
+    return (packed << 4) | (packed >> 4)
+
+
+def scales_and_zeros(q: Int4Weight, dtype: torch.dtype) -> Tensor:
+    """[groups, out, 2]: S and Z of (code - 8) * S + Z."""
+    return torch.stack(comfy.scales_and_zeros(q.scale, q.zero, dtype), -1).contiguous()
 
 
 def _paths(device: torch.device, codec: Codec,

@@ -44,7 +44,9 @@ INPUTS = {
                 "after_use：用完立即让出 GPU。"),
     "vae_tiling": ("VAE 分块", "把大画面分成重叠的块解码：内存少得多，结果略有不同。"),
     "kernel": ("计算内核", "mode 为 ondemand 时如何计算 4 位权重。auto：本机上最快的。"
-               "reference：纯 PyTorch，很慢，用于对比。"),
+               "reference：纯 PyTorch，很慢，用于对比。native、triton、comfy_kitchen：只用这一种，不可用则报错。"
+               "nvfp4_w4a4：用于 Blackwell GPU 上的 NVFP4，激活值也舍入到 4 位，会损失质量；"
+               "在其他设备上为缓慢的模拟。"),
     "model": ("模型", "来自 Lance 模型加载器。"),
     "prompt": ("提示词", "要生成什么。"),
     "size": ("尺寸", "宽 x 高。auto 为官方尺寸；lance-nano 为 112x112。"),

@@ -103,8 +103,10 @@ def add_stream(to: argparse.ArgumentParser) -> None:
 def add_kernel(to: argparse.ArgumentParser) -> None:
     """--kernel."""
     to.add_argument("--kernel", choices=kernels.CHOICES, default="auto",
-                    help="what computes packed linears; auto: native (C) on CPUs with AVX2, triton on CUDA, where they "
-                         "can, else the slow reference. run.json says which ran")
+                    help="what computes packed linears; auto: native (C) on CPUs with AVX2, on CUDA triton, or for "
+                         "INT4 comfy_kitchen where it is installed and faster, else the slow reference. nvfp4_w4a4: "
+                         "for NVFP4 on Blackwell, activations rounded to 4 bits as well, which costs quality (README, "
+                         "Packed linears). run.json says which ran")
 
 
 def stream_of(args: argparse.Namespace, team: Team) -> Callable[[str], None] | None:

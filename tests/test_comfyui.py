@@ -20,6 +20,7 @@ from PIL import Image
 
 from comfyui import build, classes, handle, host, install, models, nodes, table, toolkit
 from comfyui.toolkit import PackError
+from lance_quant import kernels
 from lance_quant.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -562,6 +563,11 @@ def test_published_packed_folders_run_in_both_modes(comfy, tiny, folder, precisi
     torch.testing.assert_close(ondemand, draw(reference), rtol=0, atol=2 / 255)
     assert {part.choice for part in reference._pipeline.model.modules() if hasattr(part, "choice")} == {"reference"}
     assert not torch.equal(ondemand, draw(tiny))
+
+
+def test_every_kernel_of_the_toolkit_can_be_chosen():
+    (offered,) = [entry.choices for node in table.NODES for entry in node.inputs if entry.name == "kernel"]
+    assert offered == kernels.CHOICES
 
 
 # The toolkit, and installing

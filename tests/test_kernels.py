@@ -370,6 +370,31 @@ def test_the_restated_published_method_computes_the_same_weight(codec):
     assert torch.equal(linear_kernels.published(q, torch.float32), codec.dequantize(q))
 
 
+def test_tinygemm_is_timed_on_the_same_weight():
+    """Its scales by the CPU's version of the op, which packs codes otherwise; codes by the order of their nibbles."""
+    codec = Int4(64)
+    q, x = random_weight(codec, 32, 128), torch.randn(3, 128, generator=generator(1))
+    codes = torch.stack((q.packed & 15, q.packed >> 4), -1).flatten(1).int()
+    tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, tiles, 64, linear_kernels.scales_and_zeros(q, torch.float32))
+    torch.testing.assert_close(y, x @ codec.dequantize(q).t(), rtol=1e-5, atol=1e-5)
+    swapped = linear_kernels.even_high(q.packed)
+    assert torch.equal(torch.stack((swapped >> 4, swapped & 15), -1).flatten(1).int(), codes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tinygemm_computes_what_the_definition_says_on_a_gpu():
+    codec = Int4(64)
+    q = Int4Weight(*(part.cuda() for part in random_weight(codec, 64, 256)))
+    x = torch.randn(5, 256, device="cuda").bfloat16()
+    y = torch.ops.aten._weight_int4pack_mm(x, linear_kernels.tinygemm_weight(q)[0], 64,
+                                           linear_kernels.tinygemm_weight(q)[1])
+    # weights rounded to bfloat16 in three operations, of up to 16 steps; the result once
+    sums = x.double().abs() @ (16 * q.scale.double()).repeat_interleave(64, 1).t()
+    assert ((y.double() - exact(x, codec.dequantize(q), None)).abs() <= sums * 4 * 2.0**-8).all()
+
+
 @pytest.mark.parametrize("shape", ["2048", "2048x", "100x64", "ax64", "0x64"])
 def test_a_shape_that_is_none_is_refused(shape):
     with pytest.raises(InputError, match=f"--shapes {shape}: expected INxOUT"):
