@@ -131,9 +131,9 @@ def _contestants(cell: Cell, codec: Codec, dtype: torch.dtype, device: torch.dev
 def _others(cell: Cell, codec: Codec, packed: list[PackedWeight],
             x: Tensor) -> Iterator[tuple[str, Callable[[int], object]]]:
     """What else computes such a layer on this GPU."""
-    for kernel in (comfy.ComfyKitchen(), w4a4.W4A4()):
-        if kernel.refusal(codec, cell.n_in, x.dtype, x.device) is None and (
-                kernel.name != "nvfp4_w4a4" or w4a4.without_tensor_cores(x.device) is None):
+    fp4 = [w4a4.W4A4()] if w4a4.without_tensor_cores(x.device) is None else []
+    for kernel in (comfy.ComfyKitchen(), *fp4):
+        if kernel.refusal(codec, cell.n_in, x.dtype, x.device) is None:
             yield kernel.name, _calls(packed, lambda q, kernel=kernel: kernel.linear(x, q, codec, None))
     if isinstance(codec, Int4) and x.dtype == torch.bfloat16 and cell.n_in % 128 == 0 and cell.n_out % 8 == 0:
         repacked = [tinygemm_weight(q) for q in packed]

@@ -12,6 +12,7 @@ from conftest import CPU
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
+import activation_rounding
 import fidelity_nano
 import fidelity_synthetic
 import outlier_ratios
@@ -143,3 +144,12 @@ def test_nano_rows_pool_the_seeds_and_are_compared_with_published():
     assert "| int4 ours | 90.0 % (" in fidelity_nano.table(rows)
     fidelity_nano.compare(nothing := [fidelity_nano.summarize("int4 published", [row | {"kl": 0.0}])])
     assert math.isnan(nothing[0]["kl_of_published"])
+
+
+def test_rounded_activations_are_measured_beside_rounded_weights_alone(capsys):
+    activation_rounding.main(["--n", "1", "--traced", "1", "--steps", "2", "--questions", "1", "--captions", "1",
+                              "--methods", "rtn"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[1] for line in lines[2:4]] == ["weights", "weights and activations"]
+    weights, both = json.loads(lines[-1])["models"]
+    assert 0 < weights["velocity"] < both["velocity"] < 1 and 0 < weights["kl"] < both["kl"]

@@ -42,17 +42,16 @@ class W4A4(Reference):
             return "it takes NVFP4"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return "it computes in float32, bfloat16 or float16"
-        if device.type != "meta" and (reason := without_tensor_cores(device)) is not None:
-            kernels.say_once(f"kernel nvfp4_w4a4 is simulated and slow here: {reason}")
+        if (reason := without_tensor_cores(device)) is not None:
+            kernels.say_once(f"kernel nvfp4_w4a4 is simulated here, and slow: {reason}")
         return None
 
     def linear(self, x: Tensor, q: PackedWeight, codec: Codec, bias: Tensor | None) -> Tensor:
         """See kernels.Kernel."""
         rounded = nvfp4.quantize_rows(x)
         scale, _, row_scale = parts_of(q)
-        products = torch.ops.lance_quant.nvfp4_products(rounded.packed, q.packed, rounded.scale, scale, row_scale,
-                                                        _wide(x.dtype))
-        y = products * rounded.global_scale
+        y = torch.ops.lance_quant.nvfp4_products(rounded.packed, q.packed, rounded.scale, scale, row_scale,
+                                                 _wide(x.dtype)) * rounded.global_scale
         return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -65,12 +64,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def without_tensor_cores(device: torch.device) -> str | None:
     """Why a device cannot multiply NVFP4; None if it can."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return "that takes an NVIDIA GPU of compute capability 10.0 (Blackwell) or newer"
+        return "FP4 tensor cores are in NVIDIA GPUs from compute capability 10.0 (Blackwell) on"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 10:
-        return f"that takes compute capability 10.0 (Blackwell) or newer, and this GPU has {major}.{minor}"
+        return f"FP4 tensor cores come with compute capability 10.0 (Blackwell), and this GPU has {major}.{minor}"
     if not hasattr(F, "scaled_mm"):
-        return f"torch {torch.__version__} has no torch.nn.functional.scaled_mm"
+        return f"torch {torch.__version__} has no torch.nn.functional.scaled_mm to use FP4 tensor cores with"
     return None
 
 
