@@ -236,3 +236,20 @@ def test_a_recorded_graph_answers_as_officially(x2t, questions):
     assert compile_steps(pipeline.model)
     for sample in (1, 2):
         assert pipeline.answer(*ask(pipeline, questions, sample)).ids == x2t["f32"].meta["generated_ids"][sample]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_layers_answer_in_a_recorded_graph_as_without(questions, tmp_path, name):
+    convert.convert(GOLDENS / "checkpoint/Lance_3B", GOLDENS / "published/act_stats.pt", tmp_path / name,
+                    FORMATS[name], "ours", CPU)
+    answers, device = [], torch.device("cuda")
+    for compile_too in (False, True):
+        with PackedFolder(tmp_path / name) as folder:
+            prepare = functools.partial(swap_linears, folder=folder, dtype=torch.float32, device=device)
+            pipeline = Pipeline.load(LancePaths.find(GOLDENS / "checkpoint/Lance_3B"), device, torch.float32,
+                                     folder.checkpoint.path, prepare, merged=True)
+        assert not compile_too or compile_steps(pipeline.model)
+        answers.append([pipeline.answer(*ask(pipeline, questions, sample)).ids for sample in (1, 2)])
+    assert answers[0] == answers[1]

@@ -11,7 +11,8 @@ Three paths, chosen by the number of rows:
 An 8-bit head has a gemv of its own; more rows of it multiply a block of rows at a time, dequantized by PyTorch.
 
 Nothing here was timed: the limits between the paths come from arithmetic and from the dispatch constants of others
-(comfy-kitchen leaves its 4-bit kernel at 256 rows). Correctness is tested on the CPU through Triton's interpreter.
+(comfy-kitchen leaves its 4-bit kernel at 256 rows). Correctness is tested on the CPU through Triton's interpreter, and
+tests/compile_triton.py compiles every kernel for five generations of GPUs.
 """
 
 import importlib.util
