@@ -264,10 +264,15 @@ def swap_linears(model: nn.Module, folder: PackedFolder | Path, dtype: torch.dty
 
 
 def require_kernel(folder: PackedFolder, dtype: torch.dtype, device: torch.device, kernel: kernels.Choice) -> None:
-    """Raise InputError if a kernel was asked for by name and cannot run one of the folder's linears here."""
+    """Raise InputError if a kernel was asked for by name and cannot run one of the folder's linears here.
+
+    Of their values only the first one's are looked at, which shows how a file was made.
+    """
     if kernel != "auto":
         for name, spec in folder.linears.items():
             kernels.choose(kernel, folder.codec(name), spec.shape[1], dtype, device)
+        for name in list(folder.linears)[:1]:
+            kernels.require_values(kernel, folder.read_weight(name), f"{folder.path}: {name}")
 
 
 def _misfit(name: str, module: nn.Module | None, folder: PackedFolder) -> str | None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+import quantized_linear
 from lance_quant import convert, layout
 from lance_quant.codec import Int4, Nvfp4
 from lance_quant.errors import InputError
@@ -167,10 +168,17 @@ def test_a_kernel_that_cannot_run_is_refused_before_anything_is_replaced(folders
     assert not [part for part in model.modules() if isinstance(part, WQLinearINT4)]
 
 
-def test_a_file_whose_scales_tensor_cores_cannot_take_is_refused_when_it_is_read(folders):
+def test_a_later_weight_whose_scales_tensor_cores_cannot_take_is_refused_when_it_is_read(folders, monkeypatch):
+    monkeypatch.setattr(quantized_linear, "require_kernel", lambda *_: None)
+    with pytest.raises(InputError, match="kernel nvfp4_w4a4 cannot run this weight"):
+        swap_linears(toy(), folders["published_nvfp4"], torch.float32, CPU, kernel="nvfp4_w4a4")
+
+
+def test_a_file_whose_scales_tensor_cores_cannot_take_is_refused_before_anything_is_replaced(folders):
     with pytest.raises(InputError, match=f"nvfp4: {layout.linears(3)[0]}: kernel nvfp4_w4a4 cannot run this weight: .*"
                                          "scales are not E4M3 times a power of two.*take --kernel auto"):
-        swap_linears(toy(), folders["published_nvfp4"], torch.float32, CPU, kernel="nvfp4_w4a4")
+        swap_linears(model := toy(), folders["published_nvfp4"], torch.float32, CPU, kernel="nvfp4_w4a4")
+    assert not [part for part in model.modules() if isinstance(part, WQLinearNVFP4)]
     for name in ("nvfp4", "slim"):
         model = toy()
         swap_linears(model, folders[name], torch.float32, CPU, kernel="nvfp4_w4a4")
