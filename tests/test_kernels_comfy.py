@@ -10,6 +10,7 @@ from test_kernels import exact, generator, layer, random_weight
 from lance_quant import kernels
 from lance_quant.codec import Int4, Nvfp4
 from lance_quant.errors import InputError
+from lance_quant.int4 import Int4Weight
 from lance_quant.kernels import comfy, fastest, w4a16
 from lance_quant.kernels.parts import Derived, parts_of
 
@@ -22,12 +23,11 @@ SHARE = {torch.float32: 2.0**-24 * 256, torch.bfloat16: 6 * 2.0**-8, torch.float
 
 def compared(x, q, bias):
     """comfy.compute's error, as a share of what SHARE is of."""
-    device = q.packed.device
     y = comfy.compute(x, q.packed, *parts_of(q), bias, 64)
     assert y.shape == (len(x), len(q.packed)) and y.dtype == x.dtype
     size = (q.scale.float() * ((8 - q.zero.float()).abs() + 8)).repeat_interleave(64, 1)
     sums = x.double().abs() @ size.double().t() + bias.double().abs()
-    return ((y.double() - exact(x, CODEC.dequantize(q).to(device), bias)).abs() / sums).max().item()
+    return ((y.double() - exact(x, CODEC.dequantize(q), bias)).abs() / sums).max().item()
 
 
 @pytest.mark.parametrize("dtype", list(SHARE), ids=str)
@@ -42,14 +42,35 @@ def test_it_computes_what_the_definition_says(dtype, rows):
     assert kernels.calls["comfy_kitchen"] == before + 1
 
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or comfy.unavailable() is not None,
+                            reason=f"needs a CUDA device and comfy-kitchen: {comfy.unavailable()}")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or comfy.unavailable() is not None,
-                    reason=f"needs a CUDA device and comfy-kitchen: {comfy.unavailable()}")
+@on_gpu
+@pytest.mark.parametrize("tried_before", [False, True])
+def test_a_recorded_graph_computes_the_same_whether_or_not_the_kernels_were_timed_before(tried_before, monkeypatch):
+    monkeypatch.setattr(fastest._RACE, "_won", {})
+    q = Int4Weight(*(part.cuda() for part in random_weight(CODEC, 256, 2048)))
+    x, kernel = torch.randn(1, 2048, device=GPU).bfloat16(), kernels.choose("auto", CODEC, 2048, torch.bfloat16, GPU)
+    for compute in (w4a16.compute, comfy.compute):  # compile and load what a recording may not
+        compute(x, q.packed, *parts_of(q), None, 64)
+    if tried_before:
+        kernel.linear(x, q, CODEC, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = kernel.linear(x, q, CODEC, None)
+    graph.replay()
+    assert bool(fastest._RACE._won) == tried_before
+    torch.testing.assert_close(y.double(), exact(x, CODEC.dequantize(q), None), rtol=2.0**-6, atol=2.0**-6 * 2048**0.5)
+
+
+@pytest.mark.gpu
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 9, 256, 300])
 def test_its_cuda_kernels_compute_what_the_definition_says(dtype, rows):
-    q = random_weight(CODEC, 256, 2048)
-    q = type(q)(*(part.cuda() for part in q))
+    q = Int4Weight(*(part.cuda() for part in random_weight(CODEC, 256, 2048)))
     x, bias = torch.randn(rows, 2048, device=GPU).to(dtype), torch.randn(256, device=GPU).to(dtype)
     assert compared(x, q, bias) <= SHARE[dtype] + 2.0**-24 * 2048
     chosen = kernels.choose("auto", CODEC, 2048, dtype, GPU)
