@@ -4,10 +4,10 @@ Its AWQ kernel takes the codes of the file as they are, but wants
 
     w = (code - 8) * S + Z    with S = scale and Z = (8 - zero) * scale, transposed, in the dtype of the activations.
 
-S and Z are made at first use and kept with the scales: 32 bits a group of 64, half a bit a weight more memory. S is
-exact. Z is exact in float16 and in bfloat16 for zero points from 4 to 12 but 5, 11 (the products 3 s need a bit more);
-the largest error is 1/36 of a step, for the whole group. A float16 S and Z under bfloat16 activations would be nearer,
-but the kernel would then round those to float16, whose range they exceed.
+S and Z are made at first use and kept with the scales: 32 bits a group of 64, half a bit a weight more memory. Both are
+exact in float16, for scales from 2^-17 on. In bfloat16 S is, and Z where |8 - zero| is a power of two or 0; elsewhere it
+is off by 1/36 of a step at most. S and Z in float16 would be exact for bfloat16 activations too, but the kernel would
+round those to float16, whose range they exceed.
 
 More than ROWS rows take the way of the Triton kernels, unpacking and cuBLAS, because comfy-kitchen unpacks by a dozen
 PyTorch operations there. An 8-bit head runs on the Triton kernels as well.
