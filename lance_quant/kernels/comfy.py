@@ -5,9 +5,9 @@ Its AWQ kernel takes the codes of the file as they are, but wants
     w = (code - 8) * S + Z    with S = scale and Z = (8 - zero) * scale, transposed, in the dtype of the activations.
 
 S and Z are made at first use and kept with the scales: 32 bits a group of 64, half a bit a weight more memory. Both are
-exact in float16, for scales from 2^-17 on. In bfloat16 S is, and Z where |8 - zero| is a power of two or 0; elsewhere it
-is off by 1/36 of a step at most. S and Z in float16 would be exact for bfloat16 activations too, but the kernel would
-round those to float16, whose range they exceed.
+exact in float16, for scales from 2^-17 on. In bfloat16 S is, and Z where |8 - zero| is a power of two or 0; elsewhere
+it is off by 1/36 of a step at most. S and Z in float16 would be exact for bfloat16 activations too, but the kernel
+would round those to float16, whose range they exceed.
 
 More than ROWS rows take the way of the Triton kernels, unpacking and cuBLAS, because comfy-kitchen unpacks by a dozen
 PyTorch operations there. An 8-bit head runs on the Triton kernels as well.
