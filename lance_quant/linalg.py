@@ -39,9 +39,13 @@ def invert_lower_(a: Tensor) -> None:
         end = min(start + BLOCK, n)
         corner = a[start:end, start:end]
         corner.copy_(_inverse(corner))
-        if start:  # what is above is inverted already: B of [[A, 0], [B, C]] becomes -C^-1 B A^-1
-            left = matmul.linear(corner, a[start:end, :start].t())
-            a[start:end, :start] = -matmul.linear(left, a[:start, :start].t())
+        if not start:
+            continue
+        # What is above is inverted already: B of [[A, 0], [B, C]] becomes -C^-1 B A^-1, some columns at a time.
+        left = matmul.linear(corner, a[start:end, :start].t())
+        for column in range(0, start, BLOCK):
+            part = slice(column, column + BLOCK)
+            a[start:end, part] = -matmul.linear(left[:, column:], a[column:start, part].t())
 
 
 def solve_lower(factor: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
