@@ -7,7 +7,7 @@ chosen. The formats and sizes are the same.
 Shape suffixes: o out, i in, g group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from apple import mlx_codes
 from apple.mlx_codes import Format
 from lance_quant import nvfp4
-from lance_quant.codec import Grid, Kind, nearest_levels
+from lance_quant.codec import Grid, Kind, Measured, errors_by_definition, measured_by_definition, nearest_levels
 from lance_quant.int4 import pack_nibbles
 
 _LEVELS = 15
@@ -75,6 +75,14 @@ class MlxCodec:
         """The nearest levels of a float32 weight [in, out] in its groups' grids: packed, and as float32 [in, out]."""
         values = nearest_levels(self, w_io, grid)
         return self.encode(values.t().contiguous(), grid), values
+
+    def measured(self, w: Tensor, importance: Tensor, context: None = None) -> Measured:
+        """See lance_quant.codec.measured_by_definition."""
+        return measured_by_definition(self, w, importance, context)
+
+    def errors(self, w: Tensor, factors: Tensor, weights: Tensor, contexts: Sequence[None]) -> Tensor:
+        """See lance_quant.codec.errors_by_definition."""
+        return errors_by_definition(self, w, factors, weights, contexts)
 
     def tensors(self, q: MlxWeight) -> dict[str, Tensor]:
         """What a packed weight is in the file: suffix -> tensor."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lance_quant.codec import Block, Codec, blocks, map_blocks
+from lance_quant.codec import Block, Codec, by_weight, map_blocks, relative_totals
 from lance_quant.fuse import Folded, Heads, fold_norm
 
 GRID = 20  # steps of the exponent between 0 and 1
@@ -182,23 +182,16 @@ def relative_errors(weights: Sequence[Tensor], columns: Sequence[Tensor], m2: Te
         wmax = torch.stack([column_max(w) for w in weights]).amax(0)
     # The largest |w * s| of a group without touching its weights: rounding is monotonic, so this is exact.
     contexts = [codec.context(float((wmax * column).max())) for column in columns]
-    m2 = importance(m2)
-    tried = list(zip(columns, [m2 / column**2 for column in columns], contexts, strict=True))
+    m2, factors = importance(m2), torch.stack(list(columns))
+    weight = torch.cat([m2[None], m2 / factors.square()])
 
-    def block_sums(block: Block) -> list[float]:
+    def block_errors(block: Block) -> Tensor:
         part = block.columns
-        w_io = weights[block.index][block.rows, part].t().contiguous()
-        sums = [_weighted_error(w_io * column[part, None], weight[part], codec, context)
-                for column, weight, context in tried]
-        return torch.stack([w_io.square().sum(1) @ m2[part], *sums]).tolist()
+        return codec.errors(weights[block.index][block.rows, part], factors[:, part], weight[:, part], contexts)
 
-    totals = torch.zeros(len(weights), 1 + len(tried), dtype=torch.float64)
-    found = map_blocks(block_sums, weights, codec.group_size)
-    for block, sums in zip(blocks(weights, codec.group_size), found, strict=True):
-        totals[block.index] += torch.tensor(sums, dtype=torch.float64)
-    signal = totals[:, :1]
-    relative = torch.where(signal > 0, totals[:, 1:] / signal, 0.0)  # an all-zero weight has no error
-    return [tuple(row) for row in relative.t().tolist()]
+    found = map_blocks(block_errors, weights, codec.group_size)
+    each = [relative_totals(parts) for parts in by_weight(weights, codec.group_size, found)]
+    return list(zip(*each, strict=True))
 
 
 def importance(m2: Tensor) -> Tensor:
@@ -213,6 +206,3 @@ def written_error(w: Tensor, back: Tensor, m2: Tensor) -> float:
     signal = float((w.square().sum(0) * weight).sum())
     return float(((back - w).square_().sum(0) * weight).sum()) / signal if signal > 0 else 0.0
 
-
-def _weighted_error(scaled_io: Tensor, weight: Tensor, codec: Codec, context: float | None) -> Tensor:
-    return codec.fake_quant_io(scaled_io, context).sub_(scaled_io).square_().sum(1) @ weight

@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lance_quant import int4, nvfp4
+from lance_quant import fused, int4, nvfp4
 from lance_quant.errors import InputError
 from lance_quant.int4 import Int4Weight
 from lance_quant.nvfp4 import Nvfp4Weight
+from lance_quant.sums import exact_total, weighted_squares
 from lance_quant.tensorfile import TensorSpec
 
 PackedWeight = Int4Weight | Nvfp4Weight
@@ -40,6 +41,14 @@ class Grid(NamedTuple):
     def at(self, group: int | Tensor) -> "Grid":
         """One group's grid [out], or several groups' [n, out]."""
         return Grid(self.step[group], None if self.zero is None else self.zero[group])
+
+
+class Measured(NamedTuple):
+    """A packed weight; by group, float32 [out, groups], its sums of weighted squared errors and of weighted squares."""
+
+    q: PackedWeight
+    errors: Tensor
+    signals: Tensor
 
 
 class Codec(Protocol):
@@ -77,6 +86,12 @@ class Codec(Protocol):
 
     def round_io(self, w_io: Tensor, grid: Grid, context: float | None) -> tuple[PackedWeight, Tensor]:
         """The nearest levels of a float32 weight [in, out] in its groups' grids: packed, and as float32 [in, out]."""
+
+    def measured(self, w: Tensor, importance: Tensor, context: float | None) -> Measured:
+        """`grid` and `round_io` of a float32 weight [out, in], see measured_by_definition."""
+
+    def errors(self, w: Tensor, factors: Tensor, weights: Tensor, contexts: Sequence[float | None]) -> Tensor:
+        """What `fake_quant_io` changes in a float32 weight [out, in], see errors_by_definition."""
 
     def storable(self, step: Tensor, context: float | None) -> Tensor:
         """Positive steps, float32, rounded to what a file can hold."""
@@ -130,7 +145,10 @@ class Int4:
 
     def quantize(self, w: Tensor, context: None = None) -> Int4Weight:
         """See int4.quantize."""
-        return int4.quantize(w, self.group_size)
+        if not fused.serves(w, self.group_size):
+            return int4.quantize(w, self.group_size)
+        found = fused.quantize_int4(w, self.group_size)
+        return Int4Weight(found.packed, found.scale, found.zero)
 
     def dequantize(self, q: Int4Weight) -> Tensor:
         """See int4.dequantize."""
@@ -142,8 +160,11 @@ class Int4:
 
     def grid(self, w_io: Tensor, importance: Tensor, context: None = None) -> Grid:
         """See int4.search_grid_io."""
-        scale, zero = int4.search_grid_io(w_io, self.group_size, importance)
-        return Grid(scale.float(), zero)
+        if not fused.serves(w_io.t(), self.group_size):
+            scale, zero = int4.search_grid_io(w_io, self.group_size, importance)
+            return Grid(scale.float(), zero)
+        found = fused.quantize_int4(w_io.t(), self.group_size, importance, int4.ROUNDS, pack=False)
+        return Grid(found.scale.t().float().contiguous(), found.zero.t().float().contiguous())
 
     def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
         """See int4.nearest."""
@@ -152,6 +173,19 @@ class Int4:
     def round_io(self, w_io: Tensor, grid: Grid, context: None = None) -> tuple[Int4Weight, Tensor]:
         """See int4.round_io."""
         return int4.round_io(w_io, grid.step, grid.zero)
+
+    def measured(self, w: Tensor, importance: Tensor, context: None = None) -> Measured:
+        """See Codec."""
+        if not fused.serves(w, self.group_size):
+            return measured_by_definition(self, w, importance, context)
+        found = fused.quantize_int4(w, self.group_size, importance, int4.ROUNDS)
+        return Measured(Int4Weight(found.packed, found.scale, found.zero), found.errors, found.signals)
+
+    def errors(self, w: Tensor, factors: Tensor, weights: Tensor, contexts: Sequence[None]) -> Tensor:
+        """See Codec."""
+        if not fused.serves(w, self.group_size):
+            return errors_by_definition(self, w, factors, weights, contexts)
+        return fused.errors_int4(w, self.group_size, factors, weights)
 
     def storable(self, step: Tensor, context: None = None) -> Tensor:
         """Rounded to bfloat16."""
@@ -217,7 +251,10 @@ class Nvfp4:
 
     def quantize(self, w: Tensor, context: float | None) -> Nvfp4Weight:
         """See nvfp4.quantize."""
-        return nvfp4.quantize(w, context)
+        if context is None or not fused.serves(w, nvfp4.BLOCK):
+            return nvfp4.quantize(w, context)
+        found = fused.quantize_nvfp4(w, nvfp4.BLOCK, context)
+        return Nvfp4Weight(found.packed, found.scale, context)
 
     def dequantize(self, q: Nvfp4Weight) -> Tensor:
         """See nvfp4.dequantize."""
@@ -229,7 +266,10 @@ class Nvfp4:
 
     def grid(self, w_io: Tensor, importance: Tensor, context: float) -> Grid:
         """See nvfp4.search_scales_io."""
-        return Grid(nvfp4.search_scales_io(w_io, context, importance), None)
+        if not fused.serves(w_io.t(), nvfp4.BLOCK):
+            return Grid(nvfp4.search_scales_io(w_io, context, importance), None)
+        found = fused.quantize_nvfp4(w_io.t(), nvfp4.BLOCK, context, importance, nvfp4.SCALE_STEPS, pack=False)
+        return Grid(nvfp4.decode_e4m3(found.scale.t().contiguous()).mul_(context), None)
 
     def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
         """See nvfp4.nearest."""
@@ -238,6 +278,19 @@ class Nvfp4:
     def round_io(self, w_io: Tensor, grid: Grid, context: float) -> tuple[Nvfp4Weight, Tensor]:
         """See nvfp4.round_io."""
         return nvfp4.round_io(w_io, grid.step, context)
+
+    def measured(self, w: Tensor, importance: Tensor, context: float) -> Measured:
+        """See Codec."""
+        if not fused.serves(w, nvfp4.BLOCK):
+            return measured_by_definition(self, w, importance, context)
+        found = fused.quantize_nvfp4(w, nvfp4.BLOCK, context, importance, nvfp4.SCALE_STEPS)
+        return Measured(Nvfp4Weight(found.packed, found.scale, context), found.errors, found.signals)
+
+    def errors(self, w: Tensor, factors: Tensor, weights: Tensor, contexts: Sequence[float]) -> Tensor:
+        """See Codec."""
+        if not fused.serves(w, nvfp4.BLOCK):
+            return errors_by_definition(self, w, factors, weights, contexts)
+        return fused.errors_nvfp4(w, nvfp4.BLOCK, factors, weights, contexts)
 
     def storable(self, step: Tensor, context: float) -> Tensor:
         """Rounded to E4M3 times the global scale."""
@@ -383,20 +436,73 @@ def quantize_measured(codec: Codec, weights: Sequence[Tensor], importance: Tenso
                       context: float | None) -> tuple[list[PackedWeight], list[float]]:
     """As quantize_searched, and with each weight's squared error relative to its square, both weighted."""
 
-    def quantize(block: Block) -> tuple[PackedWeight, list[float]]:
-        w_io, weight = weights[block.index][block.rows, block.columns].t().contiguous(), importance[block.columns]
-        grid = codec.grid(w_io, weight, context)
-        packed, back_io = codec.round_io(w_io, grid, context)
-        error = back_io.sub_(w_io).square_().sum(1) @ weight
-        return packed, torch.stack([error, w_io.square().sum(1) @ weight]).tolist()
+    def quantize(block: Block) -> Measured:
+        return codec.measured(weights[block.index][block.rows, block.columns], importance[block.columns], context)
 
-    cut = blocks(weights, codec.group_size)
-    parts, sums = zip(*map_blocks(quantize, weights, codec.group_size), strict=True)
-    totals = torch.zeros(len(weights), 2, dtype=torch.float64)
-    for block, found in zip(cut, sums, strict=True):
-        totals[block.index] += torch.tensor(found, dtype=torch.float64)
-    errors = [error / signal if signal > 0 else 0.0 for error, signal in totals.tolist()]
-    return _joined(cut, parts), errors
+    found = map_blocks(quantize, weights, codec.group_size)
+    sums = by_weight(weights, codec.group_size, [torch.stack([part.signals, part.errors]) for part in found])
+    packed = _joined(blocks(weights, codec.group_size), [part.q for part in found])
+    return packed, [relative_totals(parts)[0] for parts in sums]
+
+
+def measured_by_definition(codec: Codec, w: Tensor, importance: Tensor, context: float | None) -> Measured:
+    """What Codec.measured gives: the searched grid, its nearest levels, and how far they are off.
+
+    Args:
+        w: float32 [out, in], finite.
+        importance: float32 [in], weight of a squared error in each column.
+    """
+    w_io, weight_gi = _transposed(w), importance.reshape(-1, codec.group_size)
+    q, back_io = codec.round_io(w_io, codec.grid(w_io, importance, context), context)
+    errors, signals = (weighted_squares(off.view(*weight_gi.shape, -1), weight_gi).t() for off in
+                       (back_io.sub_(w_io), w_io))
+    return Measured(q, errors, signals)
+
+
+def errors_by_definition(codec: Codec, w: Tensor, factors: Tensor, weights: Tensor,
+                         contexts: Sequence[float | None]) -> Tensor:
+    """What Codec.errors gives: how much plain rounding changes in a weight whose columns are multiplied by a factor.
+
+    Args:
+        w: float32 [out, in], finite.
+        factors: float32 [n, in].
+        weights: float32 [1 + n, in], of squares in `w` itself, and of squared errors with each factor.
+        contexts: see Codec, one per factor.
+
+    Returns:
+        float32 [1 + n, out, groups]: weighted squares of `w` by group, then weighted squared errors.
+    """
+    w_io, weights_ngi = _transposed(w), weights.reshape(len(weights), -1, codec.group_size)
+    found = []
+    for factor, context, weight_gi in zip(factors, contexts, weights_ngi[1:], strict=True):
+        scaled_io = w_io * factor[:, None]
+        off_io = codec.fake_quant_io(scaled_io, context).sub_(scaled_io)
+        found.append(weighted_squares(off_io.view(*weight_gi.shape, -1), weight_gi))
+    signals = weighted_squares(w_io.view(*weights_ngi.shape[1:], -1), weights_ngi[0])
+    return torch.stack([signals, *found]).transpose(1, 2)
+
+
+def _transposed(w: Tensor) -> Tensor:
+    """A copy, which may be overwritten; `contiguous` makes none of a single output."""
+    return w.t().clone(memory_format=torch.contiguous_format)
+
+
+def by_weight(weights: Sequence[Tensor], group_size: int, found: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What was found in the blocks of `blocks(weights, group_size)`, [n, rows, groups] each, put together by weight: a
+    list of [n, rows, all groups] for each."""
+    rows: dict[tuple[int, int], list[Tensor]] = {}
+    for block, part in zip(blocks(weights, group_size), found, strict=True):
+        rows.setdefault((block.index, block.rows.start), []).append(part)
+    out: list[list[Tensor]] = [[] for _ in weights]
+    for (index, _), parts in rows.items():
+        out[index].append(torch.cat(parts, 2))
+    return out
+
+
+def relative_totals(parts: Sequence[Tensor]) -> tuple[float, ...]:
+    """Of [1 + n, rows, groups] each: totals of 1, 2, ... n relative to that of 0; an all-zero weight has no error."""
+    signal, *totals = (exact_total(sums) for sums in zip(*parts, strict=True))
+    return tuple(total / signal if signal > 0 else 0.0 for total in totals)
 
 
 def nearest_levels(codec: Codec, w_io: Tensor, grid: Grid) -> Tensor:

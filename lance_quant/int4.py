@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lance_quant.sums import weighted_squares
+
 LEVELS = 15  # steps between the lowest and the highest of the 16 codes
 # The range search: by how much of a group's min-max range its ends below and above 0 are moved, round by round, the
 # first round from min-max and each later one from the best so far. On 24 trained linears these 10 grids leave 0.4 %
@@ -130,7 +132,7 @@ def search_grid_io(w_io: Tensor, group_size: int, importance: Tensor) -> tuple[T
         scale, bfloat16, and zero, float32, both [groups, out]; never worse than those of `quantize`.
     """
     blocks_gio = w_io.view(-1, group_size, w_io.shape[1])
-    weight_gi = importance.view(-1, 1, group_size)
+    weight_gi = importance.view(-1, group_size)
     low = blocks_gio.amin(1, keepdim=True).clamp_(max=0)
     high = blocks_gio.amax(1, keepdim=True).clamp_(min=0)
     below, above = torch.ones_like(low), torch.ones_like(high)
@@ -139,7 +141,7 @@ def search_grid_io(w_io: Tensor, group_size: int, importance: Tensor) -> tuple[T
         moved = torch.tensor(moves, device=w_io.device).t()[..., None, None, None]
         tried = below + moved[0], above + moved[1]  # [moves, groups, 1, out]
         scales, zeros = _grid_between(low * tried[0], high * tried[1])
-        errors = _weighted_errors(blocks_gio, weight_gi, scales.float(), zeros, scratch)
+        errors = _weighted_errors(blocks_gio, weight_gi, scales.float(), zeros, scratch)  # fused.c does the same
         for error, new_below, new_above in zip(errors, *tried, strict=True):
             if least is None:
                 least = error
@@ -157,14 +159,15 @@ def _weighted_errors(blocks_gio: Tensor, weight_gi: Tensor, scales: Tensor, zero
     """Sum over each group of weighted squared errors [n, groups, 1, out] of n grids each, in as few passes over the
     weights as it takes.
 
-    Halves may go the other way than in _codes, which leaves the same error.
+    Halves may go the other way than in _codes, and a product with 1 / scale is not a quotient to the last bit: that
+    changes an error by rounding.
     """
     exact, code = scratch
     lowest, highest, errors = -zeros, LEVELS - zeros, torch.empty_like(scales)
-    for scale, least, most, error in zip(scales, lowest, highest, errors, strict=True):
-        torch.div(blocks_gio, scale, out=exact)
+    for inverse, least, most, error in zip(scales.reciprocal(), lowest, highest, errors, strict=True):
+        torch.mul(blocks_gio, inverse, out=exact)
         torch.clamp(torch.round(exact, out=code), least, most, out=code)
-        torch.bmm(weight_gi, code.sub_(exact).square_(), out=error)
+        error[:, 0] = weighted_squares(code.sub_(exact), weight_gi)
     return errors.mul_(scales.square_())
 
 

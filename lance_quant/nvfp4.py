@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lance_quant.int4 import pack_nibbles, pack_nibbles_io, unpack_nibbles
+from lance_quant.sums import weighted_squares
 
 BLOCK = 16
 E2M1_MAX = 6.0
@@ -196,12 +197,12 @@ def search_scales_io(w_io: Tensor, global_scale: float, importance: Tensor) -> T
         float32 [blocks, out], E4M3 value times global_scale; never worse than those of `quantize`.
     """
     sizes_bio = w_io.view(-1, BLOCK, w_io.shape[1]).abs()
-    weight_bi = importance.view(-1, 1, BLOCK)
+    weight_bi = importance.view(-1, BLOCK)
     wanted = sizes_bio.amax(1, keepdim=True).div_(E2M1_MAX * global_scale).clamp_(MIN_E4M3, E4M3_MAX)
     steps = torch.tensor(SCALE_STEPS, dtype=torch.int32, device=w_io.device)[:, None, None, None]
     bits = (_bits_of(round_e4m3(wanted)) + steps).clamp_(1, _LARGEST_BITS)
     scales = _from_bits(bits).mul_(global_scale)  # [steps, blocks, 1, out]
-    errors = _weighted_errors(sizes_bio, weight_bi, scales)
+    errors = _weighted_errors(sizes_bio, weight_bi, scales)  # fused.c does the same
     least, best = errors[0], scales[0].clone()
     for error, scale in zip(errors[1:], scales[1:], strict=True):
         best.lerp_(scale, (error < least).float())  # exact, and ten times as fast as torch.where
@@ -214,15 +215,17 @@ def _weighted_errors(sizes_bio: Tensor, weight_bi: Tensor, scales: Tensor) -> Te
     passes over them as it takes.
 
     Adding 1.5 * 2^22 times a power of two and subtracting it again rounds to half of that power. Halves may go the
-    other way than in _magnitudes, which leaves the same error.
+    other way than in _magnitudes, and a product with 1 / scale is not a quotient to the last bit: that changes an error
+    by rounding.
     """
     exact, octave, rounded = (torch.empty_like(sizes_bio) for _ in range(3))
     errors, octave_bits = torch.empty_like(scales), octave.view(torch.int32)
-    for scale, error in zip(scales, errors, strict=True):
-        torch.div(sizes_bio, scale, out=exact)
-        torch.bitwise_and(exact.view(torch.int32), _EXPONENT, out=octave_bits)
-        torch.add(exact, octave.clamp_(min=1), alpha=1.5 * 2**22, out=rounded).sub_(octave, alpha=1.5 * 2**22)
-        torch.bmm(weight_bi, rounded.clamp_(max=E2M1_MAX).sub_(exact).square_(), out=error)
+    for inverse, error in zip(scales.reciprocal(), errors, strict=True):
+        torch.mul(sizes_bio, inverse, out=exact)
+        torch.clamp(exact, max=E2M1_MAX, out=rounded)
+        torch.bitwise_and(rounded.view(torch.int32), _EXPONENT, out=octave_bits)
+        octave.clamp_(min=1).mul_(1.5 * 2**22)
+        error[:, 0] = weighted_squares(rounded.add_(octave).sub_(octave).sub_(exact), weight_bi)
     return errors.mul_(scales.square())
 
 

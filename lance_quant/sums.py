@@ -1,0 +1,42 @@
+"""Sums of weighted squares in an order of their own, so that compiled code (fused.c) can give the same bits.
+
+Shape suffixes: o out, i in, g group.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LANES = 8  # sums that run beside one another through a group
+
+
+def weighted_squares(off_gio: Tensor, weight_gi: Tensor) -> Tensor:
+    """Over each group the sum of squares times weights.
+
+    Input i of a group goes to sum i mod 8, in order; then the sums are folded in halves. A group size that 8 does not
+    divide has as many sums as the largest power of two that does.
+
+    Args:
+        off_gio: float32 [groups, size, out]; overwritten.
+        weight_gi: float32 [groups, size].
+
+    Returns:
+        float32 [groups, out].
+    """
+    n_groups, size, n_out = off_gio.shape
+    lanes = math.gcd(size, LANES)
+    terms = off_gio.square_().mul_(weight_gi[..., None]).view(n_groups, size // lanes, lanes, n_out)
+    total = terms[:, 0].clone()
+    for step in range(1, size // lanes):
+        total += terms[:, step]
+    while lanes > 1:
+        lanes //= 2
+        total = total[:, :lanes] + total[:, lanes:]
+    return total.squeeze(1)
+
+
+def exact_total(parts: Sequence[Tensor]) -> float:
+    """The sum over several float32 [out, groups], which does not depend on how outputs are divided among them."""
+    return math.fsum(row for part in parts for row in part.sum(1, dtype=torch.float64).tolist())

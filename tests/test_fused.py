@@ -1,0 +1,178 @@
+"""The C functions against the definitions in PyTorch: equal in every bit, whatever the weight holds."""
+
+import pytest
+import torch
+
+from lance_quant import awq, fused
+from lance_quant.codec import Int4, Nvfp4, errors_by_definition, measured_by_definition, quantize_measured
+from lance_quant.sums import exact_total, weighted_squares
+
+CODECS = [Int4(8), Int4(16), Int4(32), Int4(64), Int4(128), Int4(24), Nvfp4(), Nvfp4(slim=True)]
+codecs = pytest.mark.parametrize("codec", CODECS, ids=str)
+needs_fused = pytest.mark.skipif(fused.unavailable() is not None, reason=f"fused: {fused.unavailable()}")
+
+
+@pytest.fixture
+def no_fused(monkeypatch):
+    monkeypatch.setattr(fused, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def width_of(codec):
+    return 3 * max(codec.group_size, 16)  # a multiple of every group size above
+
+
+def weights(codec):
+    """What each weight is for, and the weight [out, in]."""
+    w, n_in = rand(37, width_of(codec)) * 0.02, width_of(codec)
+    halves = (rand(19, n_in, seed=1) * 8).round() / 16
+    halves[:, ::codec.group_size] = 7.5  # scale 1/2: many values lie between two levels
+    mixed = w.clone()
+    mixed[3], mixed[:, :codec.group_size] = 0, 0
+    mixed[5], mixed[6], mixed[7] = 0.25, -0.25, 1e-30
+    mixed[8:10] *= 1e18
+    return {"gaussian": w, "single output": w[:1], "16 outputs": w[:16], "all zero": torch.zeros(5, n_in),
+            "halves": halves, "zeros, constants, tiny and huge": mixed, "subnormal": w * 1e-39,
+            "negative zeros": torch.where(rand(37, n_in, seed=2) < 0, w, -0.0), "one sign": w.abs(),
+            "outliers": w * (1 + 300 * (rand(37, n_in, seed=3) > 2))}
+
+
+CASES = list(weights(Int4(8)))
+cases = pytest.mark.parametrize("case", CASES)
+
+
+def context_of(codec, w):
+    return codec.context(float(w.abs().max()))
+
+
+def equal(ours, theirs):
+    if ours is None or isinstance(ours, float):
+        return ours == theirs
+    return ours.dtype == theirs.dtype and ours.shape == theirs.shape and torch.equal(ours, theirs)
+
+
+def all_equal(ours, theirs):
+    return all(equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@needs_fused
+@codecs
+@cases
+def test_plain_rounding_is_the_definition(codec, case, monkeypatch):
+    w = weights(codec)[case]
+    found = codec.quantize(w, context_of(codec, w))
+    monkeypatch.setattr(fused, "serves", lambda w, group_size: False)
+    assert all_equal(found, codec.quantize(w, context_of(codec, w)))
+
+
+@needs_fused
+@codecs
+@cases
+@pytest.mark.parametrize("importance", ["lognormal", "one"])
+def test_searched_grids_bytes_and_sums_are_those_of_the_definition(codec, case, importance, monkeypatch):
+    w = weights(codec)[case]
+    weight = torch.ones(w.shape[1]) if importance == "one" else rand(w.shape[1], seed=4).mul(2).exp()
+    found, grid = codec.measured(w, weight, context_of(codec, w)), codec.grid(w.t(), weight, context_of(codec, w))
+    monkeypatch.setattr(fused, "serves", lambda w, group_size: False)
+    expected = measured_by_definition(codec, w, weight, context_of(codec, w))
+    assert all_equal(found.q, expected.q) and all_equal(found[1:], expected[1:])
+    assert all_equal(grid, codec.grid(w.t().contiguous(), weight, context_of(codec, w)))
+
+
+@needs_fused
+@codecs
+@cases
+def test_errors_of_candidates_are_those_of_the_definition(codec, case):
+    w = weights(codec)[case]
+    factors, each = rand(5, w.shape[1], seed=5).exp(), rand(6, w.shape[1], seed=6).exp()
+    contexts = [context_of(codec, w * factor) for factor in factors]
+    assert equal(codec.errors(w, factors, each, contexts), errors_by_definition(codec, w, factors, each, contexts))
+
+
+@needs_fused
+@codecs
+def test_strides_change_nothing(codec):
+    """Rows that are skipped, columns that are a part, and a weight that is stored transposed."""
+    n_in, weight = width_of(codec), torch.ones(width_of(codec))
+    whole = rand(60, 3 * n_in)
+    for w in (whole[::3, n_in:2 * n_in], rand(n_in, 20).t(), rand(2 * n_in, 20).t()[:, ::2]):
+        found, expected = (codec.measured(x, weight, context_of(codec, w)) for x in (w, w.contiguous()))
+        assert all_equal(found.q, expected.q) and all_equal(found[1:], expected[1:])
+
+
+@needs_fused
+@codecs
+def test_a_group_gives_the_same_with_and_without_a_compiler(codec, monkeypatch):
+    """Both ways through everything that quantizing from statistics does, blocks and totals included."""
+    monkeypatch.setattr("lance_quant.codec._CPU_ROWS", 16)
+    monkeypatch.setattr("lance_quant.codec._CPU_BLOCK", 32 * codec.group_size)
+    n_in = 6 * width_of(codec)
+    group, m2 = [rand(37, n_in) * 0.02, rand(20, n_in, seed=1) * 0.03], rand(n_in, seed=2).exp()
+
+    def results():
+        choice = awq.search(group, torch.ones(n_in), m2, codec)
+        scaled = [w * choice.folded.column for w in group]
+        importance = awq.importance(m2 / choice.folded.column**2)
+        packed, errors = quantize_measured(codec, scaled, importance, context_of(codec, torch.cat(scaled)))
+        return choice, packed, errors
+
+    choice, packed, errors = results()
+    monkeypatch.setattr(fused, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
+    plain_choice, plain_packed, plain_errors = results()
+    assert (choice.label, choice.before, choice.after) == (plain_choice.label, plain_choice.before, plain_choice.after)
+    assert errors == plain_errors
+    assert all(all_equal(q, plain) for q, plain in zip(packed, plain_packed, strict=True))
+
+
+@needs_fused
+@codecs
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_refused(codec, value):
+    w = rand(20, width_of(codec))
+    w[17, 5] = value
+    for quantize in (codec.quantize, lambda w, context: codec.measured(w, torch.ones(w.shape[1]), context)):
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            quantize(w, codec.context(1.0))
+
+
+def test_only_float32_on_the_cpu_in_groups_of_multiples_of_8_is_served(no_fused, monkeypatch):
+    assert not fused.serves(torch.zeros(4, 64), 64)
+    monkeypatch.setattr(fused, "_library_or_reason", lambda: (object(), None))
+    assert fused.serves(torch.zeros(4, 64), 64)
+    assert not fused.serves(torch.zeros(4, 64, dtype=torch.bfloat16), 64)
+    assert not fused.serves(torch.zeros(4, 64, device="meta"), 64)
+    assert not fused.serves(torch.zeros(4, 60), 20) and not fused.serves(torch.zeros(4, 60), 64)
+
+
+def test_without_a_compiler_there_is_a_reason_and_no_library(no_fused):
+    assert "no C compiler" in fused.unavailable()
+    with pytest.raises(RuntimeError, match="not available: there is no C compiler"):
+        fused.quantize_int4(torch.zeros(4, 64), 64)
+
+
+@pytest.mark.parametrize("size", [1, 2, 6, 8, 12, 16, 64])
+def test_weighted_squares_are_the_sum_in_its_order(size):
+    """Against the same sums one number at a time, in float32; and to rounding against float64."""
+    off, weight = rand(3, size, 5), rand(3, size, seed=1).exp()
+    lanes = max(n for n in (1, 2, 4, 8) if size % n == 0)
+    found = weighted_squares(off.clone(), weight)
+    for group in range(3):
+        for out in range(5):
+            sums = [torch.zeros(()) for _ in range(lanes)]
+            for i in range(size):
+                term = off[group, i, out] * off[group, i, out] * weight[group, i]
+                sums[i % lanes] = sums[i % lanes] + term
+            while len(sums) > 1:
+                half = len(sums) // 2
+                sums = [a + b for a, b in zip(sums[:half], sums[half:], strict=True)]
+            assert torch.equal(found[group, out], sums[0])
+    exact = (off.double().square() * weight[..., None].double()).sum(1)
+    torch.testing.assert_close(found.double(), exact, rtol=size * 2**-23, atol=0)  # each sum rounds by 2^-24 at most
+
+
+def test_a_total_does_not_depend_on_how_outputs_are_cut():
+    sums = rand(1000, 7).exp().mul(rand(1000, 1).mul(5).exp())
+    assert len({exact_total(sums.split(size)) for size in (1, 7, 512, 1000)}) == 1
