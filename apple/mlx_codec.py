@@ -55,6 +55,10 @@ class MlxCodec:
         """Inputs per scale."""
         return self.fmt.group_size
 
+    def fused(self, w: Tensor) -> bool:
+        """There is no C for these formats."""
+        return False
+
     def context(self, amax: float) -> None:
         """Nothing is shared between weights."""
 

@@ -19,7 +19,7 @@ from lance_quant import fused, int4, nvfp4
 from lance_quant.errors import InputError
 from lance_quant.int4 import Int4Weight
 from lance_quant.nvfp4 import Nvfp4Weight
-from lance_quant.sums import exact_total, weighted_squares
+from lance_quant.sums import totals, weighted_squares
 from lance_quant.tensorfile import TensorSpec
 
 PackedWeight = Int4Weight | Nvfp4Weight
@@ -44,11 +44,10 @@ class Grid(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A packed weight; by group, float32 [out, groups], its sums of weighted squared errors and of weighted squares."""
+    """A packed weight, and float32 [2, out, groups]: the sums of its weighted squares and weighted squared errors."""
 
     q: PackedWeight
-    errors: Tensor
-    signals: Tensor
+    sums: Tensor
 
 
 class Codec(Protocol):
@@ -62,6 +61,9 @@ class Codec(Protocol):
     @property
     def group_size(self) -> int:
         """Inputs per scale."""
+
+    def fused(self, w: Tensor) -> bool:
+        """Whether `measured` and `errors` of a weight [out, in] run in C, see fused.py."""
 
     def require_fits(self, linear: str, shape: Sequence[int]) -> None:
         """Raise InputError, with the linear and the sizes that would work, if `shape` [out, in] cannot be packed."""
@@ -132,6 +134,10 @@ class Int4:
         if self.group_size < 1:
             raise InputError(f"group size {self.group_size} is not positive")
 
+    def fused(self, w: Tensor) -> bool:
+        """See Codec."""
+        return fused.serves(w, self.group_size)
+
     def require_fits(self, linear: str, shape: Sequence[int]) -> None:
         """See Codec."""
         width = shape[-1]
@@ -179,7 +185,7 @@ class Int4:
         if not fused.serves(w, self.group_size):
             return measured_by_definition(self, w, importance, context)
         found = fused.quantize_int4(w, self.group_size, importance, int4.ROUNDS)
-        return Measured(Int4Weight(found.packed, found.scale, found.zero), found.errors, found.signals)
+        return Measured(Int4Weight(found.packed, found.scale, found.zero), found.sums)
 
     def errors(self, w: Tensor, factors: Tensor, weights: Tensor, contexts: Sequence[None]) -> Tensor:
         """See Codec."""
@@ -240,6 +246,10 @@ class Nvfp4:
         """The block size, which the format fixes."""
         return nvfp4.BLOCK
 
+    def fused(self, w: Tensor) -> bool:
+        """See Codec."""
+        return fused.serves(w, nvfp4.BLOCK)
+
     def require_fits(self, linear: str, shape: Sequence[int]) -> None:
         """See Codec."""
         if shape[-1] % nvfp4.BLOCK:
@@ -284,7 +294,7 @@ class Nvfp4:
         if not fused.serves(w, nvfp4.BLOCK):
             return measured_by_definition(self, w, importance, context)
         found = fused.quantize_nvfp4(w, nvfp4.BLOCK, context, importance, nvfp4.SCALE_STEPS)
-        return Measured(Nvfp4Weight(found.packed, found.scale, context), found.errors, found.signals)
+        return Measured(Nvfp4Weight(found.packed, found.scale, context), found.sums)
 
     def errors(self, w: Tensor, factors: Tensor, weights: Tensor, contexts: Sequence[float]) -> Tensor:
         """See Codec."""
@@ -376,6 +386,12 @@ def _cuts(shape: Sequence[int], device: torch.device, group_size: int | None) ->
                     for column in range(0, shape[1], width))
 
 
+def column_cut(codec: Codec, weights: Sequence[Tensor]) -> int | None:
+    """How `blocks` and `map_blocks` are to cut the weights of a group: the C functions take rows as they are, PyTorch
+    needs a long innermost axis, that of the outputs."""
+    return None if codec.fused(weights[0]) else codec.group_size
+
+
 def map_blocks(function: Callable[[Block], Any], weights: Sequence[Tensor], group_size: int | None = None) -> list[Any]:
     """Call `function` on every block, in order; on the CPU with single-threaded workers, torch.get_num_threads() many.
 
@@ -423,7 +439,8 @@ def quantize_scaled(codec: Codec, weights: Sequence[Tensor], scale: Tensor | Non
         w = weights[block.index][block.rows, block.columns]
         return codec.quantize(w if scale is None else w * scale[block.columns], context)
 
-    return _joined(blocks(weights, codec.group_size), map_blocks(quantize, weights, codec.group_size))
+    cut = column_cut(codec, weights)
+    return _joined(blocks(weights, cut), map_blocks(quantize, weights, cut))
 
 
 def quantize_searched(codec: Codec, weights: Sequence[Tensor], importance: Tensor,
@@ -439,10 +456,10 @@ def quantize_measured(codec: Codec, weights: Sequence[Tensor], importance: Tenso
     def quantize(block: Block) -> Measured:
         return codec.measured(weights[block.index][block.rows, block.columns], importance[block.columns], context)
 
-    found = map_blocks(quantize, weights, codec.group_size)
-    sums = by_weight(weights, codec.group_size, [torch.stack([part.signals, part.errors]) for part in found])
-    packed = _joined(blocks(weights, codec.group_size), [part.q for part in found])
-    return packed, [relative_totals(parts)[0] for parts in sums]
+    cut = column_cut(codec, weights)
+    found = map_blocks(quantize, weights, cut)
+    errors = [error for (error,) in relative_totals(weights, cut, [part.sums for part in found])]
+    return _joined(blocks(weights, cut), [part.q for part in found]), errors
 
 
 def measured_by_definition(codec: Codec, w: Tensor, importance: Tensor, context: float | None) -> Measured:
@@ -454,9 +471,9 @@ def measured_by_definition(codec: Codec, w: Tensor, importance: Tensor, context:
     """
     w_io, weight_gi = _transposed(w), importance.reshape(-1, codec.group_size)
     q, back_io = codec.round_io(w_io, codec.grid(w_io, importance, context), context)
-    errors, signals = (weighted_squares(off.view(*weight_gi.shape, -1), weight_gi).t() for off in
-                       (back_io.sub_(w_io), w_io))
-    return Measured(q, errors, signals)
+    errors = weighted_squares(back_io.sub_(w_io).view(*weight_gi.shape, -1), weight_gi)
+    signals = weighted_squares(w_io.view(*weight_gi.shape, -1), weight_gi)
+    return Measured(q, torch.stack([signals, errors]).transpose(1, 2))
 
 
 def errors_by_definition(codec: Codec, w: Tensor, factors: Tensor, weights: Tensor,
@@ -487,22 +504,21 @@ def _transposed(w: Tensor) -> Tensor:
     return w.t().clone(memory_format=torch.contiguous_format)
 
 
-def by_weight(weights: Sequence[Tensor], group_size: int, found: Sequence[Tensor]) -> list[list[Tensor]]:
-    """What was found in the blocks of `blocks(weights, group_size)`, [n, rows, groups] each, put together by weight: a
-    list of [n, rows, all groups] for each."""
+def relative_totals(weights: Sequence[Tensor], cut: int | None, found: Sequence[Tensor]) -> list[tuple[float, ...]]:
+    """For each weight the totals of n kinds of error, relative to that of its squares; an all-zero weight has none.
+
+    Args:
+        cut: as in `blocks`.
+        found: float32 [1 + n, rows, groups] of each block: sums of weighted squares, then of the n errors.
+    """
     rows: dict[tuple[int, int], list[Tensor]] = {}
-    for block, part in zip(blocks(weights, group_size), found, strict=True):
+    for block, part in zip(blocks(weights, cut), found, strict=True):
         rows.setdefault((block.index, block.rows.start), []).append(part)
-    out: list[list[Tensor]] = [[] for _ in weights]
+    by_weight: list[list[Tensor]] = [[] for _ in weights]
     for (index, _), parts in rows.items():
-        out[index].append(torch.cat(parts, 2))
-    return out
-
-
-def relative_totals(parts: Sequence[Tensor]) -> tuple[float, ...]:
-    """Of [1 + n, rows, groups] each: totals of 1, 2, ... n relative to that of 0; an all-zero weight has no error."""
-    signal, *totals = (exact_total(sums) for sums in zip(*parts, strict=True))
-    return tuple(total / signal if signal > 0 else 0.0 for total in totals)
+        by_weight[index].append(torch.cat(parts, 2) if len(parts) > 1 else parts[0])
+    return [tuple(error / signal if signal > 0 else 0.0 for error in errors)
+            for signal, *errors in map(totals, by_weight)]
 
 
 def nearest_levels(codec: Codec, w_io: Tensor, grid: Grid) -> Tensor:
@@ -524,6 +540,8 @@ def _joined(cut: Sequence[Block], parts: Sequence[PackedWeight]) -> list[PackedW
 
 
 def _concatenated(parts: Sequence[PackedWeight], dim: int) -> PackedWeight:
+    if len(parts) == 1:
+        return parts[0]
     fields = [torch.cat(field, dim) if isinstance(field[0], Tensor) else field[0] for field in zip(*parts, strict=True)]
     return type(parts[0])(*fields)
 

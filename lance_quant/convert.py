@@ -8,7 +8,7 @@ alone (`plan`), which is how the output file can be laid out first and --dry_run
 import functools
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -333,12 +333,14 @@ class _Job:
         if layers and self.activations is not None:
             self.activations.load(self.work.state_file(len(layers)))
         todo = range(len(layers), layout.num_layers(self.source.specs))
+        spare: list[Tensor] = []
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as disk:
-            coming = reader.submit(self._stored, todo.start) if todo else None
+            coming = reader.submit(self._stored, todo.start, spare) if todo else None
             for index in _bar(todo, f"quantize to {self.codec.name}", progress):
                 stored, coming = coming.result(), None
                 if index + 1 in todo:
-                    coming = reader.submit(self._stored, index + 1)
+                    coming = reader.submit(self._stored, index + 1, spare)
+                spare = list(stored.values())
                 with self._threads():
                     layers.append(self.layer(index, stored, disk))
                 if self.work is not None:
@@ -350,9 +352,14 @@ class _Job:
         blockwise = self.recipe == "ours" and self.activations is None and self.device.type == "cpu"
         return block_threads() if blockwise else nullcontext()
 
-    def _stored(self, index: int) -> Weights:
-        """A layer as the source has it; runs while the layer before is worked on."""
-        return {name: self.source.stored(name) for name in layout.of_layer(self.source.specs, index)}
+    def _stored(self, index: int, spare: list[Tensor]) -> Weights:
+        """A layer as the source has it, in the memory of `spare`; runs while the layer before is worked on."""
+        free: dict[TensorSpec, list[Tensor]] = defaultdict(list)
+        for tensor in spare:
+            free[TensorSpec(tensor.dtype, tuple(tensor.shape))].append(tensor)
+        specs = {name: self.source.specs[name] for name in layout.of_layer(self.source.specs, index)}
+        return {name: self.source.stored(name, free[spec].pop() if free[spec] else None)
+                for name, spec in specs.items()}
 
     def layer(self, index: int, stored: Weights, disk: ThreadPoolExecutor) -> dict[str, Any]:
         """Write a layer's groups as they are finished, then its norms and biases, which scales may have changed.
@@ -411,12 +418,13 @@ def _finite(stored: Tensor, name: str, device: torch.device) -> Tensor:
 def _copy_rest(source: Checkpoint, specs: Mapping[str, TensorSpec], writer: packed.PackedWriter,
                progress: bool) -> None:
     rest = [name for name in source.specs if not name.startswith(f"{layout.LAYERS}.")]
-    for name in _bar(rest, "copy the rest", progress):
-        pieces = _checked(source.pieces(name), name)
-        if name in specs:
-            writer.tensors.write_pieces(name, pieces)
-        else:
-            _write_8_bit(name.removesuffix(".weight"), pieces, source.specs[name].shape[1], writer)
+    with block_threads():  # pieces are too short for torch's threads
+        for name in _bar(rest, "copy the rest", progress):
+            pieces = _checked(source.pieces(name), name)
+            if name in specs:
+                writer.tensors.write_pieces(name, pieces)
+            else:
+                _write_8_bit(name.removesuffix(".weight"), pieces, source.specs[name].shape[1], writer)
 
 
 def _write_8_bit(module: str, pieces: Iterable[Tensor], width: int, writer: packed.PackedWriter) -> None:

@@ -21,8 +21,7 @@ typedef struct {
 /* What may be wanted of a quantized weight; NULL: not. */
 typedef struct {
     uint8_t *packed;  /* [out, in/2] */
-    float *errors;    /* [out, groups] sums of weighted squared errors */
-    float *signals;   /* [out, groups] sums of weighted squares */
+    float *sums;      /* [2, out, groups]: of weighted squares, and of weighted squared errors */
 } Wanted;
 
 INLINE uint32_t bits_of(float x) {
@@ -189,13 +188,13 @@ static void int4_store_grid(const Weight *w, int64_t row, int64_t group, const f
    Returns -1: no memory; 1: the weight holds NaN or Inf; else 0. */
 int int4_quantize(const Weight *w, const float *weight, const float *moves, const uint8_t *starts, int n_moves,
                   uint16_t *scales, uint8_t *zeros, const Wanted *wanted) {
-    int64_t size = w->group_size;
+    int64_t size = w->group_size, groups = w->n_in / size;
     float *x = malloc(size * OUTS * (sizeof(float) + 1)), low[OUTS], high[OUTS], scale[OUTS], zero[OUTS], sums[OUTS];
     if (!x) return -1;
     uint8_t *code = (uint8_t *)(x + size * OUTS);
     int odd = 0;
     for (int64_t row = 0; row < w->n_out; row += OUTS)
-        for (int64_t group = 0; group < w->n_in / size; group++) {
+        for (int64_t group = 0; group < groups; group++) {
             const float *own = weight ? weight + group * size : NULL;
             load(w, row, group * size, x);
             odd |= is_odd(x, size);
@@ -209,13 +208,11 @@ int int4_quantize(const Weight *w, const float *weight, const float *moves, cons
                 int4_codes(x, scale, zero, size, code);
                 pack(w, row, group * size, code, wanted->packed);
             }
-            if (wanted->errors) {
-                int4_error(x, own, scale, zero, size, sums);
-                store(w, row, group, sums, wanted->errors);
-            }
-            if (wanted->signals) {
+            if (wanted->sums) {
                 weighted_squares(x, own, size, sums);
-                store(w, row, group, sums, wanted->signals);
+                store(w, row, group, sums, wanted->sums);
+                int4_error(x, own, scale, zero, size, sums);
+                store(w, row, group, sums, wanted->sums + w->n_out * groups);
             }
         }
     free(x);
@@ -355,13 +352,11 @@ int nvfp4_quantize(const Weight *w, const float *weight, float global_scale, con
                 nvfp4_codes(x, scale, size, code);
                 pack(w, row, group * size, code, wanted->packed);
             }
-            if (wanted->errors) {
-                nvfp4_error(x, own, scale, size, sums);
-                store(w, row, group, sums, wanted->errors);
-            }
-            if (wanted->signals) {
+            if (wanted->sums) {
                 weighted_squares(x, own, size, sums);
-                store(w, row, group, sums, wanted->signals);
+                store(w, row, group, sums, wanted->sums);
+                nvfp4_error(x, own, scale, size, sums);
+                store(w, row, group, sums, wanted->sums + w->n_out * groups);
             }
         }
     free(x);

@@ -34,14 +34,13 @@ class Quantized(NamedTuple):
     packed: uint8 [out, in/2]
     scale: [out, groups] as stored, bfloat16 or E4M3 bytes
     zero: uint8 [out, groups]; None for NVFP4
-    errors, signals: float32 [out, groups], sums.weighted_squares of what rounding changes and of the weight
+    sums: float32 [2, out, groups], sums.weighted_squares of the weight and of what rounding changes
     """
 
     packed: Tensor | None
     scale: Tensor
     zero: Tensor | None
-    errors: Tensor | None
-    signals: Tensor | None
+    sums: Tensor | None
 
 
 def serves(w: Tensor, group_size: int) -> bool:
@@ -126,7 +125,7 @@ class _Weight(ctypes.Structure):
 class _Wanted(ctypes.Structure):
     """`Wanted` of fused.c."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "errors", "signals")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "sums")]
 
 
 def _weight(w: Tensor, group_size: int) -> _Weight:
@@ -135,19 +134,19 @@ def _weight(w: Tensor, group_size: int) -> _Weight:
 
 def _outputs(w: Tensor, group_size: int, scale: torch.dtype, has_zero: bool, importance: Tensor | None,
              pack: bool) -> tuple[Quantized, _Wanted]:
+    def empty(*shape: int, dtype: torch.dtype = torch.uint8, wanted: bool = True) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device="cpu") if wanted else None
+
     n_out, n_in = w.shape
-
-    def empty(width: int, dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
-        return torch.empty(n_out, width, dtype=dtype) if wanted else None
-
     groups, measured = n_in // group_size, pack and importance is not None
-    out = Quantized(empty(n_in // 2, torch.uint8, pack), empty(groups, scale), empty(groups, torch.uint8, has_zero),
-                    *(empty(groups, torch.float32, measured) for _ in range(2)))
-    return out, _Wanted(*map(_address, (out.packed, out.errors, out.signals)))
+    out = Quantized(empty(n_out, n_in // 2, wanted=pack), empty(n_out, groups, dtype=scale),
+                    empty(n_out, groups, wanted=has_zero),
+                    empty(2, n_out, groups, dtype=torch.float32, wanted=measured))
+    return out, _Wanted(_address(out.packed), _address(out.sums))
 
 
 def _errors(w: Tensor, group_size: int, n: int) -> Tensor:
-    return torch.empty(1 + n, w.shape[0], w.shape[1] // group_size, dtype=torch.float32)
+    return torch.empty(1 + n, w.shape[0], w.shape[1] // group_size, dtype=torch.float32, device="cpu")
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

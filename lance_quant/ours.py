@@ -13,7 +13,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -118,8 +118,10 @@ def _decibel(errors: Sequence[float]) -> float:
 
 @dataclass
 class _Scaled:
-    """Of a group: mean squares of its scaled inputs (None: no statistics), which scale, errors with s = 1."""
+    """Of a group: largest |weight| of each scaled column, mean squares of the scaled inputs (None: no statistics), the
+    scale that won, errors with s = 1."""
 
+    wmax: Tensor
     m2: Tensor | None = None
     label: str = "s=1"
     before: tuple[float, ...] = ()
@@ -210,12 +212,13 @@ def _scale_values(layer: _Layer) -> None:
     heads = _heads(layer)
     found = awq.search_fed([o[expert] for expert in known], list(known.values()), layer.codec, heads)
     before = dict(zip(known, found.before, strict=True))
+    wmax = dict(zip(known, found.wmax, strict=True))
     for group in groups:
         expert, name = group.expert, names[group.expert]
         fuse.divide_rows(layer.weight(name), layer.weights.get(f"{name}.bias"), found.s)
         fuse.multiply_columns(o[expert], found.columns)
-        layer.scaled[group.name] = _Scaled(known[expert] / found.columns**2, found.label, (before[expert],)) \
-            if expert in known else _unscaled(layer, group)
+        layer.scaled[group.name] = _Scaled(wmax[expert], known[expert] / found.columns**2, found.label,
+                                           (before[expert],)) if expert in known else _unscaled(layer, group)
 
 
 def _heads(layer: _Layer) -> fuse.Heads:
@@ -237,7 +240,7 @@ def _scale_up(layer: _Layer, group: layout.Group) -> None:
     up = layout.linear(layer.index, group.expert, "up_proj")
     fuse.divide_rows(layer.weight(up), layer.weights.get(f"{up}.bias"), found.s)
     fuse.multiply_columns(down, found.columns)
-    layer.scaled[group.name] = _Scaled(m2 / found.columns**2, found.label, found.before)
+    layer.scaled[group.name] = _Scaled(found.wmax[0], m2 / found.columns**2, found.label, found.before)
 
 
 def _scale_norm(layer: _Layer, group: layout.Group) -> None:
@@ -245,11 +248,12 @@ def _scale_norm(layer: _Layer, group: layout.Group) -> None:
     m2, weights = layer.mean_square(group), [layer.weight(name) for name in group.linears]
     norm = layer.weight(group.norm)
     if m2 is None:
-        folded, layer.scaled[group.name] = fuse.fold_norm(norm, torch.ones_like(norm)), _unscaled(layer, group)
+        folded, scaled = fuse.fold_norm(norm, torch.ones_like(norm)), _unscaled(layer, group)
+        layer.scaled[group.name] = replace(scaled, wmax=scaled.wmax * folded.column)
     else:
         choice = awq.search(weights, norm, m2, layer.codec)
         folded = choice.folded
-        layer.scaled[group.name] = _Scaled(m2 / folded.column**2, choice.label, choice.before)
+        layer.scaled[group.name] = _Scaled(choice.wmax, m2 / folded.column**2, choice.label, choice.before)
     for weight in weights:
         fuse.multiply_columns(weight, folded.column)
     layer.weights[f"{group.norm}.weight"] = folded.norm.float()
@@ -258,15 +262,16 @@ def _scale_norm(layer: _Layer, group: layout.Group) -> None:
 def _unscaled(layer: _Layer, group: layout.Group) -> _Scaled:
     """Errors of plain rounding, with nothing known of the inputs."""
     weights = [layer.weight(name) for name in group.linears]
-    one = torch.ones_like(weights[0][0])
-    return _Scaled(before=awq.relative_errors(weights, [one], one, layer.codec)[0])
+    one, wmax = torch.ones_like(weights[0][0]), torch.stack([awq.column_max(w) for w in weights]).amax(0)
+    return _Scaled(wmax, before=awq.relative_errors(weights, [one], one, layer.codec, wmax)[0])
 
 
 def _round_group(layer: _Layer, group: layout.Group, moments: gptq.Moments | None,
                  current: Weights | None) -> Quantized:
     scaled, codecs = layer.scaled[group.name], [layer.choices.get(name, layer.codec) for name in group.linears]
     weights = [layer.weight(name) for name in group.linears]
-    context = layer.codec.context(max(float(awq.column_max(w).max()) for w in weights))
+    # The largest |weight| of the group, without touching its weights: rounding is monotonic, so this is exact.
+    context = layer.codec.context(float(scaled.wmax.max()))
     known = torch.ones_like(weights[0][0]) if scaled.m2 is None else scaled.m2
     rounded = {index: _Rounded(None, w.bfloat16(), {"rounding": "bfloat16"})
                for index, (w, codec) in enumerate(zip(weights, codecs, strict=True)) if codec is None}

@@ -37,6 +37,8 @@ def weighted_squares(off_gio: Tensor, weight_gi: Tensor) -> Tensor:
     return total.squeeze(1)
 
 
-def exact_total(parts: Sequence[Tensor]) -> float:
-    """The sum over several float32 [out, groups], which does not depend on how outputs are divided among them."""
-    return math.fsum(row for part in parts for row in part.sum(1, dtype=torch.float64).tolist())
+def totals(parts: Sequence[Tensor]) -> list[float]:
+    """Sums over outputs and groups of float32 [n, out, groups], n numbers; how outputs are divided among the parts does
+    not matter, because the sums of rows are added up exactly before they are rounded."""
+    rows = torch.cat([part.sum(2, dtype=torch.float64) for part in parts], 1)
+    return [math.fsum(each) for each in rows.tolist()]
