@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lance_quant.errors import InputError
-from lance_quant.tensorfile import DTYPES, Checkpoint, TensorFile, TensorFileWriter, TensorSpec, file_size
+from lance_quant.tensorfile import (
+    DTYPES,
+    Checkpoint,
+    TensorFile,
+    TensorFileWriter,
+    TensorSpec,
+    file_size,
+    require_finite,
+)
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).reshape(2, 3), "a.weight": torch.ones(5, dtype=torch.bfloat16),
@@ -214,3 +222,23 @@ def test_a_header_that_contradicts_itself_is_refused(tmp_path, entries, message)
               for name, (shape, first, last) in entries.items()}
     with pytest.raises(InputError, match=message):
         TensorFile(header_file(tmp_path / "x.safetensors", header))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_nan_and_inf_are_found_and_a_sum_that_overflows_is_neither(dtype):
+    largest = torch.full((100,), torch.finfo(dtype).max, dtype=dtype)
+    require_finite(largest, "large")
+    require_finite(torch.cat([largest, -largest]), "both")
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for rest in (largest, torch.zeros_like(largest)):
+            with pytest.raises(InputError, match="some.weight holds NaN or Inf"):
+                require_finite(torch.cat([rest, torch.tensor([bad], dtype=dtype)]), "some.weight")
+    require_finite(torch.zeros(0, dtype=dtype), "empty"), require_finite(torch.ones(3, dtype=torch.int32), "integers")
+
+
+def test_a_tensor_is_read_into_memory_that_is_there(tmp_path):
+    write(tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as source:
+        memory = torch.full((2, 3), 9.0)
+        assert source.stored("b", memory) is memory and torch.equal(memory, TENSORS["b"])
+        assert torch.equal(source.stored("b"), TENSORS["b"])
