@@ -214,4 +214,3 @@ def written_error(w: Tensor, back: Tensor, m2: Tensor) -> float:
     weight = importance(m2)
     signal = float((w.square().sum(0) * weight).sum())
     return float(((back - w).square_().sum(0) * weight).sum()) / signal if signal > 0 else 0.0
-
