@@ -62,7 +62,7 @@ class Codec(Protocol):
     def group_size(self) -> int:
         """Inputs per scale."""
 
-    def fused(self, w: Tensor) -> bool:
+    def is_fused(self, w: Tensor) -> bool:
         """Whether `measured` and `errors` of a weight [out, in] run in C, see fused.py."""
 
     def require_fits(self, linear: str, shape: Sequence[int]) -> None:
@@ -134,7 +134,7 @@ class Int4:
         if self.group_size < 1:
             raise InputError(f"group size {self.group_size} is not positive")
 
-    def fused(self, w: Tensor) -> bool:
+    def is_fused(self, w: Tensor) -> bool:
         """See Codec."""
         return fused.serves(w, self.group_size)
 
@@ -246,7 +246,7 @@ class Nvfp4:
         """The block size, which the format fixes."""
         return nvfp4.BLOCK
 
-    def fused(self, w: Tensor) -> bool:
+    def is_fused(self, w: Tensor) -> bool:
         """See Codec."""
         return fused.serves(w, nvfp4.BLOCK)
 
@@ -353,9 +353,9 @@ class Block(NamedTuple):
     columns: slice
 
 
-# Weights in a block, whose temporaries stay in the cache that cores share (CPU) or small (GPU). A quarter of that is as
-# fast on one thread, but threads then wait for the interpreter between operations: 12 s for a layer on four of them
-# where these take 5.
+# Weights in a block, whose temporaries stay in the cache that cores share (CPU) or small (GPU). In PyTorch a quarter of
+# that is as fast on one thread, but threads then wait for the interpreter between operations: 12 s for a layer on four
+# of them where these take 5. The C functions run without the interpreter, on half of it.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 20, 1 << 24
 _CPU_ROWS = 512  # the innermost axis of a transposed block: long enough for vectorized loops
 
@@ -389,7 +389,7 @@ def _cuts(shape: Sequence[int], device: torch.device, group_size: int | None) ->
 def column_cut(codec: Codec, weights: Sequence[Tensor]) -> int | None:
     """How `blocks` and `map_blocks` are to cut the weights of a group: the C functions take rows as they are, PyTorch
     needs a long innermost axis, that of the outputs."""
-    return None if codec.fused(weights[0]) else codec.group_size
+    return None if codec.is_fused(weights[0]) else codec.group_size
 
 
 def map_blocks(function: Callable[[Block], Any], weights: Sequence[Tensor], group_size: int | None = None) -> list[Any]:
