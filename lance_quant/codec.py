@@ -400,14 +400,17 @@ def map_blocks(function: Callable[[Block], Any], weights: Sequence[Tensor], grou
     on the number of workers.
     """
     cut = blocks(weights, group_size)
-    if weights[0].device.type != "cpu":
-        return [function(block) for block in cut]
+    return map_threads(function, cut) if weights[0].device.type == "cpu" else [function(block) for block in cut]
+
+
+def map_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Call `function` on every item, in order, with single-threaded workers, torch.get_num_threads() many."""
     with block_threads() as workers:
-        if workers == 1 or len(cut) == 1:
-            return [function(block) for block in cut]
+        if workers == 1 or len(items) == 1:
+            return [function(item) for item in items]
         # Said in every thread: bmm goes by the thread's own OpenMP setting, not by the process's.
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, cut))
+            return list(pool.map(function, items))
 
 
 _workers: int | None = None  # of map_blocks, inside block_threads

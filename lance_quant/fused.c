@@ -1,5 +1,5 @@
 /* Searching and rounding of 4-bit weights, fused; fused.py compiles and calls this. The definitions are in int4.py,
-   nvfp4.py and sums.py, and what is computed here is equal to them in every bit: the same float32 operations in the same
+   nvfp4.py, sums.py and gptq.py, and what is computed here is equal to them in every bit: the same float32 operations in the same
    order, none contracted. Plain C for compilers that vectorize `omp simd` loops.
 
    A tile is one group of inputs of OUTS outputs, transposed into x[input * OUTS + output], so that every output is a
@@ -387,5 +387,99 @@ int nvfp4_errors(const Weight *w, const float *factors, const float *weights, co
             }
         }
     free(x);
+    return 0;
+}
+
+/* ------------------------------------------------------------------------------------------------ GPTQ */
+
+/* int4.nearest, and where `zero` is NULL nvfp4.nearest, of OUTS values. */
+INLINE void nearest(const float *restrict x, const float *restrict scale, const float *restrict zero,
+                    float *restrict level) {
+    if (zero)
+        EACH_OUT level[o] = (int4_code(x[o], scale[o], zero[o]) - zero[o]) * scale[o];
+    else
+        EACH_OUT level[o] = copysignf(e2m1_magnitude(fabsf(x[o]), scale[o]) * scale[o], x[o]);
+}
+
+/* Columns from `first` on of a matrix [rows, n_out], to a tile and back. Behind the last output the tile holds ones. */
+static void read_tile(const float *from, int64_t rows, int64_t n_out, int64_t first, float *restrict tile) {
+    int64_t count = n_out - first < OUTS ? n_out - first : OUTS;
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t o = 0; o < OUTS; o++) tile[row * OUTS + o] = o < count ? from[row * n_out + first + o] : 1;
+}
+
+static void write_tile(const float *restrict tile, int64_t rows, int64_t n_out, int64_t first, float *to) {
+    int64_t count = n_out - first < OUTS ? n_out - first : OUTS;
+    for (int64_t row = 0; row < rows; row++) memcpy(to + row * n_out + first, tile + row * OUTS, count * sizeof(float));
+}
+
+/* Grids of the groups of some rows. */
+typedef struct {
+    const float *scales, *zeros;  /* [groups, n_out]; no zeros: NVFP4 */
+    const int64_t *groups;        /* of each row */
+    int64_t n_out;
+} Grids;
+
+INLINE void nearest_in(const Grids *grids, int64_t row, int64_t first, const float *restrict x, float *restrict level) {
+    float scale[OUTS], zero[OUTS];
+    int64_t start = grids->groups[row] * grids->n_out;
+    read_tile(grids->scales + start, 1, grids->n_out, first, scale);
+    if (grids->zeros) read_tile(grids->zeros + start, 1, grids->n_out, first, zero);
+    nearest(x, scale, grids->zeros ? zero : NULL, level);
+}
+
+/* gptq._revisit for outputs [begin, end) of values and gradient [n, n_out]; local [n, n].
+   Returns -1: no memory; else 0. */
+int gptq_revisit(float *values, float *gradient, const float *local, const Grids *grids, int64_t n, int64_t begin,
+                 int64_t end) {
+    int64_t n_out = grids->n_out;
+    float *value = malloc(2 * n * OUTS * sizeof(float)), aim[OUTS], best[OUTS];
+    if (!value) return -1;
+    float *slope = value + n * OUTS;
+    for (int64_t first = begin; first < end; first += OUTS) {
+        read_tile(values, n, n_out, first, value);
+        read_tile(gradient, n, n_out, first, slope);
+        for (int64_t row = 0; row < n; row++) {
+            float *own = value + row * OUTS, curvature = local[row * n + row], moved[OUTS];
+            EACH_OUT aim[o] = own[o] - slope[row * OUTS + o] / curvature;
+            nearest_in(grids, row, first, aim, best);
+            EACH_OUT moved[o] = best[o] - own[o];
+            EACH_OUT own[o] = best[o];
+            for (int64_t other = 0; other < n; other++) {
+                float factor = local[row * n + other];
+                EACH_OUT slope[other * OUTS + o] += factor * moved[o];
+            }
+        }
+        write_tile(value, n, n_out, first, values);
+        write_tile(slope, n, n_out, first, gradient);
+    }
+    free(value);
+    return 0;
+}
+
+/* gptq._propagate_block for outputs [begin, end) of block [n, n_out], which becomes its nearest levels, and of errors
+   [n, n_out]; factor [n, n]. Returns -1: no memory; else 0. */
+int gptq_propagate(float *block, float *errors, const float *factor, const Grids *grids, int64_t n, int64_t begin,
+                   int64_t end) {
+    int64_t n_out = grids->n_out;
+    float *left = malloc(2 * n * OUTS * sizeof(float)), level[OUTS];
+    if (!left) return -1;
+    float *error = left + n * OUTS;
+    for (int64_t first = begin; first < end; first += OUTS) {
+        read_tile(block, n, n_out, first, left);
+        for (int64_t row = 0; row < n; row++) {
+            float *own = left + row * OUTS, *off = error + row * OUTS, diagonal = factor[row * n + row];
+            nearest_in(grids, row, first, own, level);
+            EACH_OUT off[o] = (own[o] - level[o]) / diagonal;
+            EACH_OUT own[o] = level[o];
+            for (int64_t other = row + 1; other < n; other++) {
+                float weight = factor[row * n + other];
+                EACH_OUT left[other * OUTS + o] -= weight * off[o];
+            }
+        }
+        write_tile(left, n, n_out, first, block);
+        write_tile(error, n, n_out, first, errors);
+    }
+    free(left);
     return 0;
 }

@@ -1,4 +1,4 @@
-"""Searching and rounding in C (fused.c), to the bit what the definitions in int4.py, nvfp4.py and sums.py give.
+"""Searching and rounding in C (fused.c), to the bit what int4.py, nvfp4.py, sums.py and gptq.py give in PyTorch.
 
 A weight of Lance is rounded a few dozen times while its scales and grids are searched, each time in half a dozen passes
 of PyTorch over memory; here all of them run over a piece that stays in the first cache. Since the bits are the same, a
@@ -115,6 +115,43 @@ def errors_nvfp4(w: Tensor, group_size: int, factors: Tensor, weights: Tensor,
     return out
 
 
+def revisit(values: Tensor, gradient: Tensor, local: Tensor, grids: "Grids", outputs: slice) -> None:
+    """gptq._revisit of some outputs; `values` and `gradient` [n, out] are updated in place.
+
+    Args:
+        local: float32 [n, n].
+    """
+    assert values.is_contiguous() and gradient.is_contiguous()
+    _checked(_library().gptq_revisit(_address(values), _address(gradient), _address(local.contiguous()),
+                                     ctypes.byref(grids), len(values), outputs.start, outputs.stop))
+
+
+def propagate(block: Tensor, errors: Tensor, factor: Tensor, grids: "Grids", outputs: slice) -> None:
+    """The loop of gptq.propagate over the rows of a block [n, out], for some outputs: they become their nearest levels,
+    and `errors` [n, out] what is handed on.
+
+    Args:
+        factor: float32 [n, n].
+    """
+    assert block.is_contiguous() and errors.is_contiguous()
+    _checked(_library().gptq_propagate(_address(block), _address(errors), _address(factor.contiguous()),
+                                       ctypes.byref(grids), len(block), outputs.start, outputs.stop))
+
+
+class Grids(ctypes.Structure):
+    """`Grids` of fused.c: of the groups [n] that some rows are in.
+
+    step, zero: float32 [all groups, out]; zero is None for NVFP4
+    """
+
+    _fields_ = [("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("groups", ctypes.c_void_p),
+                ("n_out", ctypes.c_int64)]
+
+    def __init__(self, step: Tensor, zero: Tensor | None, groups: Tensor):
+        self.tensors = step.contiguous(), _contiguous(zero), groups.long().contiguous()  # kept alive
+        super().__init__(*map(_address, self.tensors), step.shape[1])
+
+
 class _Weight(ctypes.Structure):
     """`Weight` of fused.c."""
 
@@ -202,3 +239,4 @@ def _declare(library: ctypes.CDLL) -> None:
     library.nvfp4_quantize.argtypes = [pointer, pointer, real, pointer, small, pointer, pointer]
     library.int4_errors.argtypes = [pointer, pointer, pointer, number, pointer]
     library.nvfp4_errors.argtypes = [pointer, pointer, pointer, pointer, number, pointer]
+    library.gptq_revisit.argtypes = library.gptq_propagate.argtypes = [pointer] * 4 + [number] * 3

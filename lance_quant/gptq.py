@@ -16,14 +16,16 @@ Weights are [in, out] here: a step of the loop then works on rows, which are con
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lance_quant import linalg, matmul
-from lance_quant.codec import Codec, Grid, map_blocks, nearest_levels
+from lance_quant import fused, linalg, matmul
+from lance_quant.codec import Codec, Grid, block_threads, map_blocks, map_threads, nearest_levels
 
 BLOCK = 128  # columns per step: what is behind a block is corrected once per block, by a matrix product
+OUTPUTS = 512  # that a worker rounds at a time
 SWEEPS = 2  # of coordinate descent; two more gain 2 %
 FEW_TOKENS = 2048  # below, the Gram matrix is noisy and a stronger damping is better
 DAMPING = {False: 0.01, True: 0.1}  # few tokens? -> fraction of the mean diagonal that is added to it
@@ -235,21 +237,40 @@ def propagate(w_io: Tensor, order: Tensor, factor: Tensor, grid: Grid, codec: Co
         grid: static grids of the weight's groups.
     """
     left, out = w_io[order], torch.empty_like(w_io)
-    groups, diagonal = (order // codec.group_size).tolist(), factor.diagonal().tolist()
-    places = order.tolist()
+    groups, in_c = order // codec.group_size, codec.is_fused(w_io.t())
     for start in range(0, len(order), BLOCK):
         end = min(start + BLOCK, len(order))
-        block = left[start:end]
+        block, own = left[start:end], factor[start:end, start:end].contiguous()
         errors = torch.empty_like(block)
-        for row in range(end - start):
-            column = start + row
-            level = codec.nearest(block[row], grid.at(groups[column]))
-            out[places[column]] = level
-            torch.sub(block[row], level, out=errors[row])
-            errors[row] /= diagonal[column]
-            block[row + 1:].addr_(factor[column, column + 1:end], errors[row], alpha=-1)
+        if in_c:
+            grids = fused.Grids(grid.step, grid.zero, groups[start:end])
+            map_threads(partial(fused.propagate, block, errors, own, grids), _some_outputs(block.shape[1]))
+        else:
+            _propagate_block(block, errors, own, grid.at(groups[start:end]), codec)
         left[end:] -= matmul.linear(factor[start:end, end:].t(), errors.t())
+    out[order] = left
     return out
+
+
+def _some_outputs(n_out: int) -> list[slice]:
+    return [slice(first, min(first + OUTPUTS, n_out)) for first in range(0, n_out, OUTPUTS)]
+
+
+def _propagate_block(block: Tensor, errors: Tensor, factor: Tensor, grid: Grid, codec: Codec) -> None:
+    """Round the rows of a block [n, out] in order, each one's error, handed on to the next; in place, errors too.
+
+    Args:
+        factor: [n, n] of those rows.
+        grid: of every row.
+    """
+    diagonal = factor.diagonal().tolist()
+    for row in range(len(block)):
+        level = codec.nearest(block[row], grid.at(row))
+        torch.sub(block[row], level, out=errors[row])
+        errors[row] /= diagonal[row]
+        block[row] = level
+        # Not addr_, which rounds once where the processor can; fused.c does this.
+        block[row + 1:] -= factor[row, row + 1:, None] * errors[row]
 
 
 def descend(target: Tensor, values: Tensor, grid: Grid, moments: Moments, codec: Codec,
@@ -274,21 +295,27 @@ def descend(target: Tensor, values: Tensor, grid: Grid, moments: Moments, codec:
             local = gram[start:end, start:end].clone()
             local.diagonal().add_(damping)
             _revisit(values[start:end], gradient, local, start, grid, codec)
-            for group in range(start // size, end // size):
-                _refit(values[group * size:(group + 1) * size], gradient, local,
-                       slice(group * size - start, (group + 1) * size - start), grid.at(group).step, codec, context)
+            with block_threads():  # threads would wait for one another after each of these short operations
+                for group in range(start // size, end // size):
+                    rows = slice(group * size - start, (group + 1) * size - start)
+                    _refit(values[start:end][rows], gradient, local, rows, grid.at(group).step, codec, context)
             torch.sub(values[start:end], target[start:end], out=off[start:end])
     return values, grid
 
 
 def _revisit(values: Tensor, gradient: Tensor, local: Tensor, start: int, grid: Grid, codec: Codec) -> None:
     """One sweep over the codes of some columns; `values` and `gradient` [n, out] are updated in place."""
+    groups = torch.arange(start, start + len(values)) // codec.group_size
+    if codec.is_fused(values.t()):
+        grids = fused.Grids(grid.step, grid.zero, groups)
+        map_threads(partial(fused.revisit, values, gradient, local, grids), _some_outputs(values.shape[1]))
+        return
     diagonal = local.diagonal().tolist()
     for row in range(len(values)):
-        best = codec.nearest(values[row] - gradient[row] / diagonal[row], grid.at((start + row) // codec.group_size))
+        best = codec.nearest(values[row] - gradient[row] / diagonal[row], grid.at(int(groups[row])))
         moved = best - values[row]
         values[row] = best
-        gradient.addr_(local[row], moved)
+        gradient += local[row, :, None] * moved  # as in _propagate_block
 
 
 def _refit(values: Tensor, gradient: Tensor, local: Tensor, rows: slice, step: Tensor, codec: Codec,

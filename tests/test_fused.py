@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lance_quant import awq, fused
+from lance_quant import awq, fused, gptq
 from lance_quant.codec import Int4, Nvfp4, errors_by_definition, measured_by_definition, quantize_measured
 from lance_quant.sums import totals, weighted_squares
 
@@ -125,6 +125,44 @@ def test_a_group_gives_the_same_with_and_without_a_compiler(codec, monkeypatch):
     assert (choice.label, choice.before, choice.after) == (plain_choice.label, plain_choice.before, plain_choice.after)
     assert errors == plain_errors
     assert all(all_equal(q, plain) for q, plain in zip(packed, plain_packed, strict=True))
+
+
+@needs_fused
+@codecs
+@pytest.mark.parametrize("n_out", [1, 16, 37, 600])
+def test_gptq_gives_the_same_with_and_without_a_compiler(codec, n_out, monkeypatch):
+    """More columns than gptq.BLOCK, more outputs than gptq.OUTPUTS; two threads and one."""
+    n_in = width_of(codec)
+    x = rand(3 * n_in, n_in) @ rand(n_in, n_in, seed=1)
+    moments = gptq.Moments(x.t() @ x, len(x), x[:0], x[:0])
+    w_io = rand(n_in, n_out, seed=2) * 0.02
+    w_io[:, n_out // 2] = 0
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = gptq.round_weight(w_io, moments, codec, context_of(codec, w_io))
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(fused, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
+    expected = gptq.round_weight(w_io, moments, codec, context_of(codec, w_io))
+    assert found.method == expected.method == "gptq"
+    assert torch.equal(found.values, expected.values) and all_equal(found.grid, expected.grid)
+
+
+@needs_fused
+@codecs
+def test_revisited_gradients_are_those_of_the_definition(codec, monkeypatch):
+    n, n_out = 2 * codec.group_size, 37
+    x, target = rand(3 * n, n), rand(n, n_out, seed=1)
+    grid = codec.grid(target, torch.ones(n), context_of(codec, target))
+    results = []
+    for served in (True, False):
+        if not served:
+            monkeypatch.setattr(fused, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
+        values, gradient = rand(n, n_out, seed=2), rand(n, n_out, seed=3) * n
+        gptq._revisit(values, gradient, x.t() @ x, 0, grid, codec)
+        results.append((values, gradient))
+    assert all_equal(*results)
 
 
 @needs_fused
