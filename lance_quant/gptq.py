@@ -12,6 +12,7 @@ correlated. With H = sum x x^T the error of one column can be compensated by the
 - Tokens are held back from H. Where nearest rounding is better on them, it is kept.
 
 Measured on trained linears (36 of all-MiniLM-L6-v2, output error of the whole model, docs/experiments.md).
+What goes column by column runs in C where it can (fused.py), to the same bits; the products between blocks are torch's.
 Weights are [in, out] here: a step of the loop then works on rows, which are contiguous. Suffixes: i in, o out.
 """
 
