@@ -106,13 +106,15 @@ class Sums:
             packed, exact, *rest = (part[~held] for part in parts)
             missing = rest[0] if rest else None
         self._kept += len(packed)
+        turned = packed.t().contiguous()
         for start in range(0, len(self._gram), _TRIANGLE):  # what lies below the diagonal follows by symmetry
-            self._gram[start:start + _TRIANGLE, start:].addmm_(packed[:, start:start + _TRIANGLE].t(),
-                                                               packed[:, start:])
+            self._gram[start:start + _TRIANGLE, start:] += matmul.linear(turned[start:start + _TRIANGLE],
+                                                                         turned[start:])
         if self._weight is not None:
-            self._pull.addmm_(packed.t(), torch.addmm(missing, exact - packed, self._weight.t()))
+            off = matmul.linear(exact - packed, self._weight).add_(missing)
+            self._pull += matmul.linear(turned, off.t())
         elif self._cross is not None:
-            self._cross.addmm_((exact - packed).t(), packed)
+            self._cross += matmul.linear((exact - packed).t(), turned)
 
     def moments(self) -> Moments:
         """What was collected. The sums are handed over: nothing can be added afterwards."""
@@ -203,9 +205,10 @@ def aim(w_io: Tensor, moments: Moments) -> Tensor | None:
     factor.diagonal().add_(ASYMMETRY_DAMPING * float(factor.diagonal().mean()))
     if not linalg.cholesky_(factor):
         return None
-    pull = matmul.linear(moments.cross.t(), w_io.t()) if moments.pull is None else moments.pull
-    half = linalg.solve_lower(factor, pull)
-    return linalg.solve_lower(factor, half, transposed=True).mul_(ASYMMETRY).add_(w_io)
+    moved = matmul.linear(moments.cross.t(), w_io.t()) if moments.pull is None else moments.pull.clone()
+    linalg.solve_lower_(factor, moved)
+    linalg.solve_lower_(factor, moved, transposed=True)
+    return moved.mul_(ASYMMETRY).add_(w_io)
 
 
 def inverse_factor(gram: Tensor, damping: float, order: Tensor) -> Tensor | None:

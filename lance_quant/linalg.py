@@ -9,6 +9,7 @@ from torch import Tensor
 from lance_quant import matmul
 
 BLOCK = 512  # rows and columns that are left to the library
+PANEL = 1024  # rows that are copied at a time
 
 
 def cholesky_(a: Tensor) -> bool:
@@ -20,8 +21,8 @@ def cholesky_(a: Tensor) -> bool:
     n = len(a)
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
-        if start:
-            a[start:, start:end] -= matmul.linear(a[start:, :start], a[start:end, :start])
+        for row in range(start, n if start else 0, PANEL):
+            a[row:row + PANEL, start:end] -= matmul.linear(a[row:row + PANEL, :start], a[start:end, :start])
         corner, failed = torch.linalg.cholesky_ex(a[start:end, start:end])
         if int(failed):
             return False
@@ -48,21 +49,20 @@ def invert_lower_(a: Tensor) -> None:
             a[start:end, part] = -matmul.linear(left[:, column:], a[column:start, part].t())
 
 
-def solve_lower(factor: Tensor, b: Tensor, transposed: bool = False) -> Tensor:
-    """x [n, m] with factor x = b, or with factor^T x = b; `factor` [n, n] is lower triangular."""
-    n, x = len(factor), b.clone()
+def solve_lower_(factor: Tensor, b: Tensor, transposed: bool = False) -> None:
+    """Replace b [n, m] by x with factor x = b, or with factor^T x = b; `factor` [n, n] is lower triangular."""
+    n = len(factor)
     starts = range(0, n, BLOCK)
     for start in reversed(starts) if transposed else starts:
         end = min(start + BLOCK, n)
         corner = _inverse(factor[start:end, start:end])
         if transposed:
-            if end < n:
-                x[start:end] -= matmul.linear(factor[end:, start:end].t(), x[end:].t())
-            corner = corner.t()
-        elif start:
-            x[start:end] -= matmul.linear(factor[start:end, :start], x[:start].t())
-        x[start:end] = matmul.linear(corner, x[start:end].t())
-    return x
+            corner, beside, known = corner.t(), factor[end:, start:end].t(), b[end:]
+        else:
+            beside, known = factor[start:end, :start], b[:start]
+        if len(known):
+            b[start:end] -= matmul.linear(beside, known.t())
+        b[start:end] = matmul.linear(corner, b[start:end].t())
 
 
 def turn_(a: Tensor) -> None:

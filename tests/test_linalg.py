@@ -11,6 +11,7 @@ SIZES = [1, 2, 7, 16, 33, 50]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(linalg, "BLOCK", 16)
+    monkeypatch.setattr(linalg, "PANEL", 24)
 
 
 def gram(n):
@@ -51,11 +52,10 @@ def test_the_inverse_of_a_factor_undoes_it(n):
 @pytest.mark.parametrize("width", [1, 5])
 def test_a_solution_multiplied_by_the_factor_is_the_right_side(n, transposed, width):
     factor, b = torch.linalg.cholesky(gram(n)), torch.randn(n, width)
-    kept = b.clone()
-    x = linalg.solve_lower(factor, b, transposed)
+    x = b.clone()
+    linalg.solve_lower_(factor, x, transposed)
     whole = (factor.t() if transposed else factor).double()
     torch.testing.assert_close(whole @ x.double(), b.double(), rtol=1e-4, atol=1e-5)
-    assert torch.equal(b, kept)
 
 
 @pytest.mark.parametrize("n", SIZES)
