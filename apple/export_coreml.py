@@ -35,12 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from apple.decoder import DecoderConfig
 from apple.extract_und import TOKENIZER_FILES
 from apple.palette import COLORS, ROWS, palettized
-from apple.stateful import END, START, Piece
+from apple.stateful import END, START, Piece, build
 from lance_quant import __version__, cli
 from lance_quant.errors import InputError
 from lance_quant.files import read_json, require_free, whole_folder, write_json
@@ -119,11 +120,7 @@ def export_packages(src: Path, out: Path, context: int, per_part: int) -> dict[s
         parts = {f"part_{index:02d}.mlpackage": piece
                  for index, piece in enumerate(parts_of(config.num_hidden_layers, per_part))}
         for name, piece in tqdm(parts.items(), desc="convert", disable=None):
-            wanted = {key: key for key in names_of(source.specs, piece)}
-            if piece == END:
-                wanted.setdefault("lm_head.weight", "model.embed_tokens.weight")
-            tensors = {ours: palettized(source.read(theirs)) for ours, theirs in wanted.items()}
-            coreml_parts.convert(tensors, config, piece, context).save(str(folder / name))
+            coreml_parts.convert(_part(source, config, piece, context), config, piece, context).save(str(folder / name))
             log.info("%s  %s", name, holds(piece))
         record = {"tool": f"lance-quant {__version__}", "source": facts, "context": context, "parts": list(parts),
                   "holds": [holds(piece) for piece in parts.values()], "rope_theta": config.rope_theta,
@@ -131,6 +128,13 @@ def export_packages(src: Path, out: Path, context: int, per_part: int) -> dict[s
         write_json(folder / "coreml.json", record)
         _copy_texts(src, folder, ("generation_config.json", *TOKENIZER_FILES))
     return record
+
+
+def _part(source: Checkpoint, config: DecoderConfig, piece: Piece, context: int) -> nn.Module:
+    wanted = {name: name for name in names_of(source.specs, piece)}
+    if piece == END:
+        wanted.setdefault("lm_head.weight", "model.embed_tokens.weight")
+    return build({ours: palettized(source.read(theirs)) for ours, theirs in wanted.items()}, config, piece, context)
 
 
 def _size(folder: Path) -> int:

@@ -6,14 +6,15 @@
 
 Codes lie in uint32 words, input 8k + j in bits 4j. Affine codes are chosen with the float32 scale before it is rounded,
 one end of each range is hit exactly, and 0 is not always a level. Floating-point codes are the entry of the table with
-the smallest |w / scale - entry|, the first of equals, all in the weight's own dtype: halves go to the even code, no
-code is -0, and bfloat16 input does not give the codes of its float32 copy (0.6 % differ). That is what MLX 0.32 does on
+the smallest |w / scale - entry|, all in the weight's own dtype: halves go to the smaller magnitude, no code is -0, and
+bfloat16 input does not give the codes of its float32 copy (0.6 % differ). That is what MLX 0.32 does on
 the CPU, repeated here on purpose: a file must not depend on where it was made. It differs from lance_quant.nvfp4.
 apple/mlx_codec.py writes the same formats better, for inputs of known size.
 
 Shape suffixes: o out, i in, g group.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from lance_quant.nvfp4 import decode_e4m3, nearest
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _TABLE = (*MAGNITUDES, *(-value for value in MAGNITUDES))
+_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between neighbours
 _LEVELS = 15
 _MIN_SCALE = 1e-7  # MLX's
 
@@ -68,8 +70,6 @@ def quantize(w: Tensor, fmt: Format) -> dict[str, Tensor]:
     n_out, n_in = w.shape
     if n_in % fmt.group_size:
         raise ValueError(f"group size {fmt.group_size} does not divide {n_in} inputs")
-    if not torch.isfinite(w).all():
-        raise ValueError("weight holds NaN or Inf")
     blocks_ogi = w.reshape(n_out, -1, fmt.group_size)
     code_ogi, scales = (_affine if fmt.mode == "affine" else _float4)(blocks_ogi, fmt)
     packed = pack_nibbles(code_ogi.reshape(n_out, n_in)).contiguous()
@@ -104,6 +104,7 @@ def fake_quant_io(w_io: Tensor, fmt: Format) -> Tensor:
 def _affine(blocks_ogi: Tensor, fmt: Format) -> tuple[Tensor, dict[str, Tensor]]:
     wide = blocks_ogi.float()
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+    _require_finite(high - low)
     below = low.abs() > high.abs()
     scale = ((high - low) / _LEVELS).clamp(min=_MIN_SCALE)
     scale, edge = torch.where(below, scale, -scale), torch.where(below, low, high)
@@ -115,9 +116,17 @@ def _affine(blocks_ogi: Tensor, fmt: Format) -> tuple[Tensor, dict[str, Tensor]]
 
 def _float4(blocks_ogi: Tensor, fmt: Format) -> tuple[Tensor, dict[str, Tensor]]:
     wanted = blocks_ogi.abs().amax(-1).float() / 6.0
+    _require_finite(wanted)
     stored = _encode_scales(wanted, fmt)
     scale = _scale_values(stored, fmt).to(blocks_ogi.dtype)[..., None]
+    scale = scale.masked_fill(scale == 0, math.inf)  # a block whose scale vanishes gets codes 0
     return _nearest_entry(blocks_ogi / scale), {"scales": stored}
+
+
+def _require_finite(ranges: Tensor) -> None:
+    """NaN and Inf reach the range of their block."""
+    if not torch.isfinite(ranges).all():
+        raise ValueError("weight holds NaN or Inf")
 
 
 def _encode_scales(wanted: Tensor, fmt: Format) -> Tensor:
@@ -134,11 +143,12 @@ def _scale_values(stored: Tensor, fmt: Format) -> Tensor:
 
 
 def _nearest_entry(ratio: Tensor) -> Tensor:
-    best = torch.zeros_like(ratio, dtype=torch.uint8)
-    distance = ratio.abs()
-    for code, entry in enumerate(_TABLE):
-        away = (ratio - entry).abs()
-        closer = away < distance
-        best.masked_fill_(closer, code)
-        distance = torch.where(closer, away, distance)
-    return best
+    """Codes of w / scale, float32 or bfloat16. The bits of positive floats are ordered as they are, and integers are
+    compared in a twentieth of the time that distances to all entries take."""
+    integers = torch.int16 if ratio.dtype == torch.bfloat16 else torch.int32
+    bits = ratio.view(integers)
+    size = bits & torch.iinfo(integers).max
+    code = torch.zeros(ratio.shape, dtype=torch.uint8, device=ratio.device)
+    for middle in torch.tensor(_MIDDLES, dtype=ratio.dtype).view(integers).tolist():
+        code += size > middle
+    return code | ((bits < 0) & (code > 0)).byte() << 3

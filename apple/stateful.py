@@ -22,6 +22,8 @@ class WideRMSNorm(nn.Module):
     """The same norm without squares beyond float16: x is first divided by its largest magnitude.
 
     Residuals of this model family exceed 256, whose square float16 cannot hold. Any divisor gives the same result.
+    The last cast does nothing in torch. It keeps the converter, which widens what meets a number, from widening every
+    weight behind the norm as well.
     """
 
     def __init__(self, width: int, eps: float):
@@ -33,7 +35,7 @@ class WideRMSNorm(nn.Module):
         largest = x.abs().amax(-1, keepdim=True) + _SMALLEST
         small = x / largest
         square = small.square().mean(-1, keepdim=True) + (self.root_eps / largest).square()
-        return small * torch.rsqrt(square) * self.weight
+        return (small * torch.rsqrt(square) * self.weight).to(x.dtype)
 
 
 class Part(nn.Module):
@@ -44,7 +46,7 @@ class Part(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, WideRMSNorm) for _ in layers)
         shape = (len(layers), config.num_key_value_heads, context, config.head_dim)
         for name in ("keys", "values"):
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.float16), persistent=False)
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float16, device="cpu"), persistent=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         end = mask.shape[1]
@@ -84,29 +86,28 @@ class End(nn.Module):
 
 
 def build(tensors: Mapping[str, Tensor], config: DecoderConfig, piece: Piece, context: int) -> nn.Module:
-    """The package as a torch module, filled from tensors named as in the extracted folder; keys must agree exactly."""
-    module = Part(config, piece, context) if isinstance(piece, range) else {START: Start, END: End}[piece](config)
+    """The package as a torch module of the given tensors, named as in the extracted folder; keys must agree exactly."""
+    with torch.device("meta"):
+        module = Part(config, piece, context) if isinstance(piece, range) else {START: Start, END: End}[piece](config)
     renamed = {}
     for name, tensor in tensors.items():
         short = name.removeprefix("model.")
         if short.startswith("layers."):
             _, index, rest = short.split(".", 2)
             short = f"layers.{int(index) - piece.start}.{rest}"
-        renamed[short] = tensor.float()
-    module.load_state_dict(renamed)
+        renamed[short] = tensor
+    module.load_state_dict(renamed, assign=True)
     return module.eval().requires_grad_(False)
 
 
 def example_inputs(config: DecoderConfig, piece: Piece, past: int, new: int) -> tuple[Tensor, ...]:
-    """Inputs of the right shapes: `new` tokens behind `past` ones."""
+    """Inputs of the right shapes, float16: `new` tokens behind `past` ones."""
     if piece == START:
         return (torch.zeros(1, new, dtype=torch.int32),)
-    hidden = torch.zeros(1, new, config.hidden_size)
+    hidden = torch.zeros(1, new, config.hidden_size).half()
     if piece == END:
         return (hidden,)
-    table = torch.zeros(new, config.head_dim)
-    mask = torch.full((new, past + new), float("-inf")).triu(past + 1)
-    return hidden, table, table, mask
+    return hidden, *(table.half() for table in step_inputs(config, past, new))
 
 
 def step_inputs(config: DecoderConfig, past: int, new: int) -> tuple[Tensor, Tensor, Tensor]:

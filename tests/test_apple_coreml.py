@@ -53,7 +53,7 @@ def packages(extracted, tmp_path_factory):
 def parts(tensors, config):
     """The torch modules behind the packages."""
     specs = dict.fromkeys(tensors)
-    return [build({name: tensors[name] for name in export_coreml.names_of(specs, piece)}, config, piece, CONTEXT)
+    return [build({name: tensors[name] for name in export_coreml.names_of(specs, piece)}, config, piece, CONTEXT).float()
             for piece in export_coreml.parts_of(config.num_hidden_layers, PER_PART)]
 
 
