@@ -1,23 +1,26 @@
 """4-bit palettes: every 32 rows of a weight share 16 values, found by k-means, as Core ML stores them.
 
-k-means in one dimension needs no distances: on sorted values a cluster is a run, its mean a difference of running sums,
-and the next borders a binary search, so a step costs microseconds and can be repeated until it settles. It starts from
+k-means in one dimension needs no distances: in order of value a cluster is a run, its mean a difference of running
+sums, and the next borders a binary search. Palettes hold float16, so the weights are counted as float16 first, of which
+a group has some thousand different ones: a step costs microseconds and can be repeated until it settles. It starts from
 three places (equal counts, equal widths, and in between: counts to the power of one third, which is best for many fine
 clusters) and keeps the best per group.
 
-Shape suffixes: g group of rows, n value, c cluster.
+Shape suffixes: g group of rows, n weight, l level (a float16 that occurs), e the end of a run of levels, c cluster.
 """
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 32  # rows per palette
 COLORS = 16
 _STEPS = 60
 _BINS = 512
-_BLOCK = 1 << 24  # values clustered at once: bounds the sort's temporaries
+_BLOCK = 1 << 24  # weights clustered at once: bounds the temporaries
+_PATTERNS = 1 << 16  # of float16
 
 
 class Palettized(NamedTuple):
@@ -36,10 +39,8 @@ def palettize(w: Tensor) -> Palettized:
     """
     if w.shape[0] % ROWS:
         raise ValueError(f"{w.shape[0]} rows are not a multiple of {ROWS}")
-    if not torch.isfinite(w.half()).all():
-        raise ValueError("weight holds NaN, Inf or a value beyond float16")
     step = max(1, _BLOCK // (ROWS * w.shape[1])) * ROWS
-    parts = [_palettize_rows(w[row:row + step].float()) for row in range(0, w.shape[0], step)]
+    parts = [_palettize_rows(w[row:row + step].half()) for row in range(0, w.shape[0], step)]
     return Palettized(torch.cat([part.codes for part in parts]), torch.cat([part.colors for part in parts]))
 
 
@@ -52,25 +53,50 @@ def values_of(p: Palettized) -> Tensor:
     return values
 
 
+class _Counts(NamedTuple):
+    """levels: float32 [l], ascending. count, total: float64 [g, e], weights below an end and their sum."""
+
+    levels: Tensor
+    count: Tensor
+    total: Tensor
+
+
 def _palettize_rows(w: Tensor) -> Palettized:
-    values_gn = w.reshape(w.shape[0] // ROWS, -1)
-    sorted_gn = values_gn.sort(1).values
-    colors_gc = _cluster(sorted_gn).half().sort(1).values
+    weights_gn = w.reshape(w.shape[0] // ROWS, -1)
+    counts = _count(weights_gn)
+    if not torch.isfinite(counts.levels).all():
+        raise ValueError("weight holds NaN, Inf or a value beyond float16")
+    colors_gc = _cluster(counts).half().sort(1).values
     borders = (colors_gc[:, 1:].float() + colors_gc[:, :-1].float()) / 2
-    codes_gn = torch.zeros(values_gn.shape, dtype=torch.uint8, device=w.device)
+    wide_gn, codes_gn = weights_gn.float(), torch.zeros(weights_gn.shape, dtype=torch.uint8, device=w.device)
     for border_g1 in borders.split(1, 1):  # a third of the time of a binary search
-        codes_gn += values_gn > border_g1
+        codes_gn += wide_gn > border_g1
     return Palettized(codes_gn.view(w.shape), colors_gc)
 
 
-def _cluster(sorted_gn: Tensor) -> Tensor:
+def _count(weights_gn: Tensor) -> _Counts:
+    groups = len(weights_gn)
+    rank_gn = _ordered(weights_gn.view(torch.int16)).int() + _PATTERNS // 2
+    offset_g1 = torch.arange(groups, device=rank_gn.device, dtype=torch.int32)[:, None] * _PATTERNS
+    found = torch.bincount((rank_gn + offset_g1).view(-1), minlength=groups * _PATTERNS).view(groups, _PATTERNS)
+    used = found.any(0).nonzero().squeeze(1)
+    levels = _ordered((used - _PATTERNS // 2).short()).view(torch.float16).float()
+    count_gl = found[:, used].double()
+    return _Counts(levels, *(F.pad(x.cumsum(1), (1, 0)) for x in (count_gl, count_gl * levels)))
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """Bits of float16 as int16 -> integers in the order of the values, and back."""
+    return bits ^ (bits >> 15 & 0x7FFF)
+
+
+def _cluster(counts: _Counts) -> Tensor:
     """Cluster centers [g, 16] with the smallest squared error among the starts."""
-    sums_gn = torch.cat([sorted_gn.new_zeros(len(sorted_gn), 1), sorted_gn.double().cumsum(1)], 1)
     best_gain = best = None
     for start in (_equal_counts, _equal_widths, _cube_root):
-        centers = start(sorted_gn)
+        centers = start(counts)
         for _ in range(_STEPS):
-            centers, gain = _lloyd(sorted_gn, sums_gn, centers)
+            centers, gain = _lloyd(counts, centers)
         if best is None:
             best_gain, best = gain, centers
         else:
@@ -79,33 +105,45 @@ def _cluster(sorted_gn: Tensor) -> Tensor:
     return best
 
 
-def _lloyd(sorted_gn: Tensor, sums_gn: Tensor, centers_gc: Tensor) -> tuple[Tensor, Tensor]:
-    """One step: means of the values nearest to each center, and sum(count * mean^2), which k-means maximizes."""
-    borders = (centers_gc[:, 1:] + centers_gc[:, :-1]) / 2
-    inner = torch.searchsorted(sorted_gn, borders)
-    ends = torch.cat([inner.new_zeros(len(inner), 1), inner, inner.new_full((len(inner), 1), sorted_gn.shape[1])], 1)
-    count, total = ends.diff(dim=1), sums_gn.gather(1, ends).diff(dim=1)
+def _lloyd(counts: _Counts, centers_gc: Tensor) -> tuple[Tensor, Tensor]:
+    """One step: means of the weights nearest to each center, and sum(count * mean^2), which k-means maximizes."""
+    inner = torch.searchsorted(counts.levels, (centers_gc[:, 1:] + centers_gc[:, :-1]) / 2)
+    ends = F.pad(F.pad(inner, (1, 0)), (0, 1), value=len(counts.levels))
+    count, total = (sums.gather(1, ends).diff(dim=1) for sums in (counts.count, counts.total))
     means = torch.where(count > 0, total / count.clamp(min=1), centers_gc.double())
     return means.float(), (means.square() * count).sum(1)
 
 
-def _equal_counts(sorted_gn: Tensor) -> Tensor:
-    width = sorted_gn.shape[1]
-    middle = ((torch.arange(COLORS, device=sorted_gn.device) + 0.5) * width / COLORS).long().clamp(max=width - 1)
-    return sorted_gn[:, middle]
+def _shares(counts: _Counts) -> Tensor:
+    return (torch.arange(COLORS, device=counts.levels.device) + 0.5) / COLORS
 
 
-def _equal_widths(sorted_gn: Tensor) -> Tensor:
-    share = (torch.arange(COLORS, device=sorted_gn.device) + 0.5) / COLORS
-    return sorted_gn[:, :1] + (sorted_gn[:, -1:] - sorted_gn[:, :1]) * share
+def _equal_counts(counts: _Counts) -> Tensor:
+    return counts.levels[_places(counts, counts.count[:, -1:] * _shares(counts))]
 
 
-def _cube_root(sorted_gn: Tensor) -> Tensor:
-    share = torch.linspace(0, 1, _BINS + 1, device=sorted_gn.device)
-    edges = sorted_gn[:, :1] + (sorted_gn[:, -1:] - sorted_gn[:, :1]) * share
-    counts = torch.searchsorted(sorted_gn, edges, right=True).diff(dim=1).float()
-    mass = counts.pow(1 / 3).cumsum(1)
-    wanted = (torch.arange(COLORS, device=sorted_gn.device) + 0.5) / COLORS * mass[:, -1:]
+def _places(counts: _Counts, rank_gc: Tensor) -> Tensor:
+    """Which level the weight of some rank in its group has."""
+    return torch.searchsorted(counts.count[:, 1:].contiguous(), rank_gc, right=True)
+
+
+def _limits(counts: _Counts) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight [g, 1]."""
+    size = counts.count[:, -1:]
+    return tuple(counts.levels[_places(counts, rank)] for rank in (torch.zeros_like(size), size - 1))
+
+
+def _equal_widths(counts: _Counts) -> Tensor:
+    low, high = _limits(counts)
+    return low + (high - low) * _shares(counts)
+
+
+def _cube_root(counts: _Counts) -> Tensor:
+    low, high = _limits(counts)
+    edges = low + (high - low) * torch.linspace(0, 1, _BINS + 1, device=low.device)
+    size = counts.count.gather(1, torch.searchsorted(counts.levels, edges, right=True)).diff(dim=1)
+    mass = size.pow(1 / 3).cumsum(1)
+    wanted = _shares(counts) * mass[:, -1:]
     return edges.gather(1, torch.searchsorted(mass, wanted).clamp(max=_BINS - 1))
 
 
