@@ -134,7 +134,7 @@ def _part(source: Checkpoint, config: DecoderConfig, piece: Piece, context: int)
     wanted = {name: name for name in names_of(source.specs, piece)}
     if piece == END:
         wanted.setdefault("lm_head.weight", "model.embed_tokens.weight")
-    return build({ours: palettized(source.read(theirs)) for ours, theirs in wanted.items()}, config, piece, context)
+    return build({ours: palettized(source, theirs) for ours, theirs in wanted.items()}, config, piece, context)
 
 
 def _size(folder: Path) -> int:
@@ -162,7 +162,7 @@ def export_float16(src: Path, out: Path) -> dict[str, Any]:
         require_space(out, size)
         with TensorFileWriter(folder / "model.safetensors", float16_specs(source.specs)) as writer:
             for name in tqdm(source.specs, desc="palettize", disable=None):
-                writer.write(name, palettized(source.read(name)))
+                writer.write(name, palettized(source, name))
         config = read_json(src / "config.json", "model configuration")
         write_json(folder / "config.json", {**config, "torch_dtype": "float16"})
         record = {"tool": f"lance-quant {__version__}", "source": facts, "bytes": size,

@@ -132,7 +132,11 @@ def plain_tensors(source: Checkpoint, fmt: Format, packer: Packer) -> Iterator[t
         if not is_quantized(spec, fmt):
             yield name, w
             continue
-        for suffix, tensor in pack_rows(w, fmt, packer).items():
+        try:
+            packed = pack_rows(w, fmt, packer)
+        except ValueError as error:
+            raise InputError(f"{source.path}: {name}: {error}") from error
+        for suffix, tensor in packed.items():
             yield f"{name.removesuffix('weight')}{suffix}", tensor
 
 
@@ -232,6 +236,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--out is needed unless --dry_run is given")
     if args.capture and args.stats is None:
         raise InputError("--capture rounds after the scales that --stats finds: give both")
+    if args.stats is not None and args.packer != "ours":
+        raise InputError("--stats rounds to grids of its own: leave --packer out")
     calibrated = None if args.stats is None else Calibrated(args.stats, args.capture, cli.device_of(args.device))
     record = export(args.src, args.out, fmt, packer_of(args.packer), calibrated, refiner(args))
     log.info("wrote %s: %s", args.out, json.dumps({name: record[name] for name in ("rounded_by", "bytes", "dwq")}))

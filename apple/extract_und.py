@@ -19,7 +19,7 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from lance_quant.lance.tokens import LanceTokenizer
 from lance_quant.lance.understanding import MAX_NEW_TOKENS
 from lance_quant.packed import require_space
 from lance_quant.stats import model_fingerprint
-from lance_quant.tensorfile import Checkpoint, TensorFileWriter, TensorSpec, file_size
+from lance_quant.tensorfile import Checkpoint, TensorFileWriter, TensorSpec, file_size, require_finite
 
 log = logging.getLogger("lance_quant")
 
@@ -121,6 +121,13 @@ def heads_equal(source: Checkpoint) -> bool:
                for a, b in zip(source.pieces(names[0]), source.pieces(names[1]), strict=True))
 
 
+def finite_pieces(source: Checkpoint, name: str) -> Iterator[Tensor]:
+    """A tensor, flat, in consecutive pieces. InputError if it holds NaN or Inf."""
+    for piece in source.pieces(name):
+        require_finite(piece, name)
+        yield piece
+
+
 def model_config(raw: Mapping[str, Any], config: LanceConfig, arch: str, tied: bool, dtype: str,
                  eos: int) -> dict[str, Any]:
     """config.json. rope_theta, rope_scaling and torch_dtype stand at the top level because mlx-lm looks there."""
@@ -191,7 +198,8 @@ def extract(src: Path, out: Path, arch: str, dtype: str) -> dict[str, Any]:
     """Write the folder; returns what extraction.json says.
 
     Raises:
-        InputError: `src` is no Lance folder, its checkpoint does not fit, `out` exists, or the disk is too small.
+        InputError: `src` is no Lance folder, its checkpoint does not fit or holds NaN, `out` exists, or the disk is too
+            small.
     """
     require_free(out)
     raw, config = read_json(src / "llm_config.json", "model configuration"), LanceConfig.load(src / "llm_config.json")
@@ -209,7 +217,7 @@ def extract(src: Path, out: Path, arch: str, dtype: str) -> dict[str, Any]:
         with whole_folder(out) as folder:
             with TensorFileWriter(folder / "model.safetensors", specs) as writer:
                 for name in specs:
-                    writer.write_pieces(name, source.pieces(layout.LLM_PREFIX + name))
+                    writer.write_pieces(name, finite_pieces(source, layout.LLM_PREFIX + name))
             settings = model_config(raw, config, arch, tied, dtype, tokenizer.im_end)
             write_json(folder / "config.json", settings)
             write_json(folder / "generation_config.json", generation_config(settings, len(tokenizer)))

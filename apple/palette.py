@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lance_quant.errors import InputError
+from lance_quant.tensorfile import Checkpoint
+
 ROWS = 32  # rows per palette
 COLORS = 16
 _STEPS = 60
@@ -147,6 +150,16 @@ def _cube_root(counts: _Counts) -> Tensor:
     return edges.gather(1, torch.searchsorted(mass, wanted).clamp(max=_BINS - 1))
 
 
-def palettized(tensor: Tensor) -> Tensor:
-    """A tensor of the model as float16: a matrix as the values of its palettes, anything else rounded."""
-    return values_of(palettize(tensor)) if tensor.dim() == 2 else tensor.half()
+def palettized(source: Checkpoint, name: str) -> Tensor:
+    """A tensor of the model as float16: a matrix as the values of its palettes, anything else rounded.
+
+    Raises:
+        InputError: see palettize.
+    """
+    tensor = source.read(name)
+    if tensor.dim() != 2:
+        return tensor.half()
+    try:
+        return values_of(palettize(tensor))
+    except ValueError as error:
+        raise InputError(f"{source.path}: {name}: {error}") from error

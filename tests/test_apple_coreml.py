@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 from conftest import GOLDENS
 from real_keys import write_headers_only
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_apple_extract import real_config, transformers_logits
 
 from apple import export_coreml, extract_und
@@ -52,9 +53,9 @@ def packages(extracted, tmp_path_factory):
 
 def parts(tensors, config):
     """The torch modules behind the packages."""
-    specs = dict.fromkeys(tensors)
-    return [build({name: tensors[name] for name in export_coreml.names_of(specs, piece)}, config, piece, CONTEXT).float()
-            for piece in export_coreml.parts_of(config.num_hidden_layers, PER_PART)]
+    pieces = export_coreml.parts_of(config.num_hidden_layers, PER_PART)
+    own = [{name: tensors[name] for name in export_coreml.names_of(dict.fromkeys(tensors), piece)} for piece in pieces]
+    return [build(part, config, piece, CONTEXT).float() for part, piece in zip(own, pieces, strict=True)]
 
 
 def run(modules, config, ids, steps):
@@ -105,6 +106,31 @@ def test_one_outlier_does_not_spoil_the_others():
 def test_what_palettes_cannot_hold_is_refused(w, named):
     with pytest.raises(ValueError, match=named):
         palettize(w)
+
+
+def test_a_folder_with_values_beyond_float16_is_refused(extracted, tmp_path):
+    folder = tmp_path / "und"
+    shutil.copytree(extracted, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][3, 5] = 1e6
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match="lm_head.weight: weight holds NaN, Inf or a value beyond float16"):
+        export_coreml.main(["--src", str(folder), "--out", str(tmp_path / "out"), "--storage", "float16"])
+    assert not (tmp_path / "out").exists()
+
+
+@needs_coremltools
+@pytest.mark.parametrize("colors", [1, 5, COLORS])
+def test_indices_of_a_large_group_are_found_and_take_four_bits(colors):
+    """As large as the groups of a real o_proj: NumPy's own float16 sort is wrong at that size on some machines."""
+    from apple import coreml_parts
+
+    values = torch.randn(colors, generator=torch.Generator().manual_seed(7)).half()
+    group = values[torch.arange(ROWS * 2048).view(ROWS, 2048) % colors]
+    palette, index = coreml_parts.indexed(group.numpy())
+    assert palette.shape == (COLORS,)
+    assert sorted(palette[:colors].tolist()) == palette[:colors].tolist()
+    assert torch.equal(torch.from_numpy(palette[index]).view_as(group), group)
 
 
 def test_the_norm_is_the_same_and_survives_large_values_in_float16():

@@ -190,7 +190,8 @@ def test_the_head_is_tied_only_where_it_is_equal_bit_for_bit(tmp_path):
     (lambda tensors: tensors.pop("language_model.model.layers.1.self_attn.q_norm.weight"), "q_norm"),
     (lambda tensors: tensors.update({"language_model.model.extra.weight": torch.zeros(3)}), "extra"),
     (lambda tensors: tensors.update({"language_model.model.norm.weight": torch.zeros(3)}), "model.norm"),
-], ids=["missing", "unexpected", "wrong shape"])
+    (lambda tensors: tensors["language_model.lm_head.weight"].view(-1)[7:8].fill_(float("nan")), "lm_head.*NaN"),
+], ids=["missing", "unexpected", "wrong shape", "not finite"])
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, change, named):
     source = altered_source(tmp_path / "source", change)
     with pytest.raises(InputError, match=named):

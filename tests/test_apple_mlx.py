@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import GOLDENS
 from real_keys import write_headers_only
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_apple_extract import real_config
 
 import awq_calibrate_single
@@ -186,7 +187,7 @@ def calibration(tmp_path_factory):
 @pytest.fixture(scope="module", params=FORMATS)
 def exported(request, extracted, tmp_path_factory):
     out = tmp_path_factory.mktemp("mlx") / request.param
-    export_mlx.main(["--src", str(extracted), "--format", request.param, "--out", str(out), "--packer", "ours"])
+    export_mlx.main(["--src", str(extracted), "--format", request.param, "--out", str(out)])
     return request.param, out
 
 
@@ -330,6 +331,28 @@ def test_a_folder_that_was_not_extracted_is_refused(tmp_path):
         export_mlx.main(["--src", str(GOLDEN), "--format", "4bit", "--out", str(tmp_path / "out")])
 
 
+def damaged(extracted, folder):
+    """A copy of the extracted folder whose head holds a NaN."""
+    shutil.copytree(extracted, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_a_damaged_folder_is_refused(extracted, tmp_path):
+    with pytest.raises(InputError, match="lm_head.weight: weight holds NaN"):
+        export_mlx.main(["--src", str(damaged(extracted, tmp_path / "und")), "--format", "4bit", "--out",
+                         str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_do_not_go_with_mlxs_own_rounding(extracted, calibration, tmp_path):
+    with pytest.raises(InputError, match="leave --packer out"):
+        export_mlx.main(["--src", str(extracted), "--format", "4bit", "--stats", str(calibration[0]), "--packer", "mlx",
+                         "--out", str(tmp_path / "out")])
+
+
 def test_a_float_folder_is_no_mlx_folder(extracted):
     with pytest.raises(InputError, match="no 4-bit quantization"):
         compare_mlx.mlx_weights(extracted)
@@ -370,7 +393,7 @@ def texts(tmp_path):
 @pytest.mark.slow
 def test_distilled_scales_come_closer_to_the_float_model_on_texts_held_back(extracted, texts, tmp_path):
     plain, out = tmp_path / "plain", tmp_path / "dwq"
-    common = ["--src", str(extracted), "--format", "4bit", "--packer", "ours", "--device", "cpu"]
+    common = ["--src", str(extracted), "--format", "4bit", "--device", "cpu"]
     export_mlx.main([*common, "--out", str(plain)])
     export_mlx.main([*common, "--out", str(out), "--dwq", str(texts), "--learning_rate", "3e-5", "--epochs", "6"])
     facts = json.loads((out / "export.json").read_text())["dwq"]
@@ -390,7 +413,7 @@ def test_distilled_scales_come_closer_to_the_float_model_on_texts_held_back(extr
 @pytest.mark.slow
 def test_a_distillation_that_does_not_help_is_not_written(extracted, texts, tmp_path, caplog):
     out = tmp_path / "dwq"
-    export_mlx.main(["--src", str(extracted), "--format", "4bit", "--packer", "ours", "--device", "cpu", "--out",
+    export_mlx.main(["--src", str(extracted), "--format", "4bit", "--device", "cpu", "--out",
                      str(out), "--dwq", str(texts), "--learning_rate", "1"])
     assert "did not help" in caplog.text
     tensors = load_file(out / "model.safetensors")
@@ -403,7 +426,7 @@ def test_texts_that_cannot_be_used_are_refused(extracted, tmp_path, line, named)
     path = tmp_path / "texts.jsonl"
     path.write_text(line)
     with pytest.raises(InputError, match=named):
-        export_mlx.main(["--src", str(extracted), "--format", "4bit", "--packer", "ours", "--device", "cpu", "--out",
+        export_mlx.main(["--src", str(extracted), "--format", "4bit", "--device", "cpu", "--out",
                          str(tmp_path / "out"), "--dwq", str(path)])
 
 
