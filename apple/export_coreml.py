@@ -20,8 +20,8 @@ large as the source), for trying out what palettes cost in any runtime. Both hol
 
 Reads   a folder made by apple/extract_und.py
 Writes  OUT/part_NN.mlpackage, OUT/coreml.json (the packages in order, sizes), tokenizer; or a Hugging Face folder
-Needs   coremltools (requirements-apple.txt) for packages, and about 9 GB of memory with 9 layers per package;
-        --storage float16 3 GB. apple/README.md says what was measured
+Needs   coremltools (requirements-apple.txt) for packages, and 6.3 GB of memory with 9 layers per package, less with
+        fewer; --storage float16 2.4 GB. CPU time is in apple/README.md
 Next    open in Xcode, or coremltools.models.MLModel on a Mac; float16: transformers
 """
 
@@ -110,10 +110,10 @@ def export_packages(src: Path, out: Path, context: int, per_part: int) -> dict[s
     """
     if importlib.util.find_spec("coremltools") is None:
         raise InputError("coremltools is not installed (requirements-apple.txt); --storage float16 works without it")
-    from apple import coreml_parts  # imports coremltools, which takes seconds
-
     require_free(out)
     config, facts = DecoderConfig.load(src), read_json(src / "extraction.json", "extraction record")
+    from apple import coreml_parts  # imports coremltools: takes seconds, and warns
+
     with Checkpoint(src) as source, whole_folder(out) as folder:
         require_rows(source.specs)
         require_space(out, palette_bytes(source.specs))
@@ -176,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     """Plan or export, and print the result."""
     args = parse_args(argv)
     if args.dry_run:
+        read_json(args.src / "extraction.json", "extraction record")
         with Checkpoint(args.src) as source:
             size = palette_bytes(source.specs) if args.storage == "palettes" else file_size(float16_specs(source.specs))
         print(f"output_bytes: {size}" + (" and programs" if args.storage == "palettes" else ""))

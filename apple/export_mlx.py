@@ -14,7 +14,7 @@ Reads   a folder made by apple/extract_und.py; with --stats activation statistic
         with --capture layer inputs of x2t tasks (awq_calibrate_single.py --capture); with --dwq one {"text": ...},
         {"messages": ...} or {"prompt": ..., "completion": ...} per line
 Writes  OUT/model.safetensors (1.91 GB for Lance_3B), its index, config.json, tokenizer, export.json
-Needs   2.4 GB of memory; --stats also the head in float32, --dwq two float models. CPU time is in apple/README.md
+Needs   2.4 GB of memory, with --stats 3.3 GB; --dwq two float models. CPU time is in apple/README.md
 Next    mlx_lm.generate --model OUT on a Mac; apple/compare_mlx.py anywhere
 """
 
@@ -229,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     fmt = FORMATS[args.format]
     if args.dry_run:
+        read_json(args.src / "extraction.json", "extraction record")
         with Checkpoint(args.src) as source:
             print(f"output_bytes: {planned_bytes(source.specs, fmt)}")
         return

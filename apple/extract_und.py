@@ -11,7 +11,7 @@ no Qwen2 weights can equal the original, and the script measures what that costs
 Reads   a Lance folder: llm_config.json, tokenizer files, the float checkpoint
 Writes  OUT/model.safetensors (6.79 GB for Lance_3B and Lance_3B_Video in bfloat16), config.json,
         generation_config.json, the tokenizer, extraction.json (what was kept, left out and why)
-Needs   60 MB of memory beside torch and the space for the output; --arch qwen2 3 GB for its report
+Needs   60 MB of memory beside torch and the space for the output; --arch qwen2 3.5 GB for its report
 Next    apple/export_mlx.py --src OUT, apple/export_coreml.py --src OUT
 """
 

@@ -19,7 +19,7 @@ from apple.stateful import Part, WideRMSNorm, build, step_inputs
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import RMSNorm
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.tensorfile import Checkpoint, file_size
 
 GOLDEN = GOLDENS / "checkpoint" / "Lance_3B"
 PER_PART = 2  # of the golden checkpoint's 3 layers: one full package of layers, one that is not
@@ -248,6 +248,7 @@ def test_sizes_of_the_real_models(tmp_path, model):
         und = extract_und.plan(checkpoint.specs, LanceConfig.load(source / "llm_config.json"), "glm4_moe", False,
                                torch.bfloat16)
     assert export_coreml.palette_bytes(und) == 1_700_268_800
+    assert file_size(export_coreml.float16_specs(und)) == 6_794_283_056
     pieces = export_coreml.parts_of(36, 12)
     assert [export_coreml.holds(piece) for piece in pieces] == [
         "embedding", "layers 0 to 11", "layers 12 to 23", "layers 24 to 35", "head"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_apple_extract import real_config
 
 import awq_calibrate_single
-from apple import compare_mlx, export_mlx, extract_und, measure_nano, mlx_fold
+from apple import compare_mlx, export_coreml, export_mlx, extract_und, measure_nano, mlx_fold
 from apple.decoder import DecoderConfig, load_decoder
 from apple.mlx_codec import codec_of
 from apple.mlx_codes import FORMATS, dequantize, fake_quant_io, quantize
@@ -326,9 +326,14 @@ def test_statistics_of_another_model_are_refused(extracted, calibration, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_was_not_extracted_is_refused(tmp_path):
+@pytest.mark.parametrize("flags", [["--out", "out"], ["--dry_run"]], ids=["export", "plan"])
+@pytest.mark.parametrize(("script", "more"), [(export_mlx, ["--format", "4bit"]),
+                                              (export_coreml, ["--storage", "float16"])], ids=["mlx", "coreml"])
+def test_a_folder_that_was_not_extracted_is_refused(script, more, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="extraction record"):
-        export_mlx.main(["--src", str(GOLDEN), "--format", "4bit", "--out", str(tmp_path / "out")])
+        script.main(["--src", str(GOLDEN), *more, *flags])
+    assert not list(tmp_path.iterdir())
 
 
 def damaged(extracted, folder):
