@@ -29,6 +29,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ from torch import nn
 from tqdm import tqdm
 
 from apple.decoder import DecoderConfig
-from apple.extract_und import TOKENIZER_FILES
+from apple.extract_und import EMBEDDING, HEAD, TOKENIZER_FILES
 from apple.palette import COLORS, ROWS, palettized
 from apple.stateful import END, START, Piece, build
 from lance_quant import __version__, cli
@@ -49,6 +50,10 @@ from lance_quant.packed import require_space
 from lance_quant.tensorfile import Checkpoint, TensorFileWriter, TensorSpec, file_size
 
 log = logging.getLogger("lance_quant")
+
+# Of a weight file: its head, and what describes each tensor, take a line, tensors take whole ones; equal vectors from
+# some size are stored once.
+_LINE, _SHARED = 64, 200
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -63,17 +68,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="layers per package; more of them need more memory to convert")
     parser.add_argument("--dry_run", action="store_true", help="read headers only and print what would be written")
     return parser.parse_args(argv)
-
-
-def palette_bytes(specs: Mapping[str, TensorSpec]) -> int:
-    """Bytes of indices, palettes and float16 vectors: the packages' weights less padding, programs and manifests."""
-    total = 0
-    for spec in specs.values():
-        if len(spec.shape) == 2:
-            total += spec.shape[0] * spec.shape[1] // 2 + spec.shape[0] // ROWS * COLORS * 2
-        else:
-            total += spec.shape[0] * 2
-    return total
 
 
 def require_rows(specs: Mapping[str, TensorSpec]) -> None:
@@ -97,6 +91,34 @@ def names_of(specs: Mapping[str, TensorSpec], piece: Piece) -> list[str]:
     return [name for name in specs if name.startswith(tuple(wanted))]
 
 
+def sources_of(specs: Mapping[str, TensorSpec], piece: Piece) -> dict[str, str]:
+    """Tensor of a package -> the tensor of the folder that it is: another one where the head is the embedding."""
+    wanted = {name: name for name in names_of(specs, piece)}
+    if piece == END:
+        wanted.setdefault(HEAD, EMBEDDING)
+    return wanted
+
+
+def weight_bytes(specs: Mapping[str, TensorSpec], piece: Piece) -> int:
+    """Exact size of a package's weight file, if no two of the model's own vectors are equal."""
+    wanted = {ours: specs[theirs].shape for ours, theirs in sources_of(specs, piece).items()}
+    blobs, zeros = [], []
+    for name, shape in wanted.items():
+        if len(shape) == 1:
+            blobs.append(2 * shape[0])
+            continue
+        blobs += [shape[0] * shape[1] // 2, shape[0] // ROWS * COLORS * 2]
+        if name != EMBEDDING and f"{name.removesuffix('weight')}bias" not in wanted:
+            zeros.append(2 * shape[0])  # Core ML's linear has a bias
+    blobs += [*{size for size in zeros if size >= _SHARED}, *(size for size in zeros if size < _SHARED)]
+    return _LINE + sum(_LINE + math.ceil(size / _LINE) * _LINE for size in blobs)
+
+
+def planned_bytes(specs: Mapping[str, TensorSpec], layers: int, per_part: int) -> int:
+    """Exact size of all packages' weight files; programs and manifests, about 1 MB for 36 layers, come on top."""
+    return sum(weight_bytes(specs, piece) for piece in parts_of(layers, per_part))
+
+
 def holds(piece: Piece) -> str:
     """What a package is made of, in words."""
     return f"layers {piece.start} to {piece.stop - 1}" if isinstance(piece, range) else piece
@@ -116,7 +138,8 @@ def export_packages(src: Path, out: Path, context: int, per_part: int) -> dict[s
 
     with Checkpoint(src) as source, whole_folder(out) as folder:
         require_rows(source.specs)
-        require_space(out, palette_bytes(source.specs))
+        size = planned_bytes(source.specs, config.num_hidden_layers, per_part)
+        require_space(out, size)
         parts = {f"part_{index:02d}.mlpackage": piece
                  for index, piece in enumerate(parts_of(config.num_hidden_layers, per_part))}
         for name, piece in tqdm(parts.items(), desc="convert", disable=None):
@@ -124,17 +147,15 @@ def export_packages(src: Path, out: Path, context: int, per_part: int) -> dict[s
             log.info("%s  %s", name, holds(piece))
         record = {"tool": f"lance-quant {__version__}", "source": facts, "context": context, "parts": list(parts),
                   "holds": [holds(piece) for piece in parts.values()], "rope_theta": config.rope_theta,
-                  "weight_bytes": palette_bytes(source.specs), "bytes": _size(folder)}
+                  "weight_bytes": size, "bytes": _size(folder)}
         write_json(folder / "coreml.json", record)
         _copy_texts(src, folder, ("generation_config.json", *TOKENIZER_FILES))
     return record
 
 
 def _part(source: Checkpoint, config: DecoderConfig, piece: Piece, context: int) -> nn.Module:
-    wanted = {name: name for name in names_of(source.specs, piece)}
-    if piece == END:
-        wanted.setdefault("lm_head.weight", "model.embed_tokens.weight")
-    return build({ours: palettized(source, theirs) for ours, theirs in wanted.items()}, config, piece, context)
+    tensors = {ours: palettized(source, theirs) for ours, theirs in sources_of(source.specs, piece).items()}
+    return build(tensors, config, piece, context)
 
 
 def _size(folder: Path) -> int:
@@ -172,19 +193,27 @@ def export_float16(src: Path, out: Path) -> dict[str, Any]:
     return record
 
 
+def dry_run(src: Path, storage: str, per_part: int) -> str:
+    """Exact bytes of the weight files, from headers."""
+    read_json(src / "extraction.json", "extraction record")
+    config = DecoderConfig.load(src)
+    with Checkpoint(src) as source:
+        require_rows(source.specs)
+        if storage == "float16":
+            return f"output_bytes: {file_size(float16_specs(source.specs))}"
+        return f"output_bytes: {planned_bytes(source.specs, config.num_hidden_layers, per_part)} and programs"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Plan or export, and print the result."""
     args = parse_args(argv)
+    if args.context < 2 or args.layers_per_part < 1:
+        raise InputError(f"--context {args.context} must be 2 or more, --layers_per_part {args.layers_per_part} 1")
     if args.dry_run:
-        read_json(args.src / "extraction.json", "extraction record")
-        with Checkpoint(args.src) as source:
-            size = palette_bytes(source.specs) if args.storage == "palettes" else file_size(float16_specs(source.specs))
-        print(f"output_bytes: {size}" + (" and programs" if args.storage == "palettes" else ""))
+        print(dry_run(args.src, args.storage, args.layers_per_part))
         return
     if args.out is None:
         raise InputError("--out is needed unless --dry_run is given")
-    if args.context < 2 or args.layers_per_part < 1:
-        raise InputError(f"--context {args.context} must be 2 or more, --layers_per_part {args.layers_per_part} 1")
     if args.storage == "float16":
         record = export_float16(args.src, args.out)
     else:

@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_tokens", type=int, default=Training.max_tokens, help="longest text of --dwq")
     cli.add_device(parser, dtype=False)
     parser.add_argument("--packer", choices=PACKERS, default="ours",
-                        help="who rounds; both give the same bytes, and on a CPU ours is faster")
+                        help="who rounds; both give the same bytes, and ours needs no MLX")
     parser.add_argument("--dry_run", action="store_true", help="read headers only and print what would be written")
     return parser.parse_args(argv)
 

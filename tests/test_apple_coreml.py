@@ -187,15 +187,14 @@ def test_packages_hold_the_palettes_and_nothing_else_is_palettized(packages, flo
 
 
 @needs_coremltools
-def test_packages_are_as_small_as_planned_and_layers_keep_state(packages, extracted):
+def test_packages_are_as_small_as_planned_and_layers_keep_state(packages, extracted, capsys):
     import coremltools as ct
 
-    specs = Checkpoint(extracted).specs
-    planned, rows = export_coreml.palette_bytes(specs), sum(spec.shape[0] for spec in specs.values())
-    stored = sum(path.stat().st_size for path in packages.rglob("weight.bin"))
-    # Every tensor is padded to 64 bytes and described by 64 more, a palette and its indices are two; linears without a
-    # bias get one of zeros.
-    assert planned <= stored < planned + 256 * len(specs) + 2 * rows
+    planned = [export_coreml.weight_bytes(Checkpoint(extracted).specs, piece) for piece in
+               export_coreml.parts_of(DecoderConfig.load(extracted).num_hidden_layers, PER_PART)]
+    assert [path.stat().st_size for path in sorted(packages.rglob("weight.bin"))] == planned
+    export_coreml.main(["--src", str(extracted), "--layers_per_part", str(PER_PART), "--dry_run"])
+    assert capsys.readouterr().out == f"output_bytes: {sum(planned)} and programs\n"
     record = json.loads((packages / "coreml.json").read_text())
     assert record["holds"] == ["embedding", "layers 0 to 1", "layers 2 to 2", "head"]
     for name, holds in zip(record["parts"], record["holds"], strict=True):
@@ -247,7 +246,7 @@ def test_sizes_of_the_real_models(tmp_path, model):
     with Checkpoint(source) as checkpoint:
         und = extract_und.plan(checkpoint.specs, LanceConfig.load(source / "llm_config.json"), "glm4_moe", False,
                                torch.bfloat16)
-    assert export_coreml.palette_bytes(und) == 1_700_268_800
+    assert export_coreml.planned_bytes(und, 36, 9) == 1_700_726_784
     assert file_size(export_coreml.float16_specs(und)) == 6_794_283_056
     pieces = export_coreml.parts_of(36, 12)
     assert [export_coreml.holds(piece) for piece in pieces] == [
