@@ -100,37 +100,37 @@ class Affine(MlxCodec):
     def grid(self, w_io: Tensor, importance: Tensor, context: None = None) -> Grid:
         """Of MLX's own grids, and ranges pulled in and refitted to their codes by least squares, the best of each
         group for squared errors weighted by `importance` [in]."""
-        blocks_ogi = w_io.t().reshape(w_io.shape[1], -1, self.group_size)
-        weight_gi = importance.view(-1, self.group_size)
+        blocks_gio, weight_g1i = w_io.view(-1, self.group_size, w_io.shape[1]), importance.view(-1, 1, self.group_size)
         best = None
-        for step, bias in self._candidates(blocks_ogi, weight_gi):
-            values = _codes(blocks_ogi, step, bias).mul_(step).add_(bias)
-            found = (values.sub_(blocks_ogi).square_().mul_(weight_gi).sum(-1, keepdim=True), step, bias)
-            best = found if best is None else tuple(
-                torch.where(found[0] < best[0], new, old) for new, old in zip(found, best, strict=True))
-        _, step, bias = (part.squeeze(-1).t().contiguous() for part in best)
+        for step, bias, refits in self._starts(blocks_gio):
+            for left in reversed(range(refits + 1)):
+                code_gio = _codes(blocks_gio, step, bias)
+                away_gio = torch.addcmul(bias, code_gio, step).sub_(blocks_gio)
+                found = (torch.bmm(weight_g1i, away_gio.square_()), step, bias)
+                best = found if best is None else tuple(
+                    torch.where(found[0] < best[0], new, old) for new, old in zip(found, best, strict=True))
+                if left:
+                    step, bias = self._refitted(code_gio, blocks_gio, weight_g1i, step)
+        _, step, bias = (part.squeeze(1) for part in best)
         return Grid(step, -bias / step)
 
-    def _candidates(self, blocks_ogi: Tensor, weight_gi: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Steps and biases [o, g, 1], as stored."""
-        parts = mlx_codes.quantize(blocks_ogi.flatten(1), self.fmt)
-        yield tuple(self._stored(parts[name][..., None]) for name in ("scales", "biases"))
-        low, high = blocks_ogi.amin(-1, keepdim=True), blocks_ogi.amax(-1, keepdim=True)
-        total = weight_gi.sum(-1)[:, None]
-        middle = (blocks_ogi * weight_gi).sum(-1, keepdim=True) / total
+    def _starts(self, blocks_gio: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Steps and biases [g, 1, o], as stored, and how often to refit them."""
+        parts = mlx_codes.quantize(blocks_gio.flatten(0, 1).t(), self.fmt)
+        yield *(self._stored(parts[name]).t().contiguous()[:, None] for name in ("scales", "biases")), 0
+        low, high = blocks_gio.amin(1, keepdim=True), blocks_gio.amax(1, keepdim=True)
         for start in _STARTS:
-            step, bias = self.storable((high - low) / _LEVELS * start), self._stored(low * start)
-            for _ in range(_REFITS):
-                yield step, bias
-                code = _codes(blocks_ogi, step, bias)
-                code_middle = (code * weight_gi).sum(-1, keepdim=True) / total
-                centred = (code - code_middle) * weight_gi
-                spread = (centred * code).sum(-1, keepdim=True)
-                slope = (centred * blocks_ogi).sum(-1, keepdim=True) / spread
-                # A group of one code has no slope.
-                step = self.storable(torch.where(spread > 0, slope, step))
-                bias = self._stored(middle - step * code_middle)
-            yield step, bias
+            yield self.storable((high - low) / _LEVELS * start), self._stored(low * start), _REFITS
+
+    def _refitted(self, code_gio: Tensor, blocks_gio: Tensor, weight_g1i: Tensor, step: Tensor
+                  ) -> tuple[Tensor, Tensor]:
+        """Step and bias by weighted least squares of the blocks on their codes."""
+        weight_g1i = weight_g1i / weight_g1i.sum(2, keepdim=True)
+        code_middle, middle = torch.bmm(weight_g1i, code_gio), torch.bmm(weight_g1i, blocks_gio)
+        spread = torch.bmm(weight_g1i, code_gio.square()) - code_middle.square()
+        slope = (torch.bmm(weight_g1i, code_gio * blocks_gio) - code_middle * middle) / spread
+        step = self.storable(torch.where(spread > 0, slope, step))  # a group of one code has no slope
+        return step, self._stored(middle - step * code_middle)
 
     def _stored(self, x: Tensor) -> Tensor:
         return x.to(self.dtype).float()
