@@ -36,8 +36,8 @@ def convert(part: nn.Module, config: DecoderConfig, piece: Piece, context: int) 
 def indexed(group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Palette float16 [16], ascending, and indices uint8 [n] of n float16 weights with at most 16 values.
 
-    mode="unique" would sort the weights: six times as slow as all the rest of the conversion, and wrong with NumPy
-    2.3.5 and AVX-512, whose float16 sort finds too many values, so that indices take 6 bits.
+    mode="unique" would sort the weights, which takes most of the time of a conversion, and goes wrong with NumPy 2.3.5
+    on an AMD Zen 5: its float16 sort leaves large arrays unsorted, too many values are found, and indices take 6 bits.
     """
     bits = np.ascontiguousarray(group).reshape(-1).view(np.uint16)
     found = np.flatnonzero(np.bincount(bits, minlength=1 << 16)).astype(np.uint16).view(np.float16)
