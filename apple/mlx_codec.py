@@ -55,7 +55,7 @@ class MlxCodec:
         """Inputs per scale."""
         return self.fmt.group_size
 
-    def is_fused(self, w: Tensor) -> bool:
+    def runs_in_c(self, w: Tensor) -> bool:
         """There is no C for these formats."""
         return False
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lance_quant import fused, int4, nvfp4
+from lance_quant import int4, nvfp4, rounding
 from lance_quant.errors import InputError
 from lance_quant.int4 import Int4Weight
 from lance_quant.nvfp4 import Nvfp4Weight
@@ -62,8 +62,8 @@ class Codec(Protocol):
     def group_size(self) -> int:
         """Inputs per scale."""
 
-    def is_fused(self, w: Tensor) -> bool:
-        """Whether `measured` and `errors` of a weight [out, in] run in C, see fused.py."""
+    def runs_in_c(self, w: Tensor) -> bool:
+        """Whether `measured` and `errors` of a weight [out, in] run in C, see rounding.py."""
 
     def require_fits(self, linear: str, shape: Sequence[int]) -> None:
         """Raise InputError, with the linear and the sizes that would work, if `shape` [out, in] cannot be packed."""
@@ -134,9 +134,9 @@ class Int4:
         if self.group_size < 1:
             raise InputError(f"group size {self.group_size} is not positive")
 
-    def is_fused(self, w: Tensor) -> bool:
+    def runs_in_c(self, w: Tensor) -> bool:
         """See Codec."""
-        return fused.serves(w, self.group_size)
+        return rounding.serves(w, self.group_size)
 
     def require_fits(self, linear: str, shape: Sequence[int]) -> None:
         """See Codec."""
@@ -151,9 +151,9 @@ class Int4:
 
     def quantize(self, w: Tensor, context: None = None) -> Int4Weight:
         """See int4.quantize."""
-        if not fused.serves(w, self.group_size):
+        if not rounding.serves(w, self.group_size):
             return int4.quantize(w, self.group_size)
-        found = fused.quantize_int4(w, self.group_size)
+        found = rounding.quantize_int4(w, self.group_size)
         return Int4Weight(found.packed, found.scale, found.zero)
 
     def dequantize(self, q: Int4Weight) -> Tensor:
@@ -166,10 +166,10 @@ class Int4:
 
     def grid(self, w_io: Tensor, importance: Tensor, context: None = None) -> Grid:
         """See int4.search_grid_io."""
-        if not fused.serves(w_io.t(), self.group_size):
+        if not rounding.serves(w_io.t(), self.group_size):
             scale, zero = int4.search_grid_io(w_io, self.group_size, importance)
             return Grid(scale.float(), zero)
-        found = fused.quantize_int4(w_io.t(), self.group_size, importance, int4.ROUNDS, pack=False)
+        found = rounding.quantize_int4(w_io.t(), self.group_size, importance, int4.ROUNDS, pack=False)
         return Grid(found.scale.t().float().contiguous(), found.zero.t().float().contiguous())
 
     def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
@@ -182,16 +182,16 @@ class Int4:
 
     def measured(self, w: Tensor, importance: Tensor, context: None = None) -> Measured:
         """See Codec."""
-        if not fused.serves(w, self.group_size):
+        if not rounding.serves(w, self.group_size):
             return measured_by_definition(self, w, importance, context)
-        found = fused.quantize_int4(w, self.group_size, importance, int4.ROUNDS)
+        found = rounding.quantize_int4(w, self.group_size, importance, int4.ROUNDS)
         return Measured(Int4Weight(found.packed, found.scale, found.zero), found.sums)
 
     def errors(self, w: Tensor, factors: Tensor, weights: Tensor, contexts: Sequence[None]) -> Tensor:
         """See Codec."""
-        if not fused.serves(w, self.group_size):
+        if not rounding.serves(w, self.group_size):
             return errors_by_definition(self, w, factors, weights, contexts)
-        return fused.errors_int4(w, self.group_size, factors, weights)
+        return rounding.errors_int4(w, self.group_size, factors, weights)
 
     def storable(self, step: Tensor, context: None = None) -> Tensor:
         """Rounded to bfloat16."""
@@ -246,9 +246,9 @@ class Nvfp4:
         """The block size, which the format fixes."""
         return nvfp4.BLOCK
 
-    def is_fused(self, w: Tensor) -> bool:
+    def runs_in_c(self, w: Tensor) -> bool:
         """See Codec."""
-        return fused.serves(w, nvfp4.BLOCK)
+        return rounding.serves(w, nvfp4.BLOCK)
 
     def require_fits(self, linear: str, shape: Sequence[int]) -> None:
         """See Codec."""
@@ -261,9 +261,9 @@ class Nvfp4:
 
     def quantize(self, w: Tensor, context: float | None) -> Nvfp4Weight:
         """See nvfp4.quantize."""
-        if context is None or not fused.serves(w, nvfp4.BLOCK):
+        if context is None or not rounding.serves(w, nvfp4.BLOCK):
             return nvfp4.quantize(w, context)
-        found = fused.quantize_nvfp4(w, nvfp4.BLOCK, context)
+        found = rounding.quantize_nvfp4(w, nvfp4.BLOCK, context)
         return Nvfp4Weight(found.packed, found.scale, context)
 
     def dequantize(self, q: Nvfp4Weight) -> Tensor:
@@ -276,9 +276,9 @@ class Nvfp4:
 
     def grid(self, w_io: Tensor, importance: Tensor, context: float) -> Grid:
         """See nvfp4.search_scales_io."""
-        if not fused.serves(w_io.t(), nvfp4.BLOCK):
+        if not rounding.serves(w_io.t(), nvfp4.BLOCK):
             return Grid(nvfp4.search_scales_io(w_io, context, importance), None)
-        found = fused.quantize_nvfp4(w_io.t(), nvfp4.BLOCK, context, importance, nvfp4.SCALE_STEPS, pack=False)
+        found = rounding.quantize_nvfp4(w_io.t(), nvfp4.BLOCK, context, importance, nvfp4.SCALE_STEPS, pack=False)
         return Grid(nvfp4.decode_e4m3(found.scale.t().contiguous()).mul_(context), None)
 
     def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
@@ -291,16 +291,16 @@ class Nvfp4:
 
     def measured(self, w: Tensor, importance: Tensor, context: float) -> Measured:
         """See Codec."""
-        if not fused.serves(w, nvfp4.BLOCK):
+        if not rounding.serves(w, nvfp4.BLOCK):
             return measured_by_definition(self, w, importance, context)
-        found = fused.quantize_nvfp4(w, nvfp4.BLOCK, context, importance, nvfp4.SCALE_STEPS)
+        found = rounding.quantize_nvfp4(w, nvfp4.BLOCK, context, importance, nvfp4.SCALE_STEPS)
         return Measured(Nvfp4Weight(found.packed, found.scale, context), found.sums)
 
     def errors(self, w: Tensor, factors: Tensor, weights: Tensor, contexts: Sequence[float]) -> Tensor:
         """See Codec."""
-        if not fused.serves(w, nvfp4.BLOCK):
+        if not rounding.serves(w, nvfp4.BLOCK):
             return errors_by_definition(self, w, factors, weights, contexts)
-        return fused.errors_nvfp4(w, nvfp4.BLOCK, factors, weights, contexts)
+        return rounding.errors_nvfp4(w, nvfp4.BLOCK, factors, weights, contexts)
 
     def storable(self, step: Tensor, context: float) -> Tensor:
         """Rounded to E4M3 times the global scale."""
@@ -389,7 +389,7 @@ def _cuts(shape: Sequence[int], device: torch.device, group_size: int | None) ->
 def column_cut(codec: Codec, weights: Sequence[Tensor]) -> int | None:
     """How `blocks` and `map_blocks` are to cut the weights of a group: the C functions take rows as they are, PyTorch
     needs a long innermost axis, that of the outputs."""
-    return None if codec.is_fused(weights[0]) else codec.group_size
+    return None if codec.runs_in_c(weights[0]) else codec.group_size
 
 
 def map_blocks(function: Callable[[Block], Any], weights: Sequence[Tensor], group_size: int | None = None) -> list[Any]:

@@ -12,7 +12,7 @@ correlated. With H = sum x x^T the error of one column can be compensated by the
 - Tokens are held back from H. Where nearest rounding is better on them, it is kept.
 
 Measured on trained linears (36 of all-MiniLM-L6-v2, output error of the whole model, docs/experiments.md).
-What goes column by column runs in C where it can (fused.py), to the same bits; the products between blocks are torch's.
+What goes column by column runs in C where it can (rounding.py), to the same bits.
 Weights are [in, out] here: a step of the loop then works on rows, which are contiguous. Suffixes: i in, o out.
 """
 
@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lance_quant import fused, linalg, matmul
+from lance_quant import linalg, matmul, rounding
 from lance_quant.codec import Codec, Grid, block_threads, map_blocks, map_threads, nearest_levels
 
 BLOCK = 128  # columns per step: what is behind a block is corrected once per block, by a matrix product
@@ -241,14 +241,14 @@ def propagate(w_io: Tensor, order: Tensor, factor: Tensor, grid: Grid, codec: Co
         grid: static grids of the weight's groups.
     """
     left, out = w_io[order], torch.empty_like(w_io)
-    groups, in_c = order // codec.group_size, codec.is_fused(w_io.t())
+    groups, in_c = order // codec.group_size, codec.runs_in_c(w_io.t())
     for start in range(0, len(order), BLOCK):
         end = min(start + BLOCK, len(order))
         block, own = left[start:end], factor[start:end, start:end].contiguous()
         errors = torch.empty_like(block)
         if in_c:
-            grids = fused.Grids(grid.step, grid.zero, groups[start:end])
-            map_threads(partial(fused.propagate, block, errors, own, grids), _some_outputs(block.shape[1]))
+            grids = rounding.Grids(grid.step, grid.zero, groups[start:end])
+            map_threads(partial(rounding.propagate, block, errors, own, grids), _some_outputs(block.shape[1]))
         else:
             _propagate_block(block, errors, own, grid.at(groups[start:end]), codec)
         left[end:] -= matmul.linear(factor[start:end, end:].t(), errors.t())
@@ -273,7 +273,7 @@ def _propagate_block(block: Tensor, errors: Tensor, factor: Tensor, grid: Grid, 
         torch.sub(block[row], level, out=errors[row])
         errors[row] /= diagonal[row]
         block[row] = level
-        # Not addr_, which rounds once where the processor can; fused.c does this.
+        # Not addr_, which rounds once where the processor can; rounding.c does this.
         block[row + 1:] -= factor[row, row + 1:, None] * errors[row]
 
 
@@ -310,9 +310,9 @@ def descend(target: Tensor, values: Tensor, grid: Grid, moments: Moments, codec:
 def _revisit(values: Tensor, gradient: Tensor, local: Tensor, start: int, grid: Grid, codec: Codec) -> None:
     """One sweep over the codes of some columns; `values` and `gradient` [n, out] are updated in place."""
     groups = torch.arange(start, start + len(values)) // codec.group_size
-    if codec.is_fused(values.t()):
-        grids = fused.Grids(grid.step, grid.zero, groups)
-        map_threads(partial(fused.revisit, values, gradient, local, grids), _some_outputs(values.shape[1]))
+    if codec.runs_in_c(values.t()):
+        grids = rounding.Grids(grid.step, grid.zero, groups)
+        map_threads(partial(rounding.revisit, values, gradient, local, grids), _some_outputs(values.shape[1]))
         return
     diagonal = local.diagonal().tolist()
     for row in range(len(values)):

@@ -141,7 +141,7 @@ def search_grid_io(w_io: Tensor, group_size: int, importance: Tensor) -> tuple[T
         moved = torch.tensor(moves, device=w_io.device).t()[..., None, None, None]
         tried = below + moved[0], above + moved[1]  # [moves, groups, 1, out]
         scales, zeros = _grid_between(low * tried[0], high * tried[1])
-        errors = _weighted_errors(blocks_gio, weight_gi, scales.float(), zeros, scratch)  # fused.c does the same
+        errors = _weighted_errors(blocks_gio, weight_gi, scales.float(), zeros, scratch)  # rounding.c does the same
         for error, new_below, new_above in zip(errors, *tried, strict=True):
             if least is None:
                 least = error

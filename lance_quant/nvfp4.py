@@ -202,7 +202,7 @@ def search_scales_io(w_io: Tensor, global_scale: float, importance: Tensor) -> T
     steps = torch.tensor(SCALE_STEPS, dtype=torch.int32, device=w_io.device)[:, None, None, None]
     bits = (_bits_of(round_e4m3(wanted)) + steps).clamp_(1, _LARGEST_BITS)
     scales = _from_bits(bits).mul_(global_scale)  # [steps, blocks, 1, out]
-    errors = _weighted_errors(sizes_bio, weight_bi, scales)  # fused.c does the same
+    errors = _weighted_errors(sizes_bio, weight_bi, scales)  # rounding.c does the same
     least, best = errors[0], scales[0].clone()
     for error, scale in zip(errors[1:], scales[1:], strict=True):
         best.lerp_(scale, (error < least).float())  # exact, and ten times as fast as torch.where

@@ -1,4 +1,4 @@
-"""Sums of weighted squares in an order of their own, so that compiled code (fused.c) can give the same bits.
+"""Sums of weighted squares in an order of their own, so that compiled code (rounding.c) can give the same bits.
 
 Shape suffixes: o out, i in, g group.
 """

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "lance_quant").rglob("*.py"))
 SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
 RUNTIME = sorted((ROOT / "lance_quant" / "lance").rglob("*.py"))
-DOWN = ["compiler", "sums", "fused", "int4", "int8", "nvfp4", "codec", "fuse", "awq", "gptq", "published", "stats",
+DOWN = ["compiler", "sums", "rounding", "int4", "int8", "nvfp4", "codec", "fuse", "awq", "gptq", "published", "stats",
         "work", "packed", "ours", "budget", "quant_report", "convert"]
 QUANTIZER = [ROOT / "lance_quant" / f"{name}.py" for name in DOWN]
 LIMIT = 45

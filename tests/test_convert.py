@@ -8,7 +8,7 @@ import real_keys
 import torch
 from safetensors.torch import load_file, save_file
 
-from lance_quant import convert, fused, layout
+from lance_quant import convert, layout, rounding
 from lance_quant.codec import Int4, Nvfp4
 from lance_quant.errors import InputError
 from lance_quant.packed import PackedFolder
@@ -180,10 +180,10 @@ def test_the_number_of_threads_changes_nothing(tmp_path, monkeypatch, codec):
 
 
 @codecs
-@pytest.mark.skipif(fused.unavailable() is not None, reason=f"fused: {fused.unavailable()}")
+@pytest.mark.skipif(rounding.unavailable() is not None, reason=f"rounding: {rounding.unavailable()}")
 def test_files_do_not_depend_on_a_compiler(tmp_path, monkeypatch, codec):
     run(tmp_path / "with", codec)
-    monkeypatch.setattr(fused, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
+    monkeypatch.setattr(rounding, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
     run(tmp_path / "without", codec)
     for file in (codec.state_file, codec.meta_file):
         assert (tmp_path / "with" / file).read_bytes() == (tmp_path / "without" / file).read_bytes()

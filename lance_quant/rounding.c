@@ -1,5 +1,5 @@
-/* Searching and rounding of 4-bit weights, fused; fused.py compiles and calls this. The definitions are in int4.py,
-   nvfp4.py, sums.py and gptq.py, and what is computed here is equal to them in every bit: the same float32 operations in the same
+/* Searching and rounding of 4-bit weights; rounding.py compiles and calls this. The definitions are in int4.py, nvfp4.py,
+   sums.py and gptq.py, and what is computed here is equal to them in every bit: the same float32 operations in the same
    order, none contracted. Plain C for compilers that vectorize `omp simd` loops.
 
    A tile is one group of inputs of OUTS outputs, transposed into x[input * OUTS + output], so that every output is a

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from lance_quant import awq, fused, gptq
+from lance_quant import awq, gptq, rounding
 from lance_quant.codec import Int4, Nvfp4, errors_by_definition, measured_by_definition, quantize_measured
 from lance_quant.sums import totals, weighted_squares
 
 CODECS = [Int4(8), Int4(16), Int4(32), Int4(64), Int4(128), Int4(24), Nvfp4(), Nvfp4(slim=True)]
 codecs = pytest.mark.parametrize("codec", CODECS, ids=str)
-needs_fused = pytest.mark.skipif(fused.unavailable() is not None, reason=f"fused: {fused.unavailable()}")
+needs_c = pytest.mark.skipif(rounding.unavailable() is not None, reason=f"rounding: {rounding.unavailable()}")
 
 
 @pytest.fixture
-def no_fused(monkeypatch):
-    monkeypatch.setattr(fused, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(rounding, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
 
 
 def rand(*shape, seed=0):
@@ -58,17 +58,17 @@ def all_equal(ours, theirs):
     return all(equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@needs_fused
+@needs_c
 @codecs
 @cases
 def test_plain_rounding_is_the_definition(codec, case, monkeypatch):
     w = weights(codec)[case]
     found = codec.quantize(w, context_of(codec, w))
-    monkeypatch.setattr(fused, "serves", lambda w, group_size: False)
+    monkeypatch.setattr(rounding, "serves", lambda w, group_size: False)
     assert all_equal(found, codec.quantize(w, context_of(codec, w)))
 
 
-@needs_fused
+@needs_c
 @codecs
 @cases
 @pytest.mark.parametrize("importance", ["lognormal", "one"])
@@ -76,13 +76,13 @@ def test_searched_grids_bytes_and_sums_are_those_of_the_definition(codec, case, 
     w = weights(codec)[case]
     weight = torch.ones(w.shape[1]) if importance == "one" else rand(w.shape[1], seed=4).mul(2).exp()
     found, grid = codec.measured(w, weight, context_of(codec, w)), codec.grid(w.t(), weight, context_of(codec, w))
-    monkeypatch.setattr(fused, "serves", lambda w, group_size: False)
+    monkeypatch.setattr(rounding, "serves", lambda w, group_size: False)
     expected = measured_by_definition(codec, w, weight, context_of(codec, w))
     assert all_equal(found.q, expected.q) and equal(found.sums, expected.sums)
     assert all_equal(grid, codec.grid(w.t().contiguous(), weight, context_of(codec, w)))
 
 
-@needs_fused
+@needs_c
 @codecs
 @cases
 def test_errors_of_candidates_are_those_of_the_definition(codec, case):
@@ -92,7 +92,7 @@ def test_errors_of_candidates_are_those_of_the_definition(codec, case):
     assert equal(codec.errors(w, factors, each, contexts), errors_by_definition(codec, w, factors, each, contexts))
 
 
-@needs_fused
+@needs_c
 @codecs
 def test_strides_change_nothing(codec):
     """Rows that are skipped, columns that are a part, and a weight that is stored transposed."""
@@ -103,7 +103,7 @@ def test_strides_change_nothing(codec):
         assert all_equal(found.q, expected.q) and equal(found.sums, expected.sums)
 
 
-@needs_fused
+@needs_c
 @codecs
 def test_a_group_gives_the_same_with_and_without_a_compiler(codec, monkeypatch):
     """Both ways through everything that quantizing from statistics does, blocks and totals included."""
@@ -120,14 +120,14 @@ def test_a_group_gives_the_same_with_and_without_a_compiler(codec, monkeypatch):
         return choice, packed, errors
 
     choice, packed, errors = results()
-    monkeypatch.setattr(fused, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
+    monkeypatch.setattr(rounding, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
     plain_choice, plain_packed, plain_errors = results()
     assert (choice.label, choice.before, choice.after) == (plain_choice.label, plain_choice.before, plain_choice.after)
     assert errors == plain_errors
     assert all(all_equal(q, plain) for q, plain in zip(packed, plain_packed, strict=True))
 
 
-@needs_fused
+@needs_c
 @codecs
 @pytest.mark.parametrize("n_out", [1, 16, 37, 600])
 def test_gptq_gives_the_same_with_and_without_a_compiler(codec, n_out, monkeypatch):
@@ -143,13 +143,13 @@ def test_gptq_gives_the_same_with_and_without_a_compiler(codec, n_out, monkeypat
         found = gptq.round_weight(w_io, moments, codec, context_of(codec, w_io))
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setattr(fused, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
+    monkeypatch.setattr(rounding, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
     expected = gptq.round_weight(w_io, moments, codec, context_of(codec, w_io))
     assert found.method == expected.method == "gptq"
     assert torch.equal(found.values, expected.values) and all_equal(found.grid, expected.grid)
 
 
-@needs_fused
+@needs_c
 @codecs
 def test_revisited_gradients_are_those_of_the_definition(codec, monkeypatch):
     n, n_out = 2 * codec.group_size, 37
@@ -158,14 +158,14 @@ def test_revisited_gradients_are_those_of_the_definition(codec, monkeypatch):
     results = []
     for served in (True, False):
         if not served:
-            monkeypatch.setattr(fused, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
+            monkeypatch.setattr(rounding, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
         values, gradient = rand(n, n_out, seed=2), rand(n, n_out, seed=3) * n
         gptq._revisit(values, gradient, x.t() @ x, 0, grid, codec)
         results.append((values, gradient))
     assert all_equal(*results)
 
 
-@needs_fused
+@needs_c
 @codecs
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_refused(codec, value):
@@ -176,19 +176,19 @@ def test_what_is_not_finite_is_refused(codec, value):
             quantize(w, codec.context(1.0))
 
 
-def test_only_float32_on_the_cpu_in_groups_of_multiples_of_8_is_served(no_fused, monkeypatch):
-    assert not fused.serves(torch.zeros(4, 64), 64)
-    monkeypatch.setattr(fused, "_library_or_reason", lambda: (object(), None))
-    assert fused.serves(torch.zeros(4, 64), 64)
-    assert not fused.serves(torch.zeros(4, 64, dtype=torch.bfloat16), 64)
-    assert not fused.serves(torch.zeros(4, 64, device="meta"), 64)
-    assert not fused.serves(torch.zeros(4, 60), 20) and not fused.serves(torch.zeros(4, 60), 64)
+def test_only_float32_on_the_cpu_in_groups_of_multiples_of_8_is_served(no_compiler, monkeypatch):
+    assert not rounding.serves(torch.zeros(4, 64), 64)
+    monkeypatch.setattr(rounding, "_library_or_reason", lambda: (object(), None))
+    assert rounding.serves(torch.zeros(4, 64), 64)
+    assert not rounding.serves(torch.zeros(4, 64, dtype=torch.bfloat16), 64)
+    assert not rounding.serves(torch.zeros(4, 64, device="meta"), 64)
+    assert not rounding.serves(torch.zeros(4, 60), 20) and not rounding.serves(torch.zeros(4, 60), 64)
 
 
-def test_without_a_compiler_there_is_a_reason_and_no_library(no_fused):
-    assert "no C compiler" in fused.unavailable()
+def test_without_a_compiler_there_is_a_reason_and_no_library(no_compiler):
+    assert "no C compiler" in rounding.unavailable()
     with pytest.raises(RuntimeError, match="not available: there is no C compiler"):
-        fused.quantize_int4(torch.zeros(4, 64), 64)
+        rounding.quantize_int4(torch.zeros(4, 64), 64)
 
 
 @pytest.mark.parametrize("size", [1, 2, 6, 8, 12, 16, 64])

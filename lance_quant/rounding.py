@@ -1,4 +1,4 @@
-"""Searching and rounding in C (fused.c), to the bit what int4.py, nvfp4.py, sums.py and gptq.py give in PyTorch.
+"""Searching and rounding in C (rounding.c), to the bit what int4.py, nvfp4.py, sums.py and gptq.py give in PyTorch.
 
 A weight of Lance is rounded a few dozen times while its scales and grids are searched, each time in half a dozen passes
 of PyTorch over memory; here all of them run over a piece that stays in the first cache. Since the bits are the same, a
@@ -21,7 +21,7 @@ from torch import Tensor
 from lance_quant import compiler
 from lance_quant.sums import LANES
 
-_SOURCE = Path(__file__).with_name("fused.c")
+_SOURCE = Path(__file__).with_name("rounding.c")
 # Not contracted and not -ffast-math: the bits are part of the promise. What is allowed changes none of a finite number
 # that is not 0, and makes minima and maxima single instructions.
 _FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only",
@@ -139,7 +139,7 @@ def propagate(block: Tensor, errors: Tensor, factor: Tensor, grids: "Grids", out
 
 
 class Grids(ctypes.Structure):
-    """`Grids` of fused.c: of the groups [n] that some rows are in.
+    """`Grids` of rounding.c: of the groups [n] that some rows are in.
 
     step, zero: float32 [all groups, out]; zero is None for NVFP4
     """
@@ -153,14 +153,14 @@ class Grids(ctypes.Structure):
 
 
 class _Weight(ctypes.Structure):
-    """`Weight` of fused.c."""
+    """`Weight` of rounding.c."""
 
     _fields_ = [("values", ctypes.c_void_p), *((name, ctypes.c_int64) for name in (
         "n_out", "n_in", "out_stride", "in_stride", "group_size"))]
 
 
 class _Wanted(ctypes.Structure):
-    """`Wanted` of fused.c."""
+    """`Wanted` of rounding.c."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "sums")]
 
