@@ -6,19 +6,22 @@
 
 Reads   lance_nano/checkpoint (or --model_path)
 Writes  nothing that stays; prints a table in Markdown and, as the last line, JSON
-Needs   1.5 GB of memory per worker; on one CPU core about 40 minutes per seed
+Needs   1.5 GB of memory per worker; on one CPU core about 20 minutes per seed
 
 A seed decides which samples calibrate and which are held out, and the noise of the pictures. rtn: nearest rounding,
 nothing scaled. published: `--recipe published`. ours_diagonal: ours from statistics alone. ours: with --capture.
 
 Rates are pooled over the seeds, with 95 % Wilson intervals; answers are compared with the truth, and with the float
-model's. KL: nats per token, teacher-forced on the float model's own answers, short ones and descriptions. Velocity:
-relative error (not squared) on the float model's own trajectories, guidance included, mean over steps and at three of
-them. Both are means over the seeds, in brackets the range; `of published` is the ratio of the means, for velocity of
-their squares.
+model's. KL: nats per token, teacher-forced on the float model's own answers to `--answers` further questions and a
+fourth as many requests for a description. Velocity: relative error (not squared) on the float model's own trajectories,
+guidance included, mean over steps and at three of them. Both are means over the seeds, in brackets the range; `of
+published` is the ratio of the means, for velocity of their squares, for KL with a 95 % interval (bootstrap: answers are
+drawn anew within each seed, the same ones for both models). In the JSON also KL by kind of answer, and the share of it
+that the 1 % of the tokens has that have most.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import platform
@@ -26,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +46,17 @@ from lance_nano.scenes import SIZE, Scene
 from lance_quant import capture, cli, convert, layout, task_cli
 from lance_quant.codec import Codec, Int4, Nvfp4
 from lance_quant.compare import step_errors, token_divergence
+from lance_quant.errors import InputError
+from lance_quant.lance.cache import allocate
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling, Step
 from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.tokens import VIT, mrope_positions
+from lance_quant.packed import PackedFolder
 from lance_quant.stats import ActStats, Collector, merge, model_fingerprint
 from lance_quant.tasks import Settings, load_samples, run_watched
 from lance_quant.tensorfile import Checkpoint
+from quantized_linear import swap_linears
 
 MODEL = Path(__file__).parent.parent / "lance_nano" / "checkpoint" / "Lance_nano"
 TASKS = ("x2t_image", "t2i")
@@ -55,6 +64,20 @@ METHODS = ("rtn", "published", "ours_diagonal", "ours")
 CODECS: dict[str, Codec] = {"int4": Int4(64), "nvfp4": Nvfp4()}
 VARIANTS = {"outliers": [], "like_lance": ["--factor", "16", "--fed_factor", "0.125", "--share", "0.005"]}
 CPU = torch.device("cpu")
+APART = 10_000  # between the seed of the answers that are counted and of those that are compared token by token
+TOGETHER = 128  # answers that run as one call
+RESAMPLED = 2000  # draws behind the intervals of KL
+
+
+@dataclass
+class Answers:
+    """The float model's answers to held-out questions, short ones first, then descriptions: prompts, token ids, and
+    log-probabilities in front of each token."""
+
+    short: int
+    prompts: list[tuple]
+    ids: list[list[int]]
+    logprobs: list[Tensor]
 
 
 @dataclass
@@ -82,13 +105,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="with outliers put in, see lance_nano/outliers.py: its defaults, or as large as Lance's")
     parser.add_argument("--formats", nargs="+", choices=CODECS, default=list(CODECS), help="which to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="see above")
-    parser.add_argument("--questions", type=int, default=256, help="that calibrate")
+    parser.add_argument("--questions", type=int, default=512, help="that calibrate")
     parser.add_argument("--captions", type=int, default=64, help="that calibrate")
-    parser.add_argument("--n", type=int, default=100, help="held-out questions, and captions, per seed")
+    parser.add_argument("--answers", type=int, default=800,
+                        help="held-out questions for KL per seed, and a fourth as many descriptions")
+    parser.add_argument("--n", type=int, default=100, help="held-out questions, and captions, per seed, for rates")
     parser.add_argument("--traced", type=int, default=16, help="captions of those whose velocities are compared")
     parser.add_argument("--steps", type=int, default=30, help="denoising steps")
     parser.add_argument("--workers", type=int, default=1, help="seeds measured side by side")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("answers", "n", "traced"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: at least one is needed")
+    return args
 
 
 def settings_of(task: str, file: Path, seed: int, args: argparse.Namespace) -> Settings:
@@ -149,6 +178,65 @@ def prompts_of(pipeline: Pipeline, asked: list[tuple[Scene, Question]]) -> list[
         return [pipeline.ask(evaluate.request(scene, question, Path(folder)), RESOLUTION) for scene, question in asked]
 
 
+@torch.no_grad()
+def forced_logprobs(pipeline: Pipeline, prompts: list[tuple], ids: list[list[int]]) -> list[Tensor]:
+    """Pipeline.forced_logprobs of many answers; those with the same lengths of prompt and answer run together."""
+    found: dict[int, Tensor] = {}
+    alike = defaultdict(list)
+    for index, ((packed, _), answer) in enumerate(zip(prompts, ids, strict=True)):
+        alike[len(packed.ids), len(answer), packed.visuals, packed.splits].append(index)
+    for (_, count, *_), indices in alike.items():
+        for start in range(0, len(indices), TOGETHER):
+            part = indices[start:start + TOGETHER]
+            hidden = _hidden(pipeline, [prompts[index] for index in part], [ids[index][:-1] for index in part])
+            logits = pipeline.model.language_model.lm_head(hidden[:, -count:])[..., :len(pipeline.tokenizer)]
+            found.update(zip(part, logits.float().log_softmax(-1), strict=True))
+    return [found[index] for index in range(len(prompts))]
+
+
+def _hidden(pipeline: Pipeline, prompts: list[tuple], fed: list[list[int]]) -> Tensor:
+    """Final hidden states of the last calls of prompts and more tokens, all of the same lengths."""
+    model, (first, _) = pipeline.model, prompts[0]
+    x = torch.stack([model.embed(torch.cat([packed.ids, packed.ids.new_tensor(more)]))
+                     for (packed, _), more in zip(prompts, fed, strict=True)])
+    length = x.shape[1]
+    rope = model.rope(mrope_positions(length, first.visuals))
+    rows = allocate(model.config, [length] * len(prompts), model.dtype, CPU)
+    *before, last = first.bounds()
+    for (start, end), split in zip([*before, (last[0], length)], first.splits, strict=True):
+        if split.content == VIT:
+            x[:, start + 1:end - 1] = torch.stack([vit_tokens for _, vit_tokens in prompts])
+        hidden = model.language_model.model({"und": x[:, start:end]}, tuple(part[:, :, start:end] for part in rope),
+                                            rows, split.mode == "causal")["und"]
+        for row in rows:
+            row.commit(end - start)
+    return hidden
+
+
+def loaded(model: Path, packed: Path | None) -> Pipeline:
+    """A model in float32; the weights of a packed folder are unpacked once."""
+    if packed is None:
+        return evaluate.load(model, None, "cpu", "float32")
+    folder = PackedFolder(packed)
+    prepare = functools.partial(swap_linears, folder=folder, dtype=torch.float32, device=CPU, mode="cached")
+    return Pipeline.load(LancePaths.find(model), CPU, torch.float32, folder.checkpoint.path, prepare)
+
+
+def answers_of(pipeline: Pipeline, seed: int, count: int) -> Answers:
+    """The float model on `count` short questions and a fourth as many descriptions; others than in its Baseline."""
+    asked = [*evaluate.held_out_questions(count, seed + APART),
+             *evaluate.held_out_descriptions(max(1, count // 4), seed + APART)]
+    prompts = prompts_of(pipeline, asked)
+    ids = [pipeline.answer(*prompt, evaluate.MAX_ANSWER_TOKENS).ids for prompt in prompts]
+    return Answers(count, prompts, ids, forced_logprobs(pipeline, prompts, ids))
+
+
+def divergence(pipeline: Pipeline, answers: Answers) -> list[Tensor]:
+    """By answer, the KL of every token."""
+    found = forced_logprobs(pipeline, answers.prompts, answers.ids)
+    return [token_divergence(*pair).kl for pair in zip(answers.logprobs, found, strict=True)]
+
+
 def pack(model: Path, work: Path, format_: str, method: str, stats: ActStats) -> Path:
     """Quantize with one method; the folder."""
     out = work / f"{format_}-{method}"
@@ -200,17 +288,22 @@ def measure(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             outliers.main(["--model_path", str(model), "--out", str(work / "variant"), *VARIANTS[args.variant]])
             model = work / "variant" / export.MODEL_FOLDER
         stats = calibrate(model, work, seed, args)
-        pipeline = evaluate.load(model, None, "cpu", "float32")
-        baseline = baseline_of(pipeline, seed, args)
-        found["float"] = distance(pipeline, baseline, seed, args)
+        pipeline = loaded(model, None)
+        baseline, answers = baseline_of(pipeline, seed, args), answers_of(pipeline, seed, args.answers)
+
+        def judged(pipeline: Pipeline) -> dict[str, Any]:
+            kl = divergence(pipeline, answers)
+            return distance(pipeline, baseline, seed, args) | {"kl": kl[:answers.short], "kl_long": kl[answers.short:]}
+
+        found["float"] = judged(pipeline)
         for format_ in args.formats:
             for method in METHODS:
                 started = time.perf_counter()
                 packed = pack(model, work, format_, method, stats)
                 seconds = time.perf_counter() - started
                 name = f"{format_} {method}"
-                found[name] = distance(evaluate.load(model, packed, "cpu", "float32"), baseline, seed, args)
-                print(f"seed {seed}  {name:<20} KL {found[name]['kl']:.3e}  "
+                found[name] = judged(loaded(model, packed))
+                print(f"seed {seed}  {name:<20} KL {torch.cat(kl_of(found[name])).mean():.3e}  "
                       f"velocity {statistics.fmean(found[name]['velocity']):.4f}  packed in {seconds:.0f} s",
                       file=sys.stderr)
     return found
@@ -223,22 +316,53 @@ def summarize(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {"rate": share.value, "interval": share.interval(), "n": share.total}
 
     velocity = [statistics.fmean(row["velocity"]) for row in rows]
-    kl = [row["kl"] for row in rows]
+    kl = [torch.cat(kl_of(row)).mean().item() for row in rows]
+    by_kind = {kind: statistics.fmean(torch.cat(row[key]).mean().item() for row in rows)
+               for kind, key in (("short", "kl"), ("descriptions", "kl_long"))}
+    tokens = torch.cat([part for row in rows for part in kl_of(row)])
     return {"model": name, "answers": pooled("answers"), "same": pooled("same"), "pictures": pooled("pictures"),
-            "kl": statistics.fmean(kl), "kl_by_seed": kl, "velocity": statistics.fmean(velocity),
+            "kl": statistics.fmean(kl), "kl_by_seed": kl, "kl_by_kind": by_kind, "tokens": len(tokens),
+            "kl_in_top_percent": top_percent(tokens), "velocity": statistics.fmean(velocity),
             "velocity_by_seed": velocity,
             "velocity_by_step": [statistics.fmean(step) for step in zip(*(row["velocity"] for row in rows),
                                                                         strict=True)]}
 
 
-def compare(rows: list[dict[str, Any]]) -> None:
+def kl_of(found: dict[str, Any]) -> list[Tensor]:
+    """By answer, the KL of every token."""
+    return found["kl"] + found["kl_long"]
+
+
+def top_percent(kl: Tensor) -> float:
+    """What share of the sum the 1 % of the tokens has that have most."""
+    total = float(kl.sum())
+    return float(kl.topk(max(1, len(kl) // 100)).values.sum()) / total if total else float("nan")
+
+
+def compare(rows: list[dict[str, Any]], runs: list[dict[str, dict[str, Any]]]) -> None:
     """Add each packed model's errors relative to the published recipe's in the same format."""
     by_name = {row["model"]: row for row in rows}
     for row in rows:
-        published = by_name.get(f"{row['model'].split()[0]} published")
-        if published is not None:
+        name = f"{row['model'].split()[0]} published"
+        if name in by_name:
+            published = by_name[name]
             row["kl_of_published"] = row["kl"] / published["kl"] if published["kl"] else float("nan")
+            row["kl_of_published_interval"] = ratio_interval([kl_of(run[row["model"]]) for run in runs],
+                                                             [kl_of(run[name]) for run in runs])
             row["squared_of_published"] = (row["velocity"] / published["velocity"]) ** 2
+
+
+def ratio_interval(ours: list[list[Tensor]], theirs: list[list[Tensor]]) -> list[float]:
+    """95 % interval of the ratio of two models' KL per token by the bootstrap: by seed and answer the tokens' KL."""
+    rng, means = np.random.default_rng(0), np.zeros((2, RESAMPLED))
+    for pair in zip(ours, theirs, strict=True):
+        sums = np.array([[float(part.sum()) for part in kl] for kl in pair])
+        tokens = np.array([len(part) for part in pair[0]])
+        for index in range(RESAMPLED):
+            drawn = rng.integers(0, len(tokens), len(tokens))
+            means[:, index] += sums[:, drawn].sum(1) / tokens[drawn].sum()
+    ratios = np.divide(*means, out=np.full(RESAMPLED, np.nan), where=means[1] > 0)
+    return np.quantile(ratios, [0.025, 0.975]).tolist()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -254,6 +378,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         errors = [[f"{row[key]:.3g} ({min(row[f'{key}_by_seed']):.3g} .. {max(row[f'{key}_by_seed']):.3g})",
                    f"{row[ratio]:.2f}" if ratio in row else ""]
                   for key, ratio in (("kl", "kl_of_published"), ("velocity", "squared_of_published"))]
+        if "kl_of_published_interval" in row:
+            errors[0][1] += " ({:.2f} .. {:.2f})".format(*row["kl_of_published_interval"])
         lines.append([row["model"], *rates, *errors[0], *errors[1],
                       *(f"{row['velocity_by_step'][index]:.3f}" for index in picked)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -265,7 +391,7 @@ def main(argv: list[str] | None = None) -> None:
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         runs = pool.starmap(measure, [(seed, args) for seed in args.seeds], chunksize=1)
     rows = [summarize(name, [run[name] for run in runs]) for name in runs[0]]
-    compare(rows)
+    compare(rows, runs)
     print(table(rows))
     settings = {key: value for key, value in vars(args).items() if key not in ("model_path", "workers")}
     print(json.dumps({**settings, "model": args.model_path.name, "cpu": platform.processor() or platform.machine(),

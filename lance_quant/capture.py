@@ -141,6 +141,7 @@ class Recorder:
         self._numbers: weakref.WeakKeyDictionary[CacheRow, int] = weakref.WeakKeyDictionary()
         self._rows = self._sample = self._step = 0
         self._kept: dict[int, list[_Entry]] = {}  # by sample
+        self._finished = 0  # tokens of all samples but the running one
         self._stride = self._sample_stride = 1
 
     def __enter__(self) -> "Recorder":
@@ -152,6 +153,9 @@ class Recorder:
 
     def begin(self, sample: int) -> None:
         """Calls from now on are those of a sample; samples come in ascending order."""
+        if sample != self._sample:
+            self._drop(self._sample, running=False)
+            self._finished += self._tokens_of(self._sample)
         self._sample, self._step = sample, 0
 
     @property
@@ -189,13 +193,20 @@ class Recorder:
         return wanted and (entry.read or entry.call.causal or entry.number % self._stride == 0)
 
     def _tokens(self) -> int:
-        return sum(call.tokens for calls in self._by_sample() for call in calls)
+        return self._finished + self._tokens_of(self._sample)
+
+    def _tokens_of(self, sample: int) -> int:
+        return sum(entry.call.tokens for entry in self._kept.get(sample, []) if self._keeps(sample, entry))
 
     def _thin(self) -> None:
         while self._tokens() > self._limit and self._sample_stride <= self._sample + 1:
             self._coarsen()
-        for sample in self._kept:
-            running = sample == self._sample and sample % self._sample_stride == 0
+        self._drop(self._sample, running=True)
+
+    def _drop(self, sample: int, running: bool) -> None:
+        """Forget a sample's calls that are not kept; not those of the running one that a later call may yet read."""
+        running = running and sample % self._sample_stride == 0
+        if sample in self._kept:
             self._kept[sample] = [entry for entry in self._kept[sample]
                                   if self._keeps(sample, entry) or (running and entry.open)]
 
@@ -204,12 +215,21 @@ class Recorder:
             self._stride *= 2
         else:
             self._sample_stride *= 2
+        self._recount()
+
+    def _recount(self) -> None:
+        """After a change of strides."""
+        past = [sample for sample in self._kept if sample != self._sample]
+        for sample in past:
+            self._drop(sample, running=False)
+        self._finished = sum(self._tokens_of(sample) for sample in past)
 
     def _pooled(self, team: Team) -> list[Call]:
         """What the processes of a team keep together, in the order of the samples; complete on the leader."""
         strides, sample_strides, last = zip(*team.everyone((self._stride, self._sample_stride, self._sample)),
                                             strict=True)
         self._stride, self._sample_stride = max(strides), max(sample_strides)
+        self._recount()
         while sum(team.everyone(self._tokens())) > self._limit and self._sample_stride <= max(last) + 1:
             self._coarsen()
         own, numbers, calls = self._by_sample(), {}, []

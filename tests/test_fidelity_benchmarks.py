@@ -19,9 +19,11 @@ import outlier_ratios
 import quantize_cost
 import synthetic_lance
 
+from lance_nano import evaluate
 from lance_nano.evaluate import Share
 from lance_quant import capture
 from lance_quant.codec import Int4
+from lance_quant.errors import InputError
 
 CONFIG_OF = fidelity_synthetic.config_of
 # Lance's structure, smaller than any --shrink.
@@ -121,29 +123,65 @@ def test_ratios_are_reported_beside_lances(tmp_path, capsys):
                                           for depth in ("first", "middle", "last")}
 
 
+def test_answers_run_together_give_what_each_gives_alone():
+    """Three lengths of prompt and answer; float32 sums in another order: 2e-5 in log-probabilities of up to 20."""
+    pipeline = fidelity_nano.loaded(fidelity_nano.MODEL, None)
+    asked = [*evaluate.held_out_questions(3, 0), *evaluate.held_out_descriptions(1, 0)]
+    prompts = fidelity_nano.prompts_of(pipeline, [*asked, *asked[:2]])
+    ids = [pipeline.answer(*prompt, 48).ids for prompt in prompts]
+    together = fidelity_nano.forced_logprobs(pipeline, prompts, ids)
+    for prompt, answer, found in zip(prompts, ids, together, strict=True):
+        torch.testing.assert_close(found, pipeline.forced_logprobs(*prompt, answer), rtol=0, atol=2e-4)
+        assert found.argmax(-1).tolist() == answer
+
+
 def test_nano_methods_are_measured_on_the_float_models_own_tokens(monkeypatch):
     """One question, one caption, two steps: the float model agrees with itself, a packed one is near."""
     monkeypatch.setattr(fidelity_nano, "METHODS", ("published",))
-    args = fidelity_nano.parse_args(["--formats", "int4", "--n", "1", "--traced", "1", "--steps", "2", "--questions",
-                                     "1", "--captions", "1"])
+    args = fidelity_nano.parse_args(["--formats", "int4", "--answers", "2", "--n", "1", "--traced", "1", "--steps", "2",
+                                     "--questions", "1", "--captions", "1"])
     found = fidelity_nano.measure(0, args)
-    assert found["float"]["kl"] < 1e-6 and max(found["float"]["velocity"]) < 1e-5
+    assert torch.cat(fidelity_nano.kl_of(found["float"])).max() < 1e-6
+    assert (len(found["float"]["kl"]), len(found["float"]["kl_long"])) == (2, 1)
+    assert max(found["float"]["velocity"]) < 1e-5
     assert found["float"]["same"] == Share(2, 2)  # a short question and a description
     assert len(found["int4 published"]["velocity"]) == 2 and 0 < max(found["int4 published"]["velocity"]) < 1
 
 
+def test_nano_needs_something_to_measure():
+    with pytest.raises(InputError, match="--answers 0: at least one"):
+        fidelity_nano.parse_args(["--answers", "0"])
+
+
 def test_nano_rows_pool_the_seeds_and_are_compared_with_published():
-    row = {"answers": Share(9, 10), "same": Share(8, 10), "pictures": Share(10, 10), "kl": 0.1, "velocity": [0.1, 0.3]}
-    better = row | {"kl": 0.02, "velocity": [0.1, 0.1]}
-    rows = [fidelity_nano.summarize(name, [each, each]) for name, each in
-            (("float", row), ("int4 published", row), ("int4 ours", better))]
-    fidelity_nano.compare(rows)
-    assert rows[2]["answers"]["n"] == 20 and rows[2]["velocity_by_step"] == [0.1, 0.1]
-    assert rows[2]["kl_of_published"] == pytest.approx(0.2)
+    short, long = torch.full((2,), 0.1), torch.full((8,), 0.1)
+    row = {"answers": Share(9, 10), "same": Share(8, 10), "pictures": Share(10, 10), "kl": [short], "kl_long": [long],
+           "velocity": [0.1, 0.3]}
+    better = row | {"kl": [0.5 * short], "kl_long": [0.2 * long], "velocity": [0.1, 0.1]}
+    runs = [{"float": row, "int4 published": row, "int4 ours": better}] * 2
+    rows = [fidelity_nano.summarize(name, [run[name] for run in runs]) for name in runs[0]]
+    fidelity_nano.compare(rows, runs)
+    assert rows[2]["answers"]["n"] == 20 and rows[2]["velocity_by_step"] == [0.1, 0.1] and rows[2]["tokens"] == 20
+    assert rows[2]["kl_of_published"] == pytest.approx(0.26)  # 2 tokens at a half, 8 at a fifth
+    assert rows[2]["kl_by_kind"] == pytest.approx({"short": 0.05, "descriptions": 0.02})
+    assert rows[2]["kl_of_published_interval"] == pytest.approx([0.2, 0.5], abs=0.05)  # of two answers, one may be both
     assert rows[2]["squared_of_published"] == pytest.approx(0.25) and "kl_of_published" not in rows[0]
     assert "| int4 ours | 90.0 % (" in fidelity_nano.table(rows)
-    fidelity_nano.compare(nothing := [fidelity_nano.summarize("int4 published", [row | {"kl": 0.0}])])
-    assert math.isnan(nothing[0]["kl_of_published"])
+    nothing = [{"int4 published": row | {"kl": [0 * short], "kl_long": [0 * long]}}]
+    empty = [fidelity_nano.summarize("int4 published", [run["int4 published"] for run in nothing])]
+    fidelity_nano.compare(empty, nothing)
+    assert math.isnan(empty[0]["kl_of_published"]) and math.isnan(empty[0]["kl_in_top_percent"])
+
+
+def test_the_loudest_percent_by_hand():
+    assert fidelity_nano.top_percent(torch.tensor([1.0] * 100 + [30.0] * 50 + [50.0] * 50)) == 100 / 4100
+
+
+def test_an_interval_of_equal_ratios_is_that_ratio():
+    """Answers differ a hundredfold, and the ratio does not: drawing pairs is exact, drawing apart would be far off."""
+    theirs = [[torch.tensor([0.01 * 10 ** (index % 3)]) for index in range(50)]] * 2
+    ours = [[0.3 * part for part in seed] for seed in theirs]
+    assert fidelity_nano.ratio_interval(ours, theirs) == pytest.approx([0.3, 0.3], rel=1e-5)
 
 
 def test_rounded_activations_are_measured_beside_rounded_weights_alone(capsys):
