@@ -151,7 +151,7 @@ INLINE void rows_dot(const Weight *w, int64_t row, const int n, const int8_t *x,
             __m512i even[OUT_ROWS], odd[OUT_ROWS];
             __m512 scale[OUT_ROWS];
             for (int o = 0; o < n; o++) {
-                _mm_prefetch(part[o].packed + i * 32 + OUT_ROWS * (w->n_in / 2), _MM_HINT_T0);
+                _mm_prefetch(part[o].packed + i * 32 + OUT_ROWS * (w->n_in / 2), _MM_HINT_T1);
                 unpack(part + o, i, is_int4, groups, even + o, odd + o);
                 if (groups > 1) scale[o] = spread_scales(part[o].scale + i * groups, groups);
             }
