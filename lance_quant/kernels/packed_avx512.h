@@ -83,8 +83,17 @@ INLINE void to_bf16(const uint8_t *bytes, int64_t n, uint16_t *out) {
     }
 }
 
+/* What the next weight rows will need, into the second cache: the first one holds the activations. */
+INLINE void fetch(const void *start, int64_t n_bytes) {
+    for (int64_t i = 0; i < n_bytes; i += 64) _mm_prefetch((const char *)start + i, _MM_HINT_T1);
+}
+
 INLINE void fill_part(const Weight *w, int64_t row, int64_t first, int64_t n, const int groups, Part *part) {
     const int64_t per_row = w->n_in / w->group_size, group = row * per_row + first * groups / w->steps_per_group;
+    const int64_t later = group + OUT_ROWS * per_row, count = n * groups;
+    if (w->zero) fetch(w->zero + later, count);
+    if (w->scale) fetch(w->scale + later, 2 * count);
+    else fetch(w->scale_e4m3 + later, count);
     part->packed = w->packed + row * (w->n_in / 2) + first * 32;
     if (w->steps_per_group > 1) {
         int64_t of_step = group, left = w->steps_per_group - first % w->steps_per_group;
@@ -151,7 +160,7 @@ INLINE void rows_dot(const Weight *w, int64_t row, const int n, const int8_t *x,
             __m512i even[OUT_ROWS], odd[OUT_ROWS];
             __m512 scale[OUT_ROWS];
             for (int o = 0; o < n; o++) {
-                _mm_prefetch(part[o].packed + i * 32 + OUT_ROWS * (w->n_in / 2), _MM_HINT_T1);
+                fetch(part[o].packed + i * 32 + OUT_ROWS * (w->n_in / 2), 32);
                 unpack(part + o, i, is_int4, groups, even + o, odd + o);
                 if (groups > 1) scale[o] = spread_scales(part[o].scale + i * groups, groups);
             }
