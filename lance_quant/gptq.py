@@ -106,15 +106,13 @@ class Sums:
             packed, exact, *rest = (part[~held] for part in parts)
             missing = rest[0] if rest else None
         self._kept += len(packed)
-        turned = packed.t().contiguous()
         for start in range(0, len(self._gram), _TRIANGLE):  # what lies below the diagonal follows by symmetry
-            self._gram[start:start + _TRIANGLE, start:] += matmul.linear(turned[start:start + _TRIANGLE],
-                                                                         turned[start:])
+            self._gram[start:start + _TRIANGLE, start:].addmm_(packed[:, start:start + _TRIANGLE].t(),
+                                                               packed[:, start:])
         if self._weight is not None:
-            off = matmul.linear(exact - packed, self._weight).add_(missing)
-            self._pull += matmul.linear(turned, off.t())
+            self._pull.addmm_(packed.t(), torch.addmm(missing, exact - packed, self._weight.t()))
         elif self._cross is not None:
-            self._cross += matmul.linear((exact - packed).t(), turned)
+            self._cross.addmm_((exact - packed).t(), packed)
 
     def moments(self) -> Moments:
         """What was collected. The sums are handed over: nothing can be added afterwards."""
