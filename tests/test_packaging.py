@@ -48,5 +48,6 @@ def test_every_package_that_scripts_import_is_installed():
 
 def test_c_sources_are_in_the_wheel():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
-    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lance_quant").rglob("*.c")}
-    assert folders and all("*.c" in data[folder] for folder in folders)
+    for kind in ("*.c", "*.h"):
+        folders = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "lance_quant").rglob(kind)}
+        assert folders and all(kind in data[folder] for folder in folders)
