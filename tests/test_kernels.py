@@ -26,13 +26,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_native = pytest.mark.skipif(native.unavailable() is not None, reason=f"native: {native.unavailable()}")
 
 
-@pytest.fixture(params=["this CPU", "AVX2"])
+needs_avx512 = pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
+                                  reason="this CPU has no AVX-512: its version is the one for AVX2")
+
+
+@pytest.fixture(params=["this CPU", pytest.param("AVX2", marks=needs_avx512)])
 def version(request, monkeypatch):
     """The C code as it is compiled for this CPU, and for one without AVX-512."""
     if request.param == "this CPU":
         return
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        pytest.skip("this CPU has no AVX-512: its version is the one for AVX2")
     flags = tuple(flag.replace("-march=native", "-march=x86-64-v3") for flag in native._FLAGS)
     monkeypatch.setattr(native, "_FLAGS", flags)
     library = native._library_or_reason.__wrapped__()

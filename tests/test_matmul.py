@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from lance_quant import matmul
 from lance_quant.lance.linear import Linear
 
+needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+                                  reason="this PyTorch does not let its oneDNN be called")
 
-@pytest.fixture(params=[False, True], ids=["PyTorch's choice", "oneDNN"])
+
+@pytest.fixture(params=[pytest.param(False, id="PyTorch"), pytest.param(True, id="oneDNN", marks=needs_onednn)])
 def library(request, monkeypatch):
-    if request.param and not torch.backends.mkldnn.is_available():
-        pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(matmul, "_onednn_is_faster", lambda: request.param)
 
 
@@ -54,12 +55,11 @@ def test_rows_that_are_not_finite_stay_visible(library):
     assert matmul.linear(x, w).isfinite().all(1).tolist() == [True, False, False, True]
 
 
+@needs_onednn
 @pytest.mark.parametrize("text, capability, faster", [("vendor_id : AuthenticAMD", "AVX512", True),
                                                       ("vendor_id : AuthenticAMD", "AVX2", False),
                                                       ("vendor_id : GenuineIntel", "AVX512", False)])
 def test_the_machine_alone_decides(monkeypatch, text, capability, faster):
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this PyTorch does not let its oneDNN be called")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(matmul.Path, "read_text", lambda *_, **__: text)
     assert matmul._onednn_is_faster.__wrapped__() is faster

@@ -18,7 +18,7 @@ One row through the head of Lance_3B, one Zen 3 core: bfloat16 or float32 `F.lin
 
 Why C and not torch.compile: Inductor's code for the same integer expression took 11 ms where this takes 1.1
 (2048 -> 11008, one row, one Zen 3 core; bfloat16 F.linear: 4.5), needs a C++ compiler as well, and compiles 5-30 s per
-shape instead of 10 s once.
+shape instead of seconds once.
 """
 
 import ctypes

@@ -149,23 +149,18 @@ INLINE void row_dot(const Weight *w, int64_t row, const int8_t *x, const float *
     }
 }
 
-INLINE void tile(const Weight *w, int64_t begin, int64_t end, const int8_t *fixed, const float *units, int64_t rows,
+/* Weight rows begin..end times m rows of activations x; units: [m, steps]; y: [m, out]. */
+INLINE void tile(const Weight *w, int64_t begin, int64_t end, const int8_t *x, const float *units, const int m,
                  const float *bias, float *y, const int is_int4, const int groups, const int digits) {
-    const int64_t steps = w->n_in / COLUMNS;
-    for (int64_t r = 0; r < rows; r += 4) {
-        const int m = rows - r < 4 ? (int)(rows - r) : 4;
-        const int8_t *x = fixed + r * steps * FIXED_BYTES(digits);
-        const float *unit = units + r * steps;
-        for (int64_t row = begin; row < end; row++) {
-            float result[4];
-            switch (m) {
-            case 1: row_dot(w, row, x, unit, 1, is_int4, groups, digits, result); break;
-            case 2: row_dot(w, row, x, unit, 2, is_int4, groups, digits, result); break;
-            case 3: row_dot(w, row, x, unit, 3, is_int4, groups, digits, result); break;
-            default: row_dot(w, row, x, unit, 4, is_int4, groups, digits, result);
-            }
-            for (int i = 0; i < m; i++) y[(r + i) * w->n_out + row] = result[i] + (bias ? bias[row] : 0);
+    for (int64_t row = begin; row < end; row++) {
+        float result[4];
+        switch (m) {
+        case 1: row_dot(w, row, x, units, 1, is_int4, groups, digits, result); break;
+        case 2: row_dot(w, row, x, units, 2, is_int4, groups, digits, result); break;
+        case 3: row_dot(w, row, x, units, 3, is_int4, groups, digits, result); break;
+        default: row_dot(w, row, x, units, 4, is_int4, groups, digits, result);
         }
+        for (int i = 0; i < m; i++) y[i * w->n_out + row] = result[i] + (bias ? bias[row] : 0);
     }
 }
 

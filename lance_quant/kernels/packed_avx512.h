@@ -189,25 +189,18 @@ INLINE void rows_of_m(const Weight *w, int64_t row, const int n, const int8_t *x
             y[r * w->n_out + row + o] = result[r * OUT_ROWS + o] + (bias ? bias[row + o] : 0);
 }
 
-INLINE void tile(const Weight *w, int64_t begin, int64_t end, const int8_t *fixed, const float *units, int64_t rows,
+/* Weight rows begin..end times m rows of activations x; units: [m, steps]; y: [m, out]. */
+INLINE void tile(const Weight *w, int64_t begin, int64_t end, const int8_t *x, const float *units, const int m,
                  const float *bias, float *y, const int is_int4, const int groups, const int digits) {
-    const int64_t steps = w->n_in / COLUMNS;
-    for (int64_t r = 0; r < rows; r += 4) {
-        const int m = rows - r < 4 ? (int)(rows - r) : 4;
-        const int8_t *x = fixed + r * steps * FIXED_BYTES(digits);
-        const float *unit = units + r * steps;
-        float *to = y + r * w->n_out;
-        int64_t row = begin;
-        for (; row + OUT_ROWS <= end; row += OUT_ROWS)
-            switch (m) {
-            case 1: rows_of_m(w, row, OUT_ROWS, x, unit, 1, is_int4, groups, digits, bias, to); break;
-            case 2: rows_of_m(w, row, OUT_ROWS, x, unit, 2, is_int4, groups, digits, bias, to); break;
-            case 3: rows_of_m(w, row, OUT_ROWS, x, unit, 3, is_int4, groups, digits, bias, to); break;
-            default: rows_of_m(w, row, OUT_ROWS, x, unit, 4, is_int4, groups, digits, bias, to);
-            }
-        for (; row < end; row++)
-            rows_of_m(w, row, 1, x, unit, m, is_int4, groups, digits, bias, to);
-    }
+    int64_t row = begin;
+    for (; row + OUT_ROWS <= end; row += OUT_ROWS)
+        switch (m) {
+        case 1: rows_of_m(w, row, OUT_ROWS, x, units, 1, is_int4, groups, digits, bias, y); break;
+        case 2: rows_of_m(w, row, OUT_ROWS, x, units, 2, is_int4, groups, digits, bias, y); break;
+        case 3: rows_of_m(w, row, OUT_ROWS, x, units, 3, is_int4, groups, digits, bias, y); break;
+        default: rows_of_m(w, row, OUT_ROWS, x, units, 4, is_int4, groups, digits, bias, y);
+        }
+    for (; row < end; row++) rows_of_m(w, row, 1, x, units, m, is_int4, groups, digits, bias, y);
 }
 
 /* The 16 levels of a group, of a code as the file has it. */

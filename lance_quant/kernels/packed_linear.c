@@ -63,19 +63,25 @@ static void prepare(const Weight *w, const float *x, int64_t rows, int digits, i
 }
 
 #define TILE(is_int4, groups, digits) \
-    tile(w, begin, end, fixed, units, rows, bias, y, is_int4, groups, digits)
+    tile(w, begin, end, x, unit, m, bias, y + r * w->n_out, is_int4, groups, digits)
 #define BY_DIGITS(is_int4, groups) (digits == 2 ? TILE(is_int4, groups, 2) : TILE(is_int4, groups, 3))
 
 static void linear_of(const Weight *w, const int8_t *fixed, const float *units, int64_t rows, int digits,
                       const float *bias, float *y, int threads) {
+    const int64_t steps = w->n_in / COLUMNS;
     const int groups = w->group_size < COLUMNS ? (int)(COLUMNS / w->group_size) : 1;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t begin = 0; begin < w->n_out; begin += ROWS_AT_ONCE) {
         const int64_t end = begin + ROWS_AT_ONCE < w->n_out ? begin + ROWS_AT_ONCE : w->n_out;
-        if (!w->zero) BY_DIGITS(0, 4);
-        else if (groups == 1) BY_DIGITS(1, 1);
-        else if (groups == 2) BY_DIGITS(1, 2);
-        else BY_DIGITS(1, 4);
+        for (int64_t r = 0; r < rows; r += 4) {
+            const int m = rows - r < 4 ? (int)(rows - r) : 4;
+            const int8_t *x = fixed + r * steps * FIXED_BYTES(digits);
+            const float *unit = units + r * steps;
+            if (!w->zero) BY_DIGITS(0, 4);
+            else if (groups == 1) BY_DIGITS(1, 1);
+            else if (groups == 2) BY_DIGITS(1, 2);
+            else BY_DIGITS(1, 4);
+        }
     }
 }
 
