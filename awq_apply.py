@@ -14,9 +14,10 @@ Next    run_quant_eval.py --awq_dir OUT
 
 import argparse
 
-from lance_quant import capture, cli, convert, sensitivity
+from lance_quant import cli, convert, sensitivity
 from lance_quant.codec import Int4
 from lance_quant.errors import InputError
+from lance_quant.replay import replay_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--stats and --out are needed unless --dry_run is given")
     if args.capture and args.recipe == "published":
         raise InputError("--capture has no place in the published recipe: leave it out, or use --recipe ours")
-    replay = capture.replay_of(args.src, args.capture, device) if args.capture else None
+    replay = replay_of(args.src, args.capture, device) if args.capture else None
     print(convert.convert(args.src, args.stats, args.out, codec, args.recipe, device, replay,
                           args.resume, sizes).out)
 

@@ -14,9 +14,10 @@ Next    run_quant_eval.py --awq_dir OUT
 
 import argparse
 
-from lance_quant import capture, cli, convert
+from lance_quant import cli, convert
 from lance_quant.codec import Nvfp4
 from lance_quant.errors import InputError
+from lance_quant.replay import replay_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.capture and args.recipe == "published":
         raise InputError("--capture has no place in the published recipe: leave it out, or use --recipe ours")
     device = cli.device_of(args.device)
-    replay = capture.replay_of(args.src, args.capture, device) if args.capture else None
+    replay = replay_of(args.src, args.capture, device) if args.capture else None
     print(convert.convert(args.src, args.stats, args.out, codec, args.recipe, device, replay,
                           args.resume, sizes).out)
 

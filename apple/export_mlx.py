@@ -147,9 +147,9 @@ class Calibrated(NamedTuple):
     captures: Sequence[Path]
     device: torch.device
 
-    def load(self, fingerprint: str) -> mlx_fold.Calibration:
-        """Read the files, of the model with this fingerprint."""
-        return mlx_fold.Calibration.load(self.stats, self.captures, fingerprint, self.device)
+    def load(self, fingerprint: str, source: Checkpoint) -> mlx_fold.Calibration:
+        """Read the files, of the model with this fingerprint, which `source` was extracted from."""
+        return mlx_fold.Calibration.load(self.stats, self.captures, fingerprint, source, self.device)
 
 
 def export(src: Path, out: Path, fmt: Format, packer: Packer, calibrated: Calibrated | None = None,
@@ -174,7 +174,7 @@ def export(src: Path, out: Path, fmt: Format, packer: Packer, calibrated: Calibr
         if calibrated is None:
             stream, origin = plain_tensors(source, fmt, packer), {}
         else:
-            known = calibrated.load(facts["source_fingerprint"])
+            known = calibrated.load(facts["source_fingerprint"], source)
             stream = mlx_fold.fitted_tensors(source, src, fmt, known, calibrated.device, linears)
             origin = {"calibration_runs": known.stats.runs,
                       "captures": [] if known.replay is None else list(known.replay.facts), "linears": linears}

@@ -23,10 +23,13 @@ from torch import Tensor
 from apple.decoder import DecoderConfig
 from apple.mlx_codec import MlxCodec, codec_of
 from apple.mlx_codes import Format
-from lance_quant import awq, capture, fuse, gptq, layout, ours
+from lance_quant import awq, capture, fuse, gptq, layout, ours, relevance
+from lance_quant.calls import Call
 from lance_quant.codec import quantize_searched
 from lance_quant.errors import InputError
 from lance_quant.lance.mot import RMSNorm
+from lance_quant.relevance import Relevance
+from lance_quant.replay import Replay
 from lance_quant.stats import ActStats
 from lance_quant.tensorfile import Checkpoint
 
@@ -46,11 +49,16 @@ class Calibration:
 
     stats: ActStats
     fingerprint: str
-    replay: capture.Replay | None = None
+    replay: Replay | None = None
 
     @classmethod
-    def load(cls, stats: Path, captures: Sequence[Path], fingerprint: str, device: torch.device) -> "Calibration":
-        """Read the files. InputError if they are another model's, or hold nothing that this path computes alone."""
+    def load(cls, stats: Path, captures: Sequence[Path], fingerprint: str, source: Checkpoint,
+             device: torch.device) -> "Calibration":
+        """Read the files. InputError if they are another model's, or hold nothing that this path computes alone.
+
+        Args:
+            source: the extracted folder's tensors; must stay open.
+        """
         measured = ActStats.load(stats)
         if not captures:
             return cls(measured, fingerprint)
@@ -62,10 +70,17 @@ class Calibration:
         if len(alone) < len(calls):
             log.warning("%d of %d captured calls involve the generation expert, which is not part of this model, and "
                         "are left out", len(calls) - len(alone), len(calls))
-        return cls(measured, fingerprint, capture.Replay(config, alone, device, facts))
+
+        def weigh(calls: Sequence[Call]) -> Relevance:
+            norm = RMSNorm(config.hidden_size, config.rms_norm_eps).requires_grad_(False)
+            norm.weight.copy_(source.read(f"{NORM}.weight", torch.float32))
+            return relevance.measure(config, lambda index: layer_weights(source, index, device),
+                                     config.num_hidden_layers, {"und": norm}, calls, device)
+
+        return cls(measured, fingerprint, Replay(config, alone, device, facts, weigh))
 
 
-def understanding_only(calls: Sequence[capture.Call]) -> list[capture.Call]:
+def understanding_only(calls: Sequence[Call]) -> list[Call]:
     """The calls that neither hold nor look back at a latent token."""
     mixed: set[int] = set()
     kept = []
@@ -94,12 +109,16 @@ def fitted_tensors(source: Checkpoint, folder: Path, fmt: Format, known: Calibra
     dtype = source.specs[f"{NORM}.weight"].dtype
     codec = codec_of(fmt, dtype)
     for index in range(config.num_hidden_layers):
-        prefix = f"model.layers.{index}."
-        weights = {layout.LLM_PREFIX + name: source.read(name, torch.float32, device) for name in source.specs
-                   if name.startswith(prefix)}
+        weights = layer_weights(source, index, device)
         for name, tensor in layer_tensors(index, weights, codec, known, record):
             yield name, tensor if tensor.dtype in (torch.uint32, torch.uint8) else tensor.to(dtype)
     yield from _ends(source, codec, known, device, config.rms_norm_eps, record)
+
+
+def layer_weights(source: Checkpoint, index: int, device: torch.device) -> ours.Weights:
+    """Lance's name -> float32 tensor, of one layer of an extracted folder."""
+    return {layout.LLM_PREFIX + name: source.read(name, torch.float32, device) for name in source.specs
+            if name.startswith(f"model.layers.{index}.")}
 
 
 def _require_model(source: Checkpoint, known: Calibration, layers: int) -> None:
@@ -178,7 +197,7 @@ def _ends(source: Checkpoint, codec: MlxCodec, known: Calibration, device: torch
     yield f"{NORM}.weight", norm.cpu().to(codec.dtype)
 
 
-def head_tensors(head: Tensor, norm: Tensor, codec: MlxCodec, replay: capture.Replay | None, eps: float,
+def head_tensors(head: Tensor, norm: Tensor, codec: MlxCodec, replay: Replay | None, eps: float,
                  record: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The head, scaled and rounded for what reaches it; `head` and `norm` are changed to what belongs together.
 
@@ -205,7 +224,7 @@ def head_tensors(head: Tensor, norm: Tensor, codec: MlxCodec, replay: capture.Re
                     "gram_tokens": 0 if moments is None else moments.n_tokens}
 
 
-def _head_moments(replay: capture.Replay, norm: Tensor, eps: float) -> gptq.Moments:
+def _head_moments(replay: Replay, norm: Tensor, eps: float) -> gptq.Moments:
     """Of the head's inputs at text tokens; nothing is read off a picture's."""
     layer = RMSNorm(len(norm), eps).to(norm.device).requires_grad_(False)
     layer.weight.copy_(norm)

@@ -31,12 +31,13 @@ from fidelity_nano import CPU, MODEL, TASKS, Baseline, baseline_of, calibrate, p
 
 from lance_nano import evaluate
 from lance_nano.scenes import SIZE
-from lance_quant import budget, capture, cli, convert, layout, sensitivity
+from lance_quant import budget, cli, convert, layout, sensitivity
 from lance_quant.codec import Int4
 from lance_quant.compare import step_errors, token_divergence
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.ours import Weights
 from lance_quant.packed import PackedFolder
+from lance_quant.replay import replay_of
 from lance_quant.stats import ActStats
 from lance_quant.tensorfile import Checkpoint
 
@@ -101,7 +102,7 @@ class Shared:
 def pack(variant: Variant, work: Path, stats: ActStats, model: Path, effects: Shared) -> Path:
     """The variant's folder."""
     captures, out = captures_in(work), work / "packed" / str(variant)
-    replay = capture.replay_of(model, captures, CPU) if variant.gptq else None
+    replay = replay_of(model, captures, CPU) if variant.gptq else None
     with Checkpoint(model) as source:
         convert.quantize_checkpoint(source, stats, Int4(variant.group_size), out, "ours", CPU, False, replay,
                                     sizes=convert.Sizes(variant.budget, variant.head_bits,

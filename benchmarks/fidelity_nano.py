@@ -53,6 +53,7 @@ from lance_quant.lance.generation import Sampling, Step
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.lance.tokens import VIT, mrope_positions
 from lance_quant.packed import PackedFolder
+from lance_quant.replay import replay_of
 from lance_quant.stats import ActStats, Collector, merge, model_fingerprint
 from lance_quant.tasks import Settings, load_samples, run_watched
 from lance_quant.tensorfile import Checkpoint
@@ -231,10 +232,10 @@ def answers_of(pipeline: Pipeline, seed: int, count: int) -> Answers:
     return Answers(count, prompts, ids, forced_logprobs(pipeline, prompts, ids))
 
 
-def divergence(pipeline: Pipeline, answers: Answers) -> list[Tensor]:
-    """By answer, the KL of every token."""
+def divergence(pipeline: Pipeline, answers: Answers) -> list[np.ndarray]:
+    """By answer, the KL of every token. Arrays: a tensor takes a file descriptor on its way to another process."""
     found = forced_logprobs(pipeline, answers.prompts, answers.ids)
-    return [token_divergence(*pair).kl for pair in zip(answers.logprobs, found, strict=True)]
+    return [token_divergence(*pair).kl.numpy() for pair in zip(answers.logprobs, found, strict=True)]
 
 
 def pack(model: Path, work: Path, format_: str, method: str, stats: ActStats) -> Path:
@@ -242,7 +243,7 @@ def pack(model: Path, work: Path, format_: str, method: str, stats: ActStats) ->
     out = work / f"{format_}-{method}"
     if method == "rtn":
         stats = ActStats({}, [], [{"run_id": "none"}], 0)
-    activations = capture.replay_of(model, [work / f"{task}.safetensors" for task in TASKS], CPU) \
+    activations = replay_of(model, [work / f"{task}.safetensors" for task in TASKS], CPU) \
         if method == "ours" else None
     recipe = "published" if method == "published" else "ours"
     with Checkpoint(model) as source:
@@ -303,7 +304,7 @@ def measure(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 seconds = time.perf_counter() - started
                 name = f"{format_} {method}"
                 found[name] = judged(loaded(model, packed))
-                print(f"seed {seed}  {name:<20} KL {torch.cat(kl_of(found[name])).mean():.3e}  "
+                print(f"seed {seed}  {name:<20} KL {np.concatenate(kl_of(found[name])).mean():.3e}  "
                       f"velocity {statistics.fmean(found[name]['velocity']):.4f}  packed in {seconds:.0f} s",
                       file=sys.stderr)
     return found
@@ -316,10 +317,10 @@ def summarize(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {"rate": share.value, "interval": share.interval(), "n": share.total}
 
     velocity = [statistics.fmean(row["velocity"]) for row in rows]
-    kl = [torch.cat(kl_of(row)).mean().item() for row in rows]
-    by_kind = {kind: statistics.fmean(torch.cat(row[key]).mean().item() for row in rows)
+    kl = [float(np.concatenate(kl_of(row)).mean()) for row in rows]
+    by_kind = {kind: statistics.fmean(float(np.concatenate(row[key]).mean()) for row in rows)
                for kind, key in (("short", "kl"), ("descriptions", "kl_long"))}
-    tokens = torch.cat([part for row in rows for part in kl_of(row)])
+    tokens = np.concatenate([part for row in rows for part in kl_of(row)])
     return {"model": name, "answers": pooled("answers"), "same": pooled("same"), "pictures": pooled("pictures"),
             "kl": statistics.fmean(kl), "kl_by_seed": kl, "kl_by_kind": by_kind, "tokens": len(tokens),
             "kl_in_top_percent": top_percent(tokens), "velocity": statistics.fmean(velocity),
@@ -328,15 +329,15 @@ def summarize(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
                                                                         strict=True)]}
 
 
-def kl_of(found: dict[str, Any]) -> list[Tensor]:
+def kl_of(found: dict[str, Any]) -> list[np.ndarray]:
     """By answer, the KL of every token."""
     return found["kl"] + found["kl_long"]
 
 
-def top_percent(kl: Tensor) -> float:
+def top_percent(kl: np.ndarray) -> float:
     """What share of the sum the 1 % of the tokens has that have most."""
     total = float(kl.sum())
-    return float(kl.topk(max(1, len(kl) // 100)).values.sum()) / total if total else float("nan")
+    return float(np.sort(kl)[-max(1, len(kl) // 100):].sum()) / total if total else float("nan")
 
 
 def compare(rows: list[dict[str, Any]], runs: list[dict[str, dict[str, Any]]]) -> None:
@@ -352,7 +353,7 @@ def compare(rows: list[dict[str, Any]], runs: list[dict[str, dict[str, Any]]]) -
             row["squared_of_published"] = (row["velocity"] / published["velocity"]) ** 2
 
 
-def ratio_interval(ours: list[list[Tensor]], theirs: list[list[Tensor]]) -> list[float]:
+def ratio_interval(ours: list[list[np.ndarray]], theirs: list[list[np.ndarray]]) -> list[float]:
     """95 % interval of the ratio of two models' KL per token by the bootstrap: by seed and answer the tokens' KL."""
     rng, means = np.random.default_rng(0), np.zeros((2, RESAMPLED))
     for pair in zip(ours, theirs, strict=True):

@@ -31,14 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lance_quant import capture, cli, convert, layout, ours
-from lance_quant.capture import Call
+from lance_quant import cli, convert, layout, ours
+from lance_quant.calls import Call
 from lance_quant.codec import Codec, Int4, Nvfp4
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Layer, Rotary
 from lance_quant.layout import EXPERTS
 from lance_quant.ours import Weights
+from lance_quant.replay import Replay
 from lance_quant.stats import ActStats, LinearStats
 
 CPU = torch.device("cpu")
@@ -214,7 +215,7 @@ def statistics_of(config: LanceConfig, layers: list[Weights], calls: list[Call])
 
 
 def quantize(index: int, weights: Weights, method: str, codec: Codec, stats: ActStats,
-             replay: capture.Replay) -> tuple[Weights, Weights]:
+             replay: Replay) -> tuple[Weights, Weights]:
     """A layer packed with one method: as it is run, and the float layer with the same scales."""
     if method.startswith("rtn"):
         stats = ActStats({}, [], [{"run_id": "none"}], 0)
@@ -243,7 +244,7 @@ class Contender:
     method: str
     codec: Codec
     state: list[Call]
-    replay: capture.Replay
+    replay: Replay
     errors: dict[str, list[float]]
 
     def layer(self, config: LanceConfig, index: int, weights: Weights, stats: ActStats, exact: list[Call]) -> None:
@@ -282,7 +283,7 @@ def measure(outliers: str, seed: int, args: argparse.Namespace) -> dict[str, dic
     out: dict[str, dict[str, Any]] = {}
     for format_ in args.formats:
         for method, codec in METHODS[format_]:
-            contender = Contender(method, codec, held_out, capture.Replay(config, calibration, CPU), {})
+            contender = Contender(method, codec, held_out, Replay(config, calibration, CPU), {})
             exact = held_out
             for index, weights in enumerate(layers):
                 contender.layer(config, index, weights, stats, exact)

@@ -13,8 +13,9 @@ Needs   5 GB of memory; on one CPU core about 15 minutes at 8192 tokens, nearly 
 
 Every method runs in a process of its own: its peak is nobody else's. rtn: nearest rounding. published: `--recipe
 published`. ours_diagonal: ours from statistics. ours: with --capture, where `inputs_seconds` are what it takes to make
-the layer's inputs and Gram matrices again and grow with the tokens; the rest does not. What a run does once (reading,
-writing, copying what is outside of the layers) is not in these figures.
+the layer's inputs and Gram matrices again and `relevance_seconds` what weighing the tokens takes; both grow with the
+tokens, the rest does not. What a run does once (reading, writing, copying what is outside of the layers) is not in
+these figures.
 """
 
 import argparse
@@ -24,15 +25,19 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import fidelity_synthetic
 import torch
 
-from lance_quant import capture, cli, convert, layout, ours
+from lance_quant import cli, convert, layout, ours, relevance
+from lance_quant.calls import Call
 from lance_quant.codec import Codec, Int4, Nvfp4
-from lance_quant.lance.config import LanceConfig
-from lance_quant.lance.mot import Layer
+from lance_quant.lance.config import LATENT_CHANNELS, LanceConfig
+from lance_quant.lance.linear import Linear
+from lance_quant.lance.mot import Layer, RMSNorm
+from lance_quant.replay import Replay
 from lance_quant.stats import ActStats, LinearStats
 
 METHODS = ("rtn", "published", "ours_diagonal", "ours")
@@ -51,17 +56,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Timed(capture.Replay):
-    """A replay that knows how long it took."""
+class Timed(Replay):
+    """A replay that knows how long it took, and how long the weighing of tokens in that."""
 
-    seconds = 0.0
+    seconds = relevance_seconds = 0.0
 
     def moments(self, *args: Any) -> Any:
-        """See capture.Replay."""
+        """See Replay."""
         return self._timed(super().moments, *args)
 
     def advance(self, *args: Any) -> None:
-        """See capture.Replay."""
+        """See Replay."""
         self._timed(super().advance, *args)
 
     def _timed(self, function: Any, *args: Any) -> Any:
@@ -70,6 +75,24 @@ class Timed(capture.Replay):
         _wait(self._device)
         self.seconds += time.perf_counter() - started
         return result
+
+
+def timed_replay(config: LanceConfig, weights: ours.Weights, tokens: int, device: torch.device) -> Timed:
+    """Of made-up requests to a model of this one layer."""
+    norm, velocity = RMSNorm(config.hidden_size, config.rms_norm_eps), Linear(config.hidden_size, LATENT_CHANNELS)
+    torch.nn.init.ones_(norm.weight)
+    torch.nn.init.normal_(velocity.weight, std=0.02)
+    torch.nn.init.zeros_(velocity.bias)
+    ends = {"gen": torch.nn.Sequential(norm, velocity).requires_grad_(False)}
+
+    def weigh(calls: Sequence[Call]) -> relevance.Relevance:
+        started = time.perf_counter()
+        found = relevance.measure(config, lambda index: weights, 1, ends, calls, device)
+        replay.relevance_seconds = time.perf_counter() - started
+        return found
+
+    replay = Timed(config, fidelity_synthetic.draw_calls(config, tokens // 2, 0), device, weigh=weigh)
+    return replay
 
 
 def _wait(device: torch.device) -> None:
@@ -108,7 +131,7 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, float]:
     stats = ActStats({}, [], [{"run_id": "none"}], 0) if method == "rtn" else made_up_stats(config, weights)
     replay = None
     if method == "ours":
-        replay = Timed(config, fidelity_synthetic.draw_calls(config, args.tokens // 2, 0), device)
+        replay = timed_replay(config, weights, args.tokens, device)
     recipe = convert.quantize_published if method == "published" else ours.quantize_layer
     layer_bytes = sum(w.nbytes for w in weights.values())
     started, cpu = time.perf_counter(), cpu_seconds()
@@ -119,7 +142,8 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, float]:
              "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
              * (1 if sys.platform == "darwin" else 1024)}
     if replay is not None:
-        found["inputs_seconds"] = replay.seconds
+        found["inputs_seconds"] = replay.seconds - replay.relevance_seconds
+        found["relevance_seconds"] = replay.relevance_seconds
     if device.type == "cuda":
         found["device_peak_bytes"] = torch.cuda.max_memory_allocated()
     found["full_model_hours"] = found["seconds" if device.type == "cuda" else "cpu_seconds"] * LAYERS / 3600
@@ -134,14 +158,16 @@ def cpu_seconds() -> float:
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """One row per method."""
-    head = ["method", "seconds per layer", "of that inputs", "CPU seconds", "peak memory", f"{LAYERS} layers"]
+    head = ["method", "seconds per layer", "of that inputs", "weighing tokens", "CPU seconds", "peak memory",
+            f"{LAYERS} layers"]
     lines = [head, ["---"] * len(head)]
     for method, found in results.items():
-        inputs = f"{found['inputs_seconds']:.0f}" if "inputs_seconds" in found else "-"
+        inputs, weighing = (f"{found[key]:.0f}" if key in found else "-"
+                            for key in ("inputs_seconds", "relevance_seconds"))
         peak = f"{found['peak_bytes'] / 1e9:.2f} GB"
         if "device_peak_bytes" in found:
             peak += f", GPU {found['device_peak_bytes'] / 1e9:.2f} GB"
-        lines.append([method, f"{found['seconds']:.1f}", inputs, f"{found['cpu_seconds']:.0f}", peak,
+        lines.append([method, f"{found['seconds']:.1f}", inputs, weighing, f"{found['cpu_seconds']:.0f}", peak,
                       f"{found['full_model_hours']:.2f} h"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -9,6 +9,7 @@ correlated. With H = sum x x^T the error of one column can be compensated by the
 - In a model whose earlier layers are packed already, the inputs xq differ from the float model's x, and so does the
   residual stream rq from r, to which o_proj and down_proj add. The target is then moved towards what makes the outputs
   agree: W* = W + f (sum (W (x - xq) + r - rq) xq^T)(H + lam I)^-1, and H is that of xq.
+- Tokens count by what an error there does (relevance.py), in H and in the target.
 - Tokens are held back from H. Where nearest rounding is better on them, it is kept.
 
 Measured on trained linears (36 of all-MiniLM-L6-v2, output error of the whole model, docs/experiments.md).
@@ -29,7 +30,9 @@ BLOCK = 128  # columns per step: what is behind a block is corrected once per bl
 OUTPUTS = 512  # that a worker rounds at a time
 SWEEPS = 2  # of coordinate descent; two more gain 2 %
 FEW_TOKENS = 2048  # below, the Gram matrix is noisy and a stronger damping is better
-DAMPING = {False: 0.01, True: 0.1}  # few tokens? -> fraction of the mean diagonal that is added to it
+# Noisy? -> fraction of the mean diagonal that is added to it. Noisy as well: tokens that count differently, since few
+# make up most of the sums.
+DAMPING = {False: 0.01, True: 0.1}
 ASYMMETRY = 0.75  # f; a trained two-expert model loses 9 % at 0.5 and 2 % at 1
 ASYMMETRY_DAMPING = 0.05  # lam / mean diagonal
 HELD_BACK = 2048  # most tokens that are kept for the comparison with nearest rounding
@@ -43,30 +46,34 @@ class Moments:
 
     gram: float32 [in, in], sum of xq xq^T over the tokens, xq the input in the model packed so far
     n_tokens: tokens in the sums
-    held: float32 [t, in], inputs xq of tokens that are not in the sums; t may be 0
-    held_float: float32 [t, in], the float model's inputs of the same tokens
+    counted: as how many they count together
+    held: float32 [t, in], inputs xq of tokens that are not in the sums, times the root of what each counts; t may be 0
+    held_float: float32 [t, in], the float model's inputs of the same tokens, likewise
     cross: float32 [in, in], sum of (x - xq) xq^T, x the same token's input in the float model; None where they agree
     pull: float32 [in, out], sum of xq (W (x - xq) + r - rq)^T for the one linear that reads these inputs; then no cross
-    held_missing: float32 [t, out], r - rq of the held-back tokens, with `pull`
+    held_missing: float32 [t, out], r - rq of the held-back tokens, likewise, with `pull`
+    weighed: whether tokens count differently
     """
 
     gram: Tensor
     n_tokens: int
+    counted: float
     held: Tensor
     held_float: Tensor
     cross: Tensor | None = None
     pull: Tensor | None = None
     held_missing: Tensor | None = None
+    weighed: bool = False
 
     @property
     def mean_square(self) -> Tensor:
         """[in] mean of xq^2."""
-        return self.gram.diagonal() / max(self.n_tokens, 1)
+        return self.gram.diagonal() / (self.counted or 1.0)
 
     @property
     def damping(self) -> float:
         """Fraction of the mean diagonal that makes the Gram matrix safe to invert."""
-        return DAMPING[self.n_tokens < FEW_TOKENS]
+        return DAMPING[self.weighed or self.n_tokens < FEW_TOKENS]
 
 
 class Sums:
@@ -78,16 +85,19 @@ class Sums:
         paired: whether float inputs differ from those of the packed model.
         weight: float32 [out, in] of a linear that alone reads these inputs and adds to the residual stream; None where
             several read them.
+        counts: float32 [tokens] as how many each token counts, in the order in which they will arrive; None: as one.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu", paired: bool = True,
-                 weight: Tensor | None = None):
+                 weight: Tensor | None = None, counts: Tensor | None = None):
         self._gram = torch.zeros(width, width, device=device)
         self._weight = weight if paired else None
         self._cross = torch.zeros(width, width, device=device) if paired and weight is None else None
         self._pull = None if self._weight is None else torch.zeros(width, len(weight), device=device)
         self._held: list[tuple[Tensor, ...]] = []
+        self._counts = None if counts is None else counts.to(device)
         self._seen = self._kept = 0
+        self._counted = 0.0
 
     @torch.no_grad()
     def add(self, packed: Tensor, exact: Tensor, missing: Tensor | None = None) -> None:
@@ -99,18 +109,23 @@ class Sums:
         """
         place = torch.arange(self._seen, self._seen + len(packed), device=packed.device)
         held = (place // _RUN % _EVERY == _EVERY - 1) & (place // (_RUN * _EVERY) < HELD_BACK // _RUN)
-        self._seen += len(packed)
         parts = (packed, exact) if self._weight is None else (packed, exact, missing)
+        counts = None if self._counts is None else self._counts[self._seen:self._seen + len(packed)]
+        if counts is not None:
+            parts = tuple(part * counts.sqrt()[:, None] for part in parts)
+        self._seen += len(packed)
         if held.any():
             self._held.append(tuple(part[held] for part in parts))
-            packed, exact, *rest = (part[~held] for part in parts)
-            missing = rest[0] if rest else None
+            parts = tuple(part[~held] for part in parts)
+            counts = None if counts is None else counts[~held]
+        packed, exact, *rest = parts
         self._kept += len(packed)
+        self._counted += len(packed) if counts is None else float(counts.sum())
         for start in range(0, len(self._gram), _TRIANGLE):  # what lies below the diagonal follows by symmetry
             self._gram[start:start + _TRIANGLE, start:].addmm_(packed[:, start:start + _TRIANGLE].t(),
                                                                packed[:, start:])
         if self._weight is not None:
-            self._pull.addmm_(packed.t(), torch.addmm(missing, exact - packed, self._weight.t()))
+            self._pull.addmm_(packed.t(), torch.addmm(rest[0], exact - packed, self._weight.t()))
         elif self._cross is not None:
             self._cross.addmm_((exact - packed).t(), packed)
 
@@ -124,7 +139,8 @@ class Sums:
         held = [torch.cat(parts) for parts in zip(*self._held, strict=True)]
         if not held:
             held = [self._gram.new_empty(0, len(self._gram))] * 2
-        return Moments(self._gram, self._kept, held[0], held[1], self._cross, self._pull, *held[2:])
+        return Moments(self._gram, self._kept, self._counted, held[0], held[1], self._cross, self._pull,
+                       held[2] if held[2:] else None, self._counts is not None)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,9 @@ class Activations(Protocol):
 
     facts: Sequence[Mapping[str, Any]]
 
-    def moments(self, group: layout.Group, target: Weights, current: Weights) -> gptq.Moments | None:
-        """Of the inputs of a group's linears; None where no token reaches them.
+    def moments(self, group: layout.Group, target: Weights, current: Weights) -> Sequence[gptq.Moments] | None:
+        """Of the inputs of each of a group's linears, which differ in how much a token counts; None where no token
+        reaches them.
 
         Args:
             target: the layer's float weights, scales moved.
@@ -266,7 +267,7 @@ def _unscaled(layer: _Layer, group: layout.Group) -> _Scaled:
     return _Scaled(wmax, before=awq.relative_errors(weights, [one], one, layer.codec, wmax)[0])
 
 
-def _round_group(layer: _Layer, group: layout.Group, moments: gptq.Moments | None,
+def _round_group(layer: _Layer, group: layout.Group, moments: Sequence[gptq.Moments] | None,
                  current: Weights | None) -> Quantized:
     scaled, codecs = layer.scaled[group.name], [layer.choices.get(name, layer.codec) for name in group.linears]
     weights = [layer.weight(name) for name in group.linears]
@@ -277,7 +278,8 @@ def _round_group(layer: _Layer, group: layout.Group, moments: gptq.Moments | Non
                for index, (w, codec) in enumerate(zip(weights, codecs, strict=True)) if codec is None}
     for codec in dict.fromkeys(codec for codec in codecs if codec is not None):
         own = [index for index, other in enumerate(codecs) if other == codec]
-        rounded |= zip(own, _round([weights[index] for index in own], scaled.m2, moments, codec, context), strict=True)
+        known_of = None if moments is None else [moments[index] for index in own]
+        rounded |= zip(own, _round([weights[index] for index in own], scaled.m2, known_of, codec, context), strict=True)
     details = [rounded[index].details for index in range(len(weights))]
     if current is not None and moments is None:
         details = [{**entry, "reason": "no captured tokens"} if entry["rounding"] != "bfloat16" else entry
@@ -314,11 +316,12 @@ class _Rounded(NamedTuple):
         return self.q.float() if self.codec is None else self.codec.dequantize(self.q)
 
 
-def _round(weights: Sequence[Tensor], m2: Tensor | None, moments: gptq.Moments | None, codec: Codec,
+def _round(weights: Sequence[Tensor], m2: Tensor | None, moments: Sequence[gptq.Moments] | None, codec: Codec,
            context: float | None) -> list[_Rounded]:
     """Linears of a group that get the same format."""
     if moments is not None:
-        packed, details = zip(*(_with_gptq(w, moments, codec, context) for w in weights), strict=True)
+        packed, details = zip(*(_with_gptq(w, own, codec, context) for w, own in zip(weights, moments, strict=True)),
+                              strict=True)
     elif m2 is None:
         packed = quantize_scaled(codec, weights, None, context)
         details = [{"rounding": "nearest"}] * len(weights)

@@ -35,7 +35,7 @@ from lance_quant.memory import peak_memory, reset_peak_memory
 from lance_quant.packed import PackedFolder
 from lance_quant.progress import progress
 from lance_quant.tasks import Answered, Drawn, Settings, answer_all, draw_all, force_all
-from lance_quant.tensorfile import TensorFile, TensorFileWriter, TensorSpec
+from lance_quant.tensorfile import TensorFile, write_tensors
 
 log = logging.getLogger("lance_quant")
 
@@ -165,11 +165,7 @@ def run_task(pipeline: Pipeline, samples: list[Question] | list[Prompt], setting
 
 def save_traces(path: Path, traces: Iterable[Mapping[str, Tensor]]) -> None:
     """A safetensors file of these tensors."""
-    tensors = {name: tensor for trace in traces for name, tensor in trace.items()}
-    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with TensorFileWriter(path, specs) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
+    write_tensors(path, {name: tensor for trace in traces for name, tensor in trace.items()})
 
 
 def made(prompt: Prompt, settings: Settings) -> str:

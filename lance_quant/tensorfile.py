@@ -370,3 +370,10 @@ class TensorFileWriter:
             if kind is None:
                 assert not self._missing, f"declared and never written: {sorted(self._missing)[:5]}"
                 self.flush()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A file of these tensors."""
+    with TensorFileWriter(path, {name: TensorSpec(x.dtype, tuple(x.shape)) for name, x in tensors.items()}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)

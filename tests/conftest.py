@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lance_quant import capture, layout
 from lance_quant.lance import samples
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.pipeline import Pipeline
+from lance_quant.stats import Collector, model_fingerprint
+from lance_quant.tensorfile import Checkpoint
 
 GOLDENS = Path(__file__).parent / "goldens"
 CPU = torch.device("cpu")
@@ -87,3 +90,21 @@ def recorded() -> Callable[[str], SimpleNamespace]:
         return found
 
     return of
+
+
+@pytest.fixture(scope="session")
+def captured(tmp_path_factory, pipeline):
+    """Two captures, and the statistics of the same runs."""
+    from made_up_requests import LAYERS, REQUESTS, SRC, TASKS, answer, draw
+
+    folder, model = tmp_path_factory.mktemp("capture"), pipeline.model
+    with Checkpoint(SRC) as source:
+        fingerprint = model_fingerprint(source)
+    for task, request in zip(TASKS, (draw, answer), strict=True):
+        with Collector(model, layout.linears(LAYERS)) as collector, \
+                capture.recording(model, folder / f"{task}.safetensors", task, fingerprint) as begin:
+            for seed in range(REQUESTS):
+                begin(seed)
+                request(model, seed)
+        collector.stats(task, {"model": fingerprint}).save(folder / f"{task}.pt")
+    return folder

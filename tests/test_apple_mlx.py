@@ -20,7 +20,7 @@ from apple.decoder import DecoderConfig, load_decoder
 from apple.mlx_codec import codec_of
 from apple.mlx_codes import FORMATS, dequantize, fake_quant_io, quantize
 from lance_quant import layout
-from lance_quant.capture import Call
+from lance_quant.calls import Call
 from lance_quant.codec import Grid, nearest_levels, quantize_searched
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LanceConfig

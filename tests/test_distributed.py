@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU, GOLDENS, relative
-from test_capture import draw
+from made_up_requests import draw
 
 import awq_calibrate_single
 import run_baseline

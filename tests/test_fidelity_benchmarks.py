@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import CPU
@@ -21,9 +22,9 @@ import synthetic_lance
 
 from lance_nano import evaluate
 from lance_nano.evaluate import Share
-from lance_quant import capture
 from lance_quant.codec import Int4
 from lance_quant.errors import InputError
+from lance_quant.replay import Replay
 
 CONFIG_OF = fidelity_synthetic.config_of
 # Lance's structure, smaller than any --shrink.
@@ -76,7 +77,7 @@ def test_the_target_of_every_method_is_the_float_layer(layer, method):
     recipe rounds its norms to bfloat16, the target's weights make up for that."""
     weights, calls, stats = layer
     packed, target = fidelity_synthetic.quantize(0, weights, method, Int4(64), stats,
-                                                 capture.Replay(CONFIG, calls, CPU))
+                                                 Replay(CONFIG, calls, CPU))
     wanted, same, off = (fidelity_synthetic.run(CONFIG, 0, w, calls)[0] for w in (weights, target, packed))
     assert fidelity_synthetic.relative(wanted, same, calls) < 1e-9  # float32 sums in another order: 1e-12
     assert 1e-4 < fidelity_synthetic.relative(wanted, off, calls) < 0.5
@@ -99,7 +100,7 @@ def test_cost_is_measured_with_the_layers_own_size(method):
     linears = 2 * (2 * 128 * 128 + 2 * 128 * 16 + 3 * 128 * 256)
     assert 4 * linears < found["layer_bytes"] < 1.02 * 4 * linears < found["peak_bytes"]
     assert found["full_model_hours"] == found["cpu_seconds"] * 36 / 3600 and found["cpu_seconds"] > 0
-    assert ("inputs_seconds" in found) == (method == "ours")
+    assert (min(found.get("inputs_seconds", 0), found.get("relevance_seconds", 0)) > 0) == (method == "ours")
     assert f"| {method} |" in quantize_cost.table({method: found})
 
 
@@ -141,7 +142,7 @@ def test_nano_methods_are_measured_on_the_float_models_own_tokens(monkeypatch):
     args = fidelity_nano.parse_args(["--formats", "int4", "--answers", "2", "--n", "1", "--traced", "1", "--steps", "2",
                                      "--questions", "1", "--captions", "1"])
     found = fidelity_nano.measure(0, args)
-    assert torch.cat(fidelity_nano.kl_of(found["float"])).max() < 1e-6
+    assert np.concatenate(fidelity_nano.kl_of(found["float"])).max() < 1e-6
     assert (len(found["float"]["kl"]), len(found["float"]["kl_long"])) == (2, 1)
     assert max(found["float"]["velocity"]) < 1e-5
     assert found["float"]["same"] == Share(2, 2)  # a short question and a description
@@ -154,7 +155,7 @@ def test_nano_needs_something_to_measure():
 
 
 def test_nano_rows_pool_the_seeds_and_are_compared_with_published():
-    short, long = torch.full((2,), 0.1), torch.full((8,), 0.1)
+    short, long = np.full(2, 0.1), np.full(8, 0.1)
     row = {"answers": Share(9, 10), "same": Share(8, 10), "pictures": Share(10, 10), "kl": [short], "kl_long": [long],
            "velocity": [0.1, 0.3]}
     better = row | {"kl": [0.5 * short], "kl_long": [0.2 * long], "velocity": [0.1, 0.1]}
@@ -174,12 +175,12 @@ def test_nano_rows_pool_the_seeds_and_are_compared_with_published():
 
 
 def test_the_loudest_percent_by_hand():
-    assert fidelity_nano.top_percent(torch.tensor([1.0] * 100 + [30.0] * 50 + [50.0] * 50)) == 100 / 4100
+    assert fidelity_nano.top_percent(np.array([1.0] * 100 + [30.0] * 50 + [50.0] * 50)) == 100 / 4100
 
 
 def test_an_interval_of_equal_ratios_is_that_ratio():
     """Answers differ a hundredfold, and the ratio does not: drawing pairs is exact, drawing apart would be far off."""
-    theirs = [[torch.tensor([0.01 * 10 ** (index % 3)]) for index in range(50)]] * 2
+    theirs = [[np.array([0.01 * 10 ** (index % 3)]) for index in range(50)]] * 2
     ours = [[0.3 * part for part in seed] for seed in theirs]
     assert fidelity_nano.ratio_interval(ours, theirs) == pytest.approx([0.3, 0.3], rel=1e-5)
 

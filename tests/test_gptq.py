@@ -142,6 +142,56 @@ def test_the_target_makes_up_for_what_the_residual_stream_lacks(codec):
     assert left["stream"] < 0.7 * left["output"]
 
 
+def test_a_token_that_counts_twice_is_there_twice():
+    """As many tokens as are in front of the first that is held back, so that all are in the sums."""
+    exact, packed, missing = (part[:112] for part in drifted())
+    counts = torch.ones(100)
+    counts[40:52] = 2.0
+    twice = [torch.cat([part[:100], part[40:52]]) for part in (packed, exact, missing)]
+    for weight_ in (None, weight().t()):
+        sums = gptq.Sums(IN, weight=weight_, counts=counts)
+        for start in (0, 30, 60):  # pieces need not end where counts change
+            end = 100 if start == 60 else start + 30
+            sums.add(packed[start:end], exact[start:end], missing[start:end])
+        repeated = gptq.Sums(IN, weight=weight_)
+        repeated.add(*twice)
+        found, wanted = sums.moments(), repeated.moments()
+        assert (found.n_tokens, found.counted, wanted.counted) == (100, 112, 112)
+        for name in ("gram", "cross", "pull", "mean_square"):
+            assert (getattr(found, name) is None) == (getattr(wanted, name) is None)
+            if getattr(found, name) is not None:
+                torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-4, atol=1e-4)
+
+
+@codecs
+def test_a_token_that_counts_more_is_met_more_closely(codec):
+    """Two halves of the tokens with directions of their own; the error moves to the half that counts for less."""
+    w, x = weight(), torch.cat([correlated(2048), correlated(2048, seed=2).flip(1)])
+    errors = []
+    for louder in (slice(0, 2048), slice(2048, 4096)):
+        counts = torch.full((4096,), 0.02)
+        counts[louder] = 1.98
+        sums = gptq.Sums(IN, counts=counts)
+        sums.add(x, x)
+        values = gptq.round_weight(w, sums.moments(), codec, context_of(codec, w)).values
+        errors.append([float((x[half] @ (values - w)).square().sum()) for half in (slice(0, 2048), slice(2048, 4096))])
+    assert errors[0][0] < 0.9 * errors[1][0] and errors[1][1] < 0.9 * errors[0][1], errors
+
+
+def test_held_back_tokens_are_judged_by_what_they_count():
+    exact, packed, _ = drifted()
+    counts = torch.linspace(0, 2, len(exact))
+    sums = gptq.Sums(IN, counts=counts)
+    sums.add(packed, exact)
+    moments = sums.moments()
+    done = gptq.round_weight(weight(), moments, Int4(32), None)
+    place = torch.arange(len(exact))
+    held = (place // 16 % 8 == 7) & (place // 128 < 128)
+    off = (packed[held] @ done.values - exact[held] @ weight()).square().sum(1)
+    signal = (exact[held] @ weight()).square().sum(1)
+    assert done.after == pytest.approx(float((off * counts[held]).sum() / (signal * counts[held]).sum()), rel=1e-4)
+
+
 def test_held_back_tokens_judge_the_stream_as_well():
     exact, packed, missing = drifted()
     sums = gptq.Sums(IN, weight=weight().t())
@@ -255,3 +305,6 @@ def test_tokens_may_arrive_in_any_pieces():
 
 def test_few_tokens_are_damped_more():
     assert moments_of(rand(500, 4)).damping == 0.1 and moments_of(rand(9000, 4)).damping == 0.01
+    sums = gptq.Sums(4, counts=torch.ones(9000))
+    sums.add(rand(9000, 4), rand(9000, 4))
+    assert sums.moments().damping == 0.1  # few of them may make up most

@@ -134,7 +134,7 @@ def test_gptq_gives_the_same_with_and_without_a_compiler(codec, n_out, monkeypat
     """More columns than gptq.BLOCK, more outputs than gptq.OUTPUTS; two threads and one."""
     n_in = width_of(codec)
     x = rand(3 * n_in, n_in) @ rand(n_in, n_in, seed=1)
-    moments = gptq.Moments(x.t() @ x, len(x), x[:0], x[:0])
+    moments = gptq.Moments(x.t() @ x, len(x), len(x), x[:0], x[:0])
     w_io = rand(n_in, n_out, seed=2) * 0.02
     w_io[:, n_out // 2] = 0
     before = torch.get_num_threads()

@@ -1,38 +1,38 @@
 import pytest
 import torch
 from conftest import CPU
-from test_capture import LAYERS, SRC, captured, weights_of  # noqa: F401 - a fixture
+from made_up_requests import LAYERS, SRC, TASKS, captures_in, weights_of
 
 import awq_apply
 from lance_quant import awq, gptq, layout, sensitivity
-from lance_quant.capture import Call, layer_around, load
+from lance_quant.calls import Call
+from lance_quant.capture import load
 from lance_quant.errors import InputError
+from lance_quant.gradients import layer_around
 from lance_quant.packed import PackedFolder
 from lance_quant.stats import ActStats, merge, model_fingerprint
 from lance_quant.tensorfile import Checkpoint
 
-TASKS = ("x2t_image", "t2i")
 
-
-def effects_of(captured, tasks=TASKS):  # noqa: F811
-    return sensitivity.effects_of(SRC, [captured / f"{task}.safetensors" for task in tasks], CPU)
+def effects_of(captured, tasks=TASKS):
+    return sensitivity.effects_of(SRC, captures_in(captured, tasks), CPU)
 
 
 @torch.no_grad()
 def outputs(effects, changed):
     """What comes out of the wanted calls, by expert, with some weights changed."""
-    states = [call.streams for call in effects._calls]
+    gradients = effects._gradients
+    states = [call.streams for call in gradients.calls]
     for index in range(LAYERS):
         weights = weights_of(index)
         weights.update({name: weight for name, weight in changed.items() if name in weights})
-        states = list(effects._run(layer_around(effects._config, index, weights), states))
-    ends = effects.ends()
-    return {expert: torch.cat([ends[expert](states[place][expert]).flatten() for place, other in
-                               effects._wanted.items() if other == expert]) for expert in ("und", "gen")}
+        states = list(gradients.run(layer_around(gradients.config, index, weights), states))
+    return {expert: torch.cat([gradients._end(place, states[place][expert]).flatten() for place, other in
+                               gradients.wanted.items() if other == expert]) for expert in ("und", "gen")}
 
 
 @pytest.fixture(scope="module")
-def effects(captured):  # noqa: F811
+def effects(captured):
     """Few tokens, and F of every linear beside them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sensitivity, "PROBES", 16)
@@ -60,7 +60,7 @@ def test_effects_predict_what_an_error_does(effects, layer, expert, kind):
     assert float(effects.found[name].sum()) * scale**2 == pytest.approx(sum(changes) / len(changes), rel=0.4)
 
 
-def test_what_is_never_read_has_no_effect(captured, monkeypatch):  # noqa: F811
+def test_what_is_never_read_has_no_effect(captured, monkeypatch):
     """The last layer's down_proj of the prompt's tokens does nothing where only latents are wanted."""
     monkeypatch.setattr(sensitivity, "TOKENS", 60)
     effects = effects_of(captured)
@@ -71,14 +71,14 @@ def test_what_is_never_read_has_no_effect(captured, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("task, message", [("x2t_image", "no latents"), ("t2i", "no answers")])
-def test_captures_of_one_expert_are_refused(captured, task, message):  # noqa: F811
+def test_captures_of_one_expert_are_refused(captured, task, message):
     with pytest.raises(InputError, match=message):
         effects_of(captured, [task])
 
 
 def call(rows, length, tokens, gen=False):
     streams = {"und": torch.zeros(len(rows), tokens, 2)} | ({"gen": torch.zeros(len(rows), 4, 2)} if gen else {})
-    return Call(rows, (length,) * len(rows), not gen, streams, (torch.zeros(1),) * 2)
+    return Call(rows, (length,) * len(rows), not gen, streams, (torch.zeros(1),) * 2, decoded=0 if gen else 1)
 
 
 def test_requests_are_taken_evenly_with_everything_they_read(monkeypatch):
@@ -98,7 +98,7 @@ def test_requests_are_taken_evenly_with_everything_they_read(monkeypatch):
     assert len(kept) == 1 + 6 + sum(2 if row % 2 else 1 for row in {kept[place].rows[0] for place in steps})
 
 
-def test_every_captured_call_reads_what_is_kept(captured):  # noqa: F811
+def test_every_captured_call_reads_what_is_kept(captured):
     with Checkpoint(SRC) as source:
         fingerprint = model_fingerprint(source)
     for task in TASKS:
@@ -109,11 +109,11 @@ def test_every_captured_call_reads_what_is_kept(captured):  # noqa: F811
             ends |= {row: length + found.length for row, length in zip(found.rows, found.lengths, strict=True)}
 
 
-def test_a_budget_with_captures_takes_their_word(captured, tmp_path, monkeypatch):  # noqa: F811
+def test_a_budget_with_captures_takes_their_word(captured, tmp_path, monkeypatch):
     """The same budget, but other choices."""
     monkeypatch.setattr(awq, "GRID", 2)
     rest = ["--src", str(SRC), "--stats", str(captured / "all.pt"), "--device", "cpu", "--bits_budget", "4.6"]
-    captures = ["--capture", *(str(captured / f"{task}.safetensors") for task in TASKS)]
+    captures = ["--capture", *map(str, captures_in(captured))]
     merge([ActStats.load(captured / f"{task}.pt") for task in TASKS]).save(captured / "all.pt")
     chosen = {}
     monkeypatch.setattr(sensitivity, "TOKENS", 60)
@@ -127,7 +127,7 @@ def test_a_budget_with_captures_takes_their_word(captured, tmp_path, monkeypatch
     assert chosen["captures"] != chosen["stats"]
 
 
-def test_measuring_asks_from_the_last_layer_to_the_first(captured, monkeypatch):  # noqa: F811
+def test_measuring_asks_from_the_last_layer_to_the_first(captured, monkeypatch):
     monkeypatch.setattr(sensitivity, "TOKENS", 60)
     effects = effects_of(captured)
     with pytest.raises(AssertionError, match="from the last"):

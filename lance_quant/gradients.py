@@ -1,0 +1,167 @@
+"""Gradients of what comes out of the model, on captured calls, inside one layer at a time.
+
+What comes out are the final hidden states that an answer's tokens are read off, and the velocities of a denoising step.
+Let y be either, and r random signs on it. The gradient of the sum of r * y with respect to anything inside, squared and
+averaged over r, says how much errors there change y, to first order. Both y count relative to their energy, so that
+answers and pictures weigh the same.
+
+Layers are run forward once, with their inputs kept, and then backward one after another, so that one layer's weights
+and gradients are in memory at a time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lance_quant import layout
+from lance_quant.calls import Call
+from lance_quant.lance.config import LanceConfig
+from lance_quant.lance.mot import Layer, RMSNorm, Streams
+from lance_quant.layout import SUFFIX, Expert
+from lance_quant.ours import Weights
+from lance_quant.tensorfile import Checkpoint
+
+Ends = Mapping[Expert, nn.Module]  # what turns an expert's last hidden states into what comes out
+
+
+class _GraphRow:
+    """A cache row (lance.cache.CacheRow) that a gradient can pass: nothing is overwritten."""
+
+    mask = None
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._past: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See CacheRow; for the one layer that a row serves here."""
+        if self._past is not None:
+            keys, values = (torch.cat([past[:, :self.length], new], 1)
+                            for past, new in zip(self._past, (keys, values), strict=True))
+        assert keys.shape[1] > self.length, "a call reads what no call before it left"
+        self._past = keys, values
+        return keys, values
+
+
+class Gradients:
+    """See the module docstring.
+
+    Args:
+        config: sizes of the model.
+        layers: the tensors of a layer, float32 on `device`.
+        count: number of layers.
+        ends: of the experts that `wanted` names.
+        calls: in order, with everything that they read.
+        wanted: place in `calls` -> the expert whose output is looked at, of calls that no other reads. Of "und" these
+            are the decoded tokens.
+        device: where layers run; hidden states wait on the CPU.
+        probes: draws of r.
+    """
+
+    def __init__(self, config: LanceConfig, layers: Callable[[int], Weights], count: int, ends: Ends,
+                 calls: Sequence[Call], wanted: Mapping[int, Expert], device: torch.device, probes: int):
+        self.config, self.calls, self.wanted, self._ends, self._device = config, calls, wanted, ends, device
+        self._inputs: list[list[Streams]] = []
+        states = [call.streams for call in calls]
+        with torch.no_grad():
+            for index in range(count):
+                self._inputs.append(states)
+                outputs = self.run(layer_around(config, index, layers(index)), states)
+                states = [{expert: x.cpu() for expert, x in streams.items()} for streams in outputs]
+            self.energy = {expert: sum(float(self._end(place, states[place][expert]).square().sum())
+                                       for place, other in wanted.items() if other == expert)
+                           for expert in sorted(set(wanted.values()))}
+        # By probe and call: the gradient of what the next layer takes in.
+        self._upstream = list(self._probes(states, probes))
+
+    def run(self, layer: Layer, states: Sequence[Streams]) -> Iterator[Streams]:
+        """The outputs of a layer, call by call."""
+        rows = {row: _GraphRow() for call in self.calls for row in call.rows}
+        for call, streams in zip(self.calls, states, strict=True):
+            for row, length in zip(call.rows, call.lengths, strict=True):
+                rows[row].length = length
+            yield layer({expert: x.to(self._device) for expert, x in streams.items()},
+                        tuple(x.to(self._device) for x in call.rope), [rows[row] for row in call.rows], 0, call.causal)
+
+    def _end(self, place: int, x: Tensor) -> Tensor:
+        """y of a wanted call, from what the last layer gives of its expert's stream."""
+        expert = self.wanted[place]
+        return self._ends[expert](x[:, -self.calls[place].decoded:] if expert == "und" else x)
+
+    def _probes(self, states: Sequence[Streams], probes: int) -> Iterator[list[Streams]]:
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(probes):
+            out = [{expert: torch.zeros_like(x) for expert, x in streams.items()} for streams in states]
+            for place, expert in self.wanted.items():
+                x = states[place][expert].detach().requires_grad_()
+                with torch.enable_grad():
+                    y = self._end(place, x)
+                    signs = torch.randint(2, y.shape, generator=generator).mul_(2).sub_(1)
+                    scale = self.energy[expert] ** 0.5 or 1.0
+                    (out[place][expert],) = torch.autograd.grad((y * signs).sum() / scale, x)
+            yield out
+
+    def of_layer(self, index: int, weights: Weights, watch: Callable[[Layer], list[Tensor]],
+                 use: Callable[[list[Tensor]], None]) -> None:
+        """Go back through a layer; layers are asked for from the last to the first.
+
+        Args:
+            weights: the layer's tensors, float32.
+            watch: given the layer, what to differentiate by; the list may still grow while the layer runs.
+            use: called once per probe with the gradients of what was watched.
+        """
+        assert index == len(self._inputs) - 1, "layers are asked for from the last to the first"
+        with torch.enable_grad():
+            layer = layer_around(self.config, index, weights)
+            watched = watch(layer)
+            inputs = [{expert: x.to(self._device).detach().requires_grad_() for expert, x in streams.items()}
+                      for streams in self._inputs.pop()]
+            outputs = list(self.run(layer, inputs))
+        flat = [x for given in inputs for x in given.values()]
+        for probe, upstream in enumerate(self._upstream):
+            seeds = [upstream[place][expert].to(self._device) for place, out in enumerate(outputs) for expert in out]
+            found = torch.autograd.grad([x for out in outputs for x in out.values()], [*watched, *flat], seeds,
+                                        retain_graph=probe + 1 < len(self._upstream), materialize_grads=True)
+            use(list(found[:len(watched)]))
+            left = iter(found[len(watched):])
+            self._upstream[probe] = [{expert: next(left).cpu() for expert in given} for given in inputs]
+
+
+def layer_around(config: LanceConfig, index: int, weights: Weights) -> Layer:
+    """The runtime's layer around these tensors, without copying them."""
+    with torch.device("meta"):
+        layer = Layer(config)
+    given = {inside(name, index): tensor for name, tensor in weights.items()}
+    layer.load_state_dict({**layer.state_dict(), **given}, assign=True)  # an expert that is not given stays on meta
+    return layer.requires_grad_(False)
+
+
+def inside(name: str, index: int) -> str:
+    """The name that a tensor or a module of a layer has inside of it."""
+    return name.removeprefix(f"{layout.LAYERS}.{index}.")
+
+
+def layers_of(source: Checkpoint, device: torch.device) -> Callable[[int], Weights]:
+    """What reads the tensors of a layer, float32 on `device`."""
+    return lambda index: {name: source.read(name, torch.float32, device)
+                          for name in layout.of_layer(source.specs, index)}
+
+
+def ends_of(source: Checkpoint, config: LanceConfig) -> Ends:
+    """The final norms, and the velocity behind that of latents; on the CPU."""
+    return {"und": _norm(source, config, "und"), "gen": nn.Sequential(_norm(source, config, "gen"), _velocity(source))}
+
+
+def _velocity(source: Checkpoint) -> nn.Linear:
+    weight, bias = (source.read(f"llm2vae.{part}", torch.float32) for part in ("weight", "bias"))
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight, linear.bias = (nn.Parameter(x, requires_grad=False) for x in (weight, bias))
+    return linear
+
+
+def _norm(source: Checkpoint, config: LanceConfig, expert: Expert) -> RMSNorm:
+    weight = source.read(f"language_model.model.norm{SUFFIX[expert]}.weight", torch.float32)
+    norm = RMSNorm(len(weight), config.rms_norm_eps)
+    norm.weight = nn.Parameter(weight, requires_grad=False)
+    return norm

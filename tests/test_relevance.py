@@ -1,0 +1,142 @@
+import pytest
+import torch
+from conftest import CPU
+from made_up_requests import LAYERS, SRC, TASKS, captures_in, weights_of
+
+import awq_apply
+from lance_quant import capture, layout, relevance
+from lance_quant.calls import batched, requests, with_outputs
+from lance_quant.gradients import Gradients, ends_of, inside, layer_around, layers_of
+from lance_quant.replay import Replay
+from lance_quant.stats import model_fingerprint
+from lance_quant.tensorfile import Checkpoint
+
+
+@pytest.fixture(scope="module")
+def source():
+    with Checkpoint(SRC) as source:
+        yield source
+
+
+def load(captured, source, tasks=TASKS, most=100):
+    """Sizes, and the calls of at most so many requests."""
+    config, calls, _ = capture.load_all(captures_in(captured, tasks), model_fingerprint(source))
+    return config, batched([call for request in requests(calls)[:most] for call in request], 64)
+
+
+def places(calls, expert):
+    """Call and place in it of every token of an expert, in order."""
+    return [(index, token) for index, call in enumerate(calls) if expert in call.streams
+            for token in range(len(call.rows) * call.streams[expert].shape[1])]
+
+
+@pytest.mark.parametrize("task, kind, layer", [("x2t_image", "k_proj", 0), ("x2t_image", "down_proj", 1),
+                                               ("t2i", "v_proj", 0), ("t2i", "o_proj_moe_gen", 1)])
+def test_relevance_is_what_an_error_there_does(captured, source, monkeypatch, task, kind, layer):
+    """Small errors of random sign in what a linear gives for one token, 24 draws, against 64 probes: each mean of
+    dozens of effective squares is within 25 % or so of the truth. Chunks are small, so that there are several."""
+    monkeypatch.setattr(relevance, "PROBES", 64)
+    monkeypatch.setattr(relevance, "CHUNK", 60)
+    monkeypatch.setattr(relevance, "EVEN", 0.0)
+    config, calls = load(captured, source, [task], 4 if task == "x2t_image" else 1)
+    assert len(list(relevance._chunks(calls))) > 1
+    name = f"{layout.LAYERS}.{layer}.{'mlp' if 'down' in kind else 'self_attn'}.{kind}"
+    found = relevance.of_checkpoint(source, config, calls, CPU)[name]
+    tokens = places(calls, layout.expert_of(name))
+    assert len(found) == len(tokens) and found.mean() == pytest.approx(1, abs=1e-3)
+    gradients = Gradients(config, layers_of(source, CPU), LAYERS, ends_of(source, config), calls, with_outputs(calls),
+                          CPU, 0)
+    exact = outputs(gradients)
+    chosen = found.sort().indices[torch.linspace(len(found) // 2, len(found) - 1, 5).long()]
+    changes = torch.tensor([[float((outputs(gradients, name, *tokens[index], seed) - exact).square().sum())
+                             for seed in range(24)] for index in chosen.tolist()]).mean(1)
+    ratios = changes / changes.sum() / (found[chosen] / found[chosen].sum())
+    assert ratios.log().abs().max() < 0.7, ratios  # a factor of two
+
+
+@torch.no_grad()
+def outputs(gradients, name="", call=0, token=0, seed=0):
+    """Everything that comes out, with an error in what a linear gives for one token of a call."""
+    states = [call.streams for call in gradients.calls]
+
+    def spoil(_, args, output):
+        if next(counted) == call:
+            signs = torch.randint(2, output.shape[-1:], generator=torch.Generator().manual_seed(seed)) * 2 - 1
+            output.flatten(0, -2)[token] += 1e-3 * signs
+
+    for index in range(LAYERS):
+        layer = layer_around(gradients.config, index, weights_of(index))
+        if name.startswith(f"{layout.LAYERS}.{index}."):
+            counted = iter([place for place, other in enumerate(gradients.calls)
+                            if layout.expert_of(name) in other.streams])
+            layer.get_submodule(inside(name, index)).register_forward_hook(spoil)
+        states = list(gradients.run(layer, states))
+    return torch.cat([gradients._end(place, states[place][expert]).flatten()
+                      for place, expert in gradients.wanted.items()])
+
+
+def test_in_the_last_layer_queries_and_mlps_count_where_something_is_read_off(captured, source):
+    """Keys and values count everywhere, since other tokens look at them."""
+    config, calls = load(captured, source)
+    found = relevance.of_checkpoint(source, config, calls, CPU)
+    read_off = torch.tensor([bool(calls[index].decoded) and
+                             token % calls[index].length >= calls[index].length - calls[index].decoded
+                             for index, token in places(calls, "und")])
+    assert 0 < read_off.sum() < len(read_off)
+    for kind in ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        counts = found[layout.linear(LAYERS - 1, "und", kind)]
+        assert (counts[~read_off] == torch.tensor(relevance.EVEN)).all(), kind
+        assert (counts[read_off] > relevance.EVEN).all()
+    for kind in ("k_proj", "v_proj"):
+        assert (found[layout.linear(LAYERS - 1, "und", kind)] > relevance.EVEN).float().mean() > 0.9
+
+
+def test_answers_and_latents_weigh_the_same(captured, source, monkeypatch):
+    """The text in front of pictures counts beside that in front of answers, whatever the two are measured in."""
+    monkeypatch.setattr(relevance, "EVEN", 0.0)
+    config, calls = load(captured, source)
+    counts = relevance.of_checkpoint(source, config, calls, CPU)[layout.linear(0, "und", "v_proj")]
+    answer = torch.tensor([not any("gen" in other.streams for other in calls
+                                   if set(other.rows) & set(calls[index].rows))
+                           for index, _ in places(calls, "und")])
+    share = counts[answer].sum() / counts.sum()
+    assert 0.05 < share < 0.95, share
+
+
+def test_every_linear_that_tokens_reach_has_a_count_for_each(captured, source):
+    config, calls = load(captured, source, ["x2t_image"])
+    found = relevance.of_checkpoint(source, config, calls, CPU)
+    assert set(found) == {name for name in layout.linears(LAYERS) if layout.expert_of(name) == "und"}
+    assert {len(counts) for counts in found.values()} == {len(places(calls, "und"))}
+
+
+def test_all_tokens_count_the_same_where_nothing_comes_out(captured, source):
+    config, calls = load(captured, source, ["x2t_image"])
+    prompts = [call for call in calls if not call.decoded]
+    found = relevance.of_checkpoint(source, config, prompts, CPU)
+    assert len(found) == 7 * LAYERS and all((counts == 1).all() for counts in found.values())
+    assert relevance.of_checkpoint(source, config, [], CPU) == {}
+
+
+def test_a_job_that_goes_on_does_not_weigh_again(captured, tmp_path, monkeypatch):
+    common = ["--src", str(SRC), "--stats", str(captured / "t2i.pt"), "--device", "cpu", "--resume", "--capture",
+              *map(str, captures_in(captured)), "--out", str(tmp_path / "out")]
+    measure, go_on, weighed = relevance.measure, Replay.advance, []
+
+    def counting(*args):
+        weighed.append(args)
+        return measure(*args)
+
+    monkeypatch.setattr(relevance, "measure", counting)
+
+    def failing(self, layer, target, current):
+        if layer == 1:
+            raise KeyboardInterrupt
+        go_on(self, layer, target, current)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Replay, "advance", failing)
+        with pytest.raises(KeyboardInterrupt):
+            awq_apply.main(common)
+    awq_apply.main(common)
+    assert len(weighed) == 1

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from conftest import CPU, relative
+from made_up_requests import LAYERS, SRC, TASKS, captures_in, draw, in_order, weights_of
+from safetensors.torch import load_file
+
+import awq_apply
+import nvfp4_apply
+from lance_quant import capture, layout
+from lance_quant import replay as replay_module
+from lance_quant.lance.loader import load_lance
+from lance_quant.packed import PackedFolder
+from lance_quant.replay import Replay
+from lance_quant.stats import ActStats, merge, model_fingerprint
+from lance_quant.tensorfile import Checkpoint
+from quantized_linear import swap_linears
+
+
+def even_replay(captured):
+    """All tokens count the same."""
+    with Checkpoint(SRC) as source:
+        config, calls, _ = capture.load_all(captures_in(captured), model_fingerprint(source))
+    return Replay(config, calls, CPU)
+
+
+def test_a_replay_sees_what_the_model_saw(captured):
+    """Second moments of every linear's input, summed over both captures, are those of the collected statistics."""
+    stats = merge([ActStats.load(captured / f"{task}.pt") for task in TASKS])
+    replay = even_replay(captured)
+    for index in range(LAYERS):
+        weights = weights_of(index)
+        for group in in_order(index):
+            moments, *others = replay.moments(group, weights, weights)
+            assert all(other is moments for other in others), "one Gram matrix serves them all"
+            seen = stats.linears[group.linears[0]]
+            assert moments.n_tokens + len(moments.held) == seen.n_tokens
+            sums = moments.gram.diagonal() + moments.held.square().sum(0)
+            assert relative(sums, seen.sum_sq) < 1e-5, group.name
+            assert all(sums is None or not sums.any() for sums in (moments.cross, moments.pull))
+        replay.advance(index, weights, weights)
+
+
+def test_places_cannot_come_out_of_order(captured):
+    """Behind the MLP's norm the states are those after attention."""
+    replay, weights = even_replay(captured), weights_of(0)
+    groups = in_order(0)
+    replay.moments(groups[-1], weights, weights)
+    with pytest.raises(AssertionError, match="attention of this layer"):
+        replay.moments(groups[0], weights, weights)
+
+
+def test_calls_replayed_together_see_the_same(captured, monkeypatch):
+    """Requests side by side, and denoising steps, which share their rows' past and overwrite what they leave behind."""
+    weights, seen = weights_of(0), {}
+    for batch in (1, 4096):
+        monkeypatch.setattr(replay_module, "BATCH", batch)
+        replay = even_replay(captured)
+        seen[batch] = len(replay._exact), [replay.moments(group, weights, weights)[0] for group in in_order(0)]
+    assert seen[4096][0] < 0.3 * seen[1][0]
+    for one, many in zip(seen[1][1], seen[4096][1], strict=True):
+        sums = [moments.gram + moments.held.t() @ moments.held for moments in (one, many)]  # held back are others
+        torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("script, flags", [(awq_apply, ["--group_size", "32"]), (nvfp4_apply, ["--slim"])],
+                         ids=["int4", "nvfp4"])
+def test_gptq_on_replayed_inputs_is_closer_to_the_float_model(captured, tmp_path, pipelines, script, flags):
+    """Through the command line. Judged on a captured request: inputs of random weights and random tokens have no
+    structure that would carry over to others (trained ones: benchmarks/fidelity_nano.py)."""
+    common = ["--src", str(SRC), "--stats", str(captured / "t2i.pt"), "--device", "cpu", *flags]
+    script.main([*common, "--out", str(tmp_path / "plain")])
+    script.main([*common, "--out", str(tmp_path / "gptq"), "--capture", *map(str, captures_in(captured))])
+    wanted, error = draw(pipelines["f32"].model, seed=3), {}
+    for name in ("plain", "gptq"):
+        with PackedFolder(tmp_path / name) as folder:
+            model = load_lance(folder.checkpoint, pipelines["f32"].model.config, CPU, torch.float32, torch.float32,
+                               lambda model, folder=folder: swap_linears(model, folder, torch.float32, CPU))
+        error[name] = sum(relative(a, b) ** 2 for a, b in zip(draw(model, seed=3), wanted, strict=True))
+    assert error["gptq"] < 0.8 * error["plain"], error
+    with PackedFolder(tmp_path / "gptq") as folder:
+        entries = folder.meta["per_weight"].values()
+        assert {entry["rounding"] for entry in entries} <= {"gptq", "nearest"}
+        assert sum(entry["rounding"] == "gptq" for entry in entries) > len(entries) / 2
+
+
+def test_an_interrupted_run_goes_on_from_its_stored_states(captured, tmp_path, monkeypatch):
+    """The second run ends with the bytes of a run that was not interrupted."""
+    common = ["--src", str(SRC), "--stats", str(captured / "t2i.pt"), "--device", "cpu", "--capture",
+              str(captured / "t2i.safetensors")]
+    awq_apply.main([*common, "--out", str(tmp_path / "whole")])
+    advance = Replay.advance
+
+    def failing(self, layer, target, current):
+        if layer == 1:
+            raise KeyboardInterrupt
+        advance(self, layer, target, current)
+
+    monkeypatch.setattr(Replay, "advance", failing)
+    with pytest.raises(KeyboardInterrupt):
+        awq_apply.main([*common, "--out", str(tmp_path / "out"), "--resume"])
+    monkeypatch.undo()
+    awq_apply.main([*common, "--out", str(tmp_path / "out"), "--resume"])
+    first, second = (load_file(tmp_path / name / "awq_state_dict.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_expert_without_captured_tokens_says_so(captured, tmp_path):
+    awq_apply.main(["--src", str(SRC), "--stats", str(captured / "t2i.pt"), "--device", "cpu", "--capture",
+                    str(captured / "x2t_image.safetensors"), "--out", str(tmp_path / "out")])
+    with PackedFolder(tmp_path / "out") as folder:
+        for name, entry in folder.meta["per_weight"].items():
+            gen = layout.expert_of(name) == "gen"
+            assert (entry.get("reason") == "no captured tokens") == gen
+            assert (entry["rounding"] == "searched") == gen
