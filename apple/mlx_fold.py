@@ -74,7 +74,7 @@ class Calibration:
         def weigh(calls: Sequence[Call]) -> Relevance:
             norm = RMSNorm(config.hidden_size, config.rms_norm_eps).requires_grad_(False)
             norm.weight.copy_(source.read(f"{NORM}.weight", torch.float32))
-            return relevance.measure(config, lambda index: layer_weights(source, index, device),
+            return relevance.measure(config, lambda _: lambda index: layer_weights(source, index, device),
                                      config.num_hidden_layers, {"und": norm}, calls, device)
 
         return cls(measured, fingerprint, Replay(config, alone, device, facts, weigh))

@@ -10,6 +10,7 @@ Needs   1.5 GB of memory per worker; on one CPU core about 20 minutes per seed
 
 A seed decides which samples calibrate and which are held out, and the noise of the pictures. rtn: nearest rounding,
 nothing scaled. published: `--recipe published`. ours_diagonal: ours from statistics alone. ours: with --capture.
+ours_even: the same, but all tokens count alike in GPTQ, and its damping is that for such (lance_quant/gptq.py).
 
 Rates are pooled over the seeds, with 95 % Wilson intervals; answers are compared with the truth, and with the float
 model's. KL: nats per token, teacher-forced on the float model's own answers to `--answers` further questions and a
@@ -53,7 +54,7 @@ from lance_quant.lance.generation import Sampling, Step
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.lance.tokens import VIT, mrope_positions
 from lance_quant.packed import PackedFolder
-from lance_quant.replay import replay_of
+from lance_quant.replay import Replay, replay_of
 from lance_quant.stats import ActStats, Collector, merge, model_fingerprint
 from lance_quant.tasks import Settings, load_samples, run_watched
 from lance_quant.tensorfile import Checkpoint
@@ -61,7 +62,7 @@ from quantized_linear import swap_linears
 
 MODEL = Path(__file__).parent.parent / "lance_nano" / "checkpoint" / "Lance_nano"
 TASKS = ("x2t_image", "t2i")
-METHODS = ("rtn", "published", "ours_diagonal", "ours")
+METHODS = ("rtn", "published", "ours_diagonal", "ours_even", "ours")
 CODECS: dict[str, Codec] = {"int4": Int4(64), "nvfp4": Nvfp4()}
 VARIANTS = {"outliers": [], "like_lance": ["--factor", "16", "--fed_factor", "0.125", "--share", "0.005"]}
 CPU = torch.device("cpu")
@@ -106,9 +107,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="with outliers put in, see lance_nano/outliers.py: its defaults, or as large as Lance's")
     parser.add_argument("--formats", nargs="+", choices=CODECS, default=list(CODECS), help="which to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="see above")
-    parser.add_argument("--questions", type=int, default=512, help="that calibrate")
+    parser.add_argument("--questions", type=int, default=1024, help="that calibrate")
     parser.add_argument("--captions", type=int, default=64, help="that calibrate")
-    parser.add_argument("--answers", type=int, default=800,
+    parser.add_argument("--answers", type=int, default=3200,
                         help="held-out questions for KL per seed, and a fourth as many descriptions")
     parser.add_argument("--n", type=int, default=100, help="held-out questions, and captions, per seed, for rates")
     parser.add_argument("--traced", type=int, default=16, help="captions of those whose velocities are compared")
@@ -243,8 +244,13 @@ def pack(model: Path, work: Path, format_: str, method: str, stats: ActStats) ->
     out = work / f"{format_}-{method}"
     if method == "rtn":
         stats = ActStats({}, [], [{"run_id": "none"}], 0)
-    activations = replay_of(model, [work / f"{task}.safetensors" for task in TASKS], CPU) \
-        if method == "ours" else None
+    captures, activations = [work / f"{task}.safetensors" for task in TASKS], None
+    if method == "ours":
+        activations = replay_of(model, captures, CPU)
+    if method == "ours_even":
+        with Checkpoint(model) as source:
+            config, calls, facts = capture.load_all(captures, model_fingerprint(source))
+        activations = Replay(config, calls, CPU, facts)
     recipe = "published" if method == "published" else "ours"
     with Checkpoint(model) as source:
         convert.quantize_checkpoint(source, stats, CODECS[format_], out, recipe, CPU, False, activations)

@@ -85,9 +85,12 @@ def timed_replay(config: LanceConfig, weights: ours.Weights, tokens: int, device
     torch.nn.init.zeros_(velocity.bias)
     ends = {"gen": torch.nn.Sequential(norm, velocity).requires_grad_(False)}
 
+    def read(_: int) -> ours.Weights:
+        return {name: w.clone() for name, w in weights.items()}  # a real one is read beside the layer in hand
+
     def weigh(calls: Sequence[Call]) -> relevance.Relevance:
         started = time.perf_counter()
-        found = relevance.measure(config, lambda index: weights, 1, ends, calls, device)
+        found = relevance.measure(config, lambda _: read, 1, ends, calls, device)
         replay.relevance_seconds = time.perf_counter() - started
         return found
 

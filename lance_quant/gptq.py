@@ -36,13 +36,15 @@ DAMPING = {False: 0.01, True: 0.1}
 ASYMMETRY = 0.75  # f; a trained two-expert model loses 9 % at 0.5 and 2 % at 1
 ASYMMETRY_DAMPING = 0.05  # lam / mean diagonal
 HELD_BACK = 2048  # most tokens that are kept for the comparison with nearest rounding
-_RUN, _EVERY = 16, 8  # of every 8 runs of 16 consecutive tokens the last is held back
+_RUN, _EVERY = 16, 8  # one in 8 runs of 16 consecutive tokens is held back, or fewer
 _TRIANGLE = 1024  # rows of a Gram matrix that are summed at once
 
 
 @dataclass(frozen=True)
 class Moments:
     """What is known of the inputs of a linear.
+
+    Tokens count in every sum and mean, some more than others, see Sums.
 
     gram: float32 [in, in], sum of xq xq^T over the tokens, xq the input in the model packed so far
     n_tokens: tokens in the sums
@@ -52,7 +54,7 @@ class Moments:
     cross: float32 [in, in], sum of (x - xq) xq^T, x the same token's input in the float model; None where they agree
     pull: float32 [in, out], sum of xq (W (x - xq) + r - rq)^T for the one linear that reads these inputs; then no cross
     held_missing: float32 [t, out], r - rq of the held-back tokens, likewise, with `pull`
-    weighed: whether tokens count differently
+    weighed: whether they count differently
     """
 
     gram: Tensor
@@ -107,8 +109,7 @@ class Sums:
             packed, exact: [t, in] their inputs in the packed and in the float model.
             missing: [t, out] the residual stream of the float model less that of the packed one; needed with `weight`.
         """
-        place = torch.arange(self._seen, self._seen + len(packed), device=packed.device)
-        held = (place // _RUN % _EVERY == _EVERY - 1) & (place // (_RUN * _EVERY) < HELD_BACK // _RUN)
+        held = self._is_held(torch.arange(self._seen, self._seen + len(packed), device=packed.device))
         parts = (packed, exact) if self._weight is None else (packed, exact, missing)
         counts = None if self._counts is None else self._counts[self._seen:self._seen + len(packed)]
         if counts is not None:
@@ -129,8 +130,17 @@ class Sums:
         elif self._cross is not None:
             self._cross.addmm_((exact - packed).t(), packed)
 
+    def _is_held(self, place: Tensor) -> Tensor:
+        """Runs that follow no period, as requests of one length would, of all tokens if their number is known."""
+        every = _EVERY if self._counts is None else max(_EVERY, len(self._counts) // HELD_BACK)
+        mixed = (place // _RUN + 2) * 0x9E3779B1 % (1 << 32)  # then as MurmurHash3 ends; the first 15 runs stay
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            mixed = (mixed ^ (mixed >> shift)) * factor % (1 << 32)
+        return (mixed < (1 << 32) // every) & (place < HELD_BACK * every)
+
     def moments(self) -> Moments:
         """What was collected. The sums are handed over: nothing can be added afterwards."""
+        assert self._counts is None or self._seen == len(self._counts), "a count for every token"
         for start in range(0, len(self._gram), _TRIANGLE):
             end = start + _TRIANGLE
             self._gram[end:, start:end] = self._gram[start:end, end:].t()
@@ -140,7 +150,10 @@ class Sums:
         if not held:
             held = [self._gram.new_empty(0, len(self._gram))] * 2
         return Moments(self._gram, self._kept, self._counted, held[0], held[1], self._cross, self._pull,
-                       held[2] if held[2:] else None, self._counts is not None)
+                       held[2] if held[2:] else None, self._weighed())
+
+    def _weighed(self) -> bool:
+        return self._counts is not None and bool((self._counts != self._counts[:1]).any())
 
 
 @dataclass(frozen=True)

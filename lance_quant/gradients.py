@@ -6,7 +6,7 @@ averaged over r, says how much errors there change y, to first order. Both y cou
 answers and pictures weigh the same.
 
 Layers are run forward once, with their inputs kept, and then backward one after another, so that one layer's weights
-and gradients are in memory at a time.
+are in memory at a time, with the graph of some requests.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lance_quant import layout
-from lance_quant.calls import Call
+from lance_quant.calls import Call, requests
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Layer, RMSNorm, Streams
 from lance_quant.layout import SUFFIX, Expert
@@ -23,6 +23,13 @@ from lance_quant.ours import Weights
 from lance_quant.tensorfile import Checkpoint
 
 Ends = Mapping[Expert, nn.Module]  # what turns an expert's last hidden states into what comes out
+Use = Callable[[list[Tensor]], None]
+# Given the layer and the places of the calls that it is about to run: what to differentiate by, a list that may still
+# grow while the layer runs, and what takes the gradients, once per probe.
+Watch = Callable[[Layer, Sequence[int]], tuple[list[Tensor], Use]]
+
+TOGETHER = 4096  # tokens of requests whose graph of a layer is in memory at once; a single one may have more
+_KEPT = torch.bfloat16  # of layer inputs and gradients between layers: 8 bits of them say enough
 
 
 class _GraphRow:
@@ -36,10 +43,11 @@ class _GraphRow:
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """See CacheRow; for the one layer that a row serves here."""
+        end = self.length + keys.shape[1]
         if self._past is not None:
             keys, values = (torch.cat([past[:, :self.length], new], 1)
                             for past, new in zip(self._past, (keys, values), strict=True))
-        assert keys.shape[1] > self.length, "a call reads what no call before it left"
+        assert keys.shape[1] == end, "a call reads what no call before it left"
         self._past = keys, values
         return keys, values
 
@@ -49,7 +57,7 @@ class Gradients:
 
     Args:
         config: sizes of the model.
-        layers: the tensors of a layer, float32 on `device`.
+        layers: the tensors of a layer, float32 on `device`; of the experts that `calls` have tokens for.
         count: number of layers.
         ends: of the experts that `wanted` names.
         calls: in order, with everything that they read.
@@ -62,23 +70,29 @@ class Gradients:
     def __init__(self, config: LanceConfig, layers: Callable[[int], Weights], count: int, ends: Ends,
                  calls: Sequence[Call], wanted: Mapping[int, Expert], device: torch.device, probes: int):
         self.config, self.calls, self.wanted, self._ends, self._device = config, calls, wanted, ends, device
+        self._groups = _groups(calls)
         self._inputs: list[list[Streams]] = []
         states = [call.streams for call in calls]
         with torch.no_grad():
             for index in range(count):
-                self._inputs.append(states)
-                outputs = self.run(layer_around(config, index, layers(index)), states)
-                states = [{expert: x.cpu() for expert, x in streams.items()} for streams in outputs]
+                self._inputs.append([_stored(streams) for streams in states])
+                layer = layer_around(config, index, layers(index))
+                states = [{expert: x.cpu() for expert, x in streams.items()} for streams in self.run(layer, states)]
             self.energy = {expert: sum(float(self._end(place, states[place][expert]).square().sum())
                                        for place, other in wanted.items() if other == expert)
                            for expert in sorted(set(wanted.values()))}
         # By probe and call: the gradient of what the next layer takes in.
         self._upstream = list(self._probes(states, probes))
 
-    def run(self, layer: Layer, states: Sequence[Streams]) -> Iterator[Streams]:
-        """The outputs of a layer, call by call."""
-        rows = {row: _GraphRow() for call in self.calls for row in call.rows}
-        for call, streams in zip(self.calls, states, strict=True):
+    def run(self, layer: Layer, states: Sequence[Streams], places: Sequence[int] | None = None) -> Iterator[Streams]:
+        """The outputs of a layer, call by call.
+
+        Args:
+            states: its inputs, of the calls at `places`; default all calls.
+        """
+        calls = self.calls if places is None else [self.calls[place] for place in places]
+        rows = {row: _GraphRow() for call in calls for row in call.rows}
+        for call, streams in zip(calls, states, strict=True):
             for row, length in zip(call.rows, call.lengths, strict=True):
                 rows[row].length = length
             yield layer({expert: x.to(self._device) for expert, x in streams.items()},
@@ -100,32 +114,54 @@ class Gradients:
                     signs = torch.randint(2, y.shape, generator=generator).mul_(2).sub_(1)
                     scale = self.energy[expert] ** 0.5 or 1.0
                     (out[place][expert],) = torch.autograd.grad((y * signs).sum() / scale, x)
-            yield out
+            yield [_stored(streams) for streams in out]
 
-    def of_layer(self, index: int, weights: Weights, watch: Callable[[Layer], list[Tensor]],
-                 use: Callable[[list[Tensor]], None]) -> None:
-        """Go back through a layer; layers are asked for from the last to the first.
+    def of_layer(self, index: int, weights: Weights, watch: Watch) -> None:
+        """Go back through a layer, some requests at a time; layers are asked for from the last to the first.
 
         Args:
             weights: the layer's tensors, float32.
-            watch: given the layer, what to differentiate by; the list may still grow while the layer runs.
-            use: called once per probe with the gradients of what was watched.
+            watch: what is looked at. Called anew for every group of requests, whose gradients are independent: squares
+                of several add up.
         """
         assert index == len(self._inputs) - 1, "layers are asked for from the last to the first"
-        with torch.enable_grad():
-            layer = layer_around(self.config, index, weights)
-            watched = watch(layer)
-            inputs = [{expert: x.to(self._device).detach().requires_grad_() for expert, x in streams.items()}
-                      for streams in self._inputs.pop()]
-            outputs = list(self.run(layer, inputs))
-        flat = [x for given in inputs for x in given.values()]
-        for probe, upstream in enumerate(self._upstream):
-            seeds = [upstream[place][expert].to(self._device) for place, out in enumerate(outputs) for expert in out]
-            found = torch.autograd.grad([x for out in outputs for x in out.values()], [*watched, *flat], seeds,
-                                        retain_graph=probe + 1 < len(self._upstream), materialize_grads=True)
-            use(list(found[:len(watched)]))
-            left = iter(found[len(watched):])
-            self._upstream[probe] = [{expert: next(left).cpu() for expert in given} for given in inputs]
+        kept = self._inputs.pop()
+        for places in self._groups:
+            with torch.enable_grad():
+                layer = layer_around(self.config, index, weights)
+                watched, use = watch(layer, places)
+                inputs = [{expert: x.to(self._device, torch.float32).requires_grad_()
+                           for expert, x in kept[place].items()} for place in places]
+                outputs = list(self.run(layer, inputs, places))
+            flat = [x for given in inputs for x in given.values()]
+            for probe, upstream in enumerate(self._upstream):
+                seeds = [upstream[place][expert].to(self._device, torch.float32)
+                         for place, out in zip(places, outputs, strict=True) for expert in out]
+                found = torch.autograd.grad([x for out in outputs for x in out.values()], [*watched, *flat], seeds,
+                                            retain_graph=probe + 1 < len(self._upstream), materialize_grads=True)
+                use(list(found[:len(watched)]))
+                left = iter(found[len(watched):])
+                for place, given in zip(places, inputs, strict=True):
+                    upstream[place] = _stored({expert: next(left) for expert in given})
+
+
+def _groups(calls: Sequence[Call]) -> list[list[int]]:
+    """Places of requests that run together."""
+    place_of = {id(call): place for place, call in enumerate(calls)}
+    out: list[list[int]] = []
+    tokens = 0
+    for request in requests(calls):
+        own = sum(call.tokens for call in request)
+        if not out or tokens + own > TOGETHER:
+            out.append([])
+            tokens = 0
+        out[-1] += [place_of[id(call)] for call in request]
+        tokens += own
+    return out
+
+
+def _stored(streams: Streams) -> Streams:
+    return {expert: x.detach().to("cpu", _KEPT) for expert, x in streams.items()}
 
 
 def layer_around(config: LanceConfig, index: int, weights: Weights) -> Layer:
@@ -142,10 +178,12 @@ def inside(name: str, index: int) -> str:
     return name.removeprefix(f"{layout.LAYERS}.{index}.")
 
 
-def layers_of(source: Checkpoint, device: torch.device) -> Callable[[int], Weights]:
-    """What reads the tensors of a layer, float32 on `device`."""
+def layers_of(source: Checkpoint, device: torch.device, calls: Sequence[Call]) -> Callable[[int], Weights]:
+    """What reads the tensors of a layer, float32 on `device`, that some calls need."""
+    experts = {expert for call in calls for expert in call.streams}
     return lambda index: {name: source.read(name, torch.float32, device)
-                          for name in layout.of_layer(source.specs, index)}
+                          for name in layout.of_layer(source.specs, index)
+                          if layout.expert_of(name) in experts}
 
 
 def ends_of(source: Checkpoint, config: LanceConfig) -> Ends:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lance_quant import gptq, layout, relevance
 from lance_quant.calls import Call, batched
 from lance_quant.capture import load_all
+from lance_quant.errors import InputError
 from lance_quant.files import whole_file
 from lance_quant.gradients import inside, layer_around
 from lance_quant.lance.cache import CacheRow
@@ -86,21 +87,23 @@ class Replay:
         for (name, x, stream), (_, xq, stream_q) in zip(exact, packed, strict=True):
             for part in dict.fromkeys(sums[name]):
                 part.add(xq, x, stream - stream_q)
-        found = {part: part.moments() for parts in sums.values() for part in parts}
+        found = {part: part.moments() for part in dict.fromkeys(part for parts in sums.values() for part in parts)}
         return {name: [found[part] for part in parts] for name, parts in sums.items()}
 
     def _sums(self, group: layout.Group, paired: bool, target: Weights) -> list[gptq.Sums]:
         """One for each linear; the same one where tokens count the same."""
         weight = target[f"{group.linears[0]}.weight"]
         fed = weight if group.norm is None else None
-        if self._weights() is None:
+        if self._counts() is None:
             return [gptq.Sums(weight.shape[1], self._device, paired, fed)] * len(group.linears)
-        return [gptq.Sums(weight.shape[1], self._device, paired, fed, self._weights()[name])
+        return [gptq.Sums(weight.shape[1], self._device, paired, fed, self._counts()[name])
                 for name in group.linears]
 
-    def _weights(self) -> Relevance | None:
-        """Measured when they are first needed: a job that goes on has them already."""
+    def _counts(self) -> Relevance | None:
+        """As how many every token counts, measured when that is first needed: with the inputs of layer 0. A job that
+        goes on behind that layer has loaded them."""
         if self._relevance is None and self._weigh is not None:
+            assert self._exact is self._packed, "layers are packed already"
             self._relevance = self._weigh(self._exact)
         return self._relevance
 
@@ -191,16 +194,27 @@ class Replay:
             write_tensors(partial, tensors)
 
     def load(self, path: Path) -> None:
-        """See ours.Activations."""
+        """See ours.Activations.
+
+        Raises:
+            InputError: another version of this program left it.
+        """
         file = TensorFile(path)
-        self._exact, self._packed = (
-            [replace(call, streams={expert: file.read(f"{which}.{index}.{expert}") for expert in call.streams})
-             for index, call in enumerate(calls)]
-            for which, calls in self._states())
-        kept = {name.removeprefix("relevance."): file.read(name) for name in file.specs
-                if name.startswith("relevance.")}
-        self._relevance = kept or None
-        file.close()
+        try:
+            wanted = {f"{which}.{index}.{expert}": tuple(x.shape) for which, calls in self._states()
+                      for index, call in enumerate(calls) for expert, x in call.streams.items()}
+            kept = [name for name in file.specs if name.startswith("relevance.")]
+            if {name: spec.shape for name, spec in file.specs.items() if name not in kept} != wanted \
+                    or bool(kept) != (self._weigh is not None):
+                raise InputError(f"{path} was left by another version of lance-quant: delete {path.parent} and start "
+                                 "again")
+            self._exact, self._packed = (
+                [replace(call, streams={expert: file.read(f"{which}.{index}.{expert}") for expert in call.streams})
+                 for index, call in enumerate(calls)]
+                for which, calls in self._states())
+            self._relevance = {name.removeprefix("relevance."): file.read(name) for name in kept} or None
+        finally:
+            file.close()
 
     def _states(self) -> list[tuple[str, list[Call]]]:
         return [("exact", self._exact), ("packed", self._packed)]

@@ -6,7 +6,6 @@ sum_ij F_ij D_ij^2 with F = mean of G^2, for every rounding of the weight at onc
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from lance_quant import layout
 from lance_quant.calls import Call, with_outputs, with_what_they_read
 from lance_quant.capture import load_all
 from lance_quant.errors import InputError
-from lance_quant.gradients import Gradients, ends_of, inside, layers_of
+from lance_quant.gradients import Gradients, Use, ends_of, inside, layers_of
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Layer
 from lance_quant.layout import Expert
@@ -50,20 +49,20 @@ class CapturedEffects:
     def of_layer(self, index: int, weights: Weights) -> dict[str, Tensor]:
         """See budget.Effects."""
         if self._gradients is None:
-            self._gradients = Gradients(self._config, layers_of(self._source, self._device),
+            self._gradients = Gradients(self._config, layers_of(self._source, self._device, self._calls),
                                         layout.num_layers(self._source.specs), ends_of(self._source, self._config),
                                         self._calls, self._wanted, self._device, PROBES)
         names = [name for group in layout.groups(index) for name in group.linears if f"{name}.weight" in weights]
         effects = {name: torch.zeros_like(weights[f"{name}.weight"]) for name in names}
 
-        def watch(layer: Layer) -> list[Tensor]:
-            return [layer.get_submodule(inside(name, index)).weight.requires_grad_(True) for name in names]
+        def watch(layer: Layer, _: Sequence[int]) -> tuple[list[Tensor], Use]:
+            return [layer.get_submodule(inside(name, index)).weight.requires_grad_(True) for name in names], use
 
         def use(found: list[Tensor]) -> None:
             for name, gradient in zip(names, found, strict=True):
                 effects[name] += gradient.square() / PROBES
 
-        self._gradients.of_layer(index, weights, watch, use)
+        self._gradients.of_layer(index, weights, watch)
         return effects
 
 
@@ -83,7 +82,7 @@ def selected(calls: Sequence[Call]) -> tuple[list[Call], dict[int, Expert]]:
         wanted |= set(own[::max(1, len(own) // count)][:count])
     kept = with_what_they_read(calls, wanted)
     places = {place: index for index, place in enumerate(kept)}
-    return ([replace(calls[place], streams=dict(calls[place].streams)) for place in kept],
+    return ([calls[place] for place in kept],
             {places[place]: outputs[place] for place in sorted(wanted)})
 
 

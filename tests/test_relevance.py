@@ -44,8 +44,8 @@ def test_relevance_is_what_an_error_there_does(captured, source, monkeypatch, ta
     found = relevance.of_checkpoint(source, config, calls, CPU)[name]
     tokens = places(calls, layout.expert_of(name))
     assert len(found) == len(tokens) and found.mean() == pytest.approx(1, abs=1e-3)
-    gradients = Gradients(config, layers_of(source, CPU), LAYERS, ends_of(source, config), calls, with_outputs(calls),
-                          CPU, 0)
+    gradients = Gradients(config, layers_of(source, CPU, calls), LAYERS, ends_of(source, config), calls,
+                          with_outputs(calls), CPU, 0)
     exact = outputs(gradients)
     chosen = found.sort().indices[torch.linspace(len(found) // 2, len(found) - 1, 5).long()]
     changes = torch.tensor([[float((outputs(gradients, name, *tokens[index], seed) - exact).square().sum())
@@ -101,6 +101,14 @@ def test_answers_and_latents_weigh_the_same(captured, source, monkeypatch):
                            for index, _ in places(calls, "und")])
     share = counts[answer].sum() / counts.sum()
     assert 0.05 < share < 0.95, share
+    ends = ends_of(source, config)
+    louder = {**ends, "und": torch.nn.Sequential(ends["und"], torch.nn.Linear(64, 64, bias=False))}
+    with torch.no_grad():
+        louder["und"][1].weight.copy_(1000 * torch.eye(64))
+    louder["und"].requires_grad_(False)
+    # Hidden states wait in bfloat16 between layers, 3 digits.
+    same = relevance.measure(config, lambda needed: layers_of(source, CPU, needed), LAYERS, louder, calls, CPU)
+    torch.testing.assert_close(same[layout.linear(0, "und", "v_proj")], counts, rtol=1e-2, atol=1e-3)
 
 
 def test_every_linear_that_tokens_reach_has_a_count_for_each(captured, source):

@@ -8,19 +8,21 @@ import awq_apply
 import nvfp4_apply
 from lance_quant import capture, layout
 from lance_quant import replay as replay_module
+from lance_quant.errors import InputError
+from lance_quant.gradients import Gradients, inside, layer_around
 from lance_quant.lance.loader import load_lance
 from lance_quant.packed import PackedFolder
-from lance_quant.replay import Replay
+from lance_quant.replay import Replay, replay_of
 from lance_quant.stats import ActStats, merge, model_fingerprint
 from lance_quant.tensorfile import Checkpoint
 from quantized_linear import swap_linears
 
 
-def even_replay(captured):
-    """All tokens count the same."""
+def even_replay(captured, weigh=None):
+    """All tokens count the same, unless they are weighed."""
     with Checkpoint(SRC) as source:
         config, calls, _ = capture.load_all(captures_in(captured), model_fingerprint(source))
-    return Replay(config, calls, CPU)
+    return Replay(config, calls, CPU, weigh=weigh)
 
 
 def test_a_replay_sees_what_the_model_saw(captured):
@@ -47,6 +49,35 @@ def test_places_cannot_come_out_of_order(captured):
     replay.moments(groups[-1], weights, weights)
     with pytest.raises(AssertionError, match="attention of this layer"):
         replay.moments(groups[0], weights, weights)
+
+
+def test_every_token_counts_as_it_was_weighed(captured, monkeypatch):
+    """Random counts, others for each linear, against the inputs that hooks see when the same calls are run."""
+    monkeypatch.setattr(replay_module, "_PIECE", 7)
+    generator, weights, seen, known = torch.Generator().manual_seed(0), weights_of(0), {}, {}
+
+    def weigh(calls):
+        known["calls"] = calls
+        for name in layout.linears(1):
+            expert = layout.expert_of(name)
+            tokens = sum(call.streams[expert].shape[:2].numel() for call in calls if expert in call.streams)
+            known[name] = torch.rand(tokens, generator=generator) * 2
+        return known
+
+    replay = even_replay(captured, weigh)
+    found = {group.name: (group, replay.moments(group, weights, weights)) for group in in_order(0)}
+    layer = layer_around(replay._config, 0, weights)
+    for name in layout.linears(1):
+        layer.get_submodule(inside(name, 0)).register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        list(Gradients(replay._config, lambda _: weights, 0, {}, known["calls"], {}, CPU, 0).run(
+            layer, [call.streams for call in known["calls"]]))
+    for group, moments in found.values():
+        for name, own in zip(group.linears, moments, strict=True):
+            x = torch.cat(seen[name])
+            torch.testing.assert_close(own.gram + own.held.t() @ own.held, x.t() @ (x * known[name][:, None]),
+                                       rtol=1e-3, atol=1e-3)
 
 
 def test_calls_replayed_together_see_the_same(captured, monkeypatch):
@@ -102,6 +133,15 @@ def test_an_interrupted_run_goes_on_from_its_stored_states(captured, tmp_path, m
     awq_apply.main([*common, "--out", str(tmp_path / "out"), "--resume"])
     first, second = (load_file(tmp_path / name / "awq_state_dict.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_states_of_another_version_are_refused(captured, tmp_path):
+    """Unweighed ones, and other shapes."""
+    even_replay(captured).save(tmp_path / "state")
+    with pytest.raises(InputError, match="another version"):
+        replay_of(SRC, captures_in(captured), CPU).load(tmp_path / "state")
+    with pytest.raises(InputError, match="another version"):
+        replay_of(SRC, captures_in(captured, ["t2i"]), CPU).load(tmp_path / "state")
 
 
 def test_an_expert_without_captured_tokens_says_so(captured, tmp_path):
