@@ -27,7 +27,7 @@ from lance_quant import awq, capture, fuse, gptq, layout, ours, relevance
 from lance_quant.calls import Call
 from lance_quant.codec import quantize_searched
 from lance_quant.errors import InputError
-from lance_quant.lance.mot import RMSNorm
+from lance_quant.gradients import norm_around
 from lance_quant.relevance import Relevance
 from lance_quant.replay import Replay
 from lance_quant.stats import ActStats
@@ -71,11 +71,10 @@ class Calibration:
             log.warning("%d of %d captured calls involve the generation expert, which is not part of this model, and "
                         "are left out", len(calls) - len(alone), len(calls))
 
-        def weigh(calls: Sequence[Call]) -> Relevance:
-            norm = RMSNorm(config.hidden_size, config.rms_norm_eps).requires_grad_(False)
-            norm.weight.copy_(source.read(f"{NORM}.weight", torch.float32))
+        def weigh(running: Sequence[Call]) -> Relevance:
+            norm = norm_around(source.read(f"{NORM}.weight", torch.float32), config.rms_norm_eps)
             return relevance.measure(config, lambda _: lambda index: layer_weights(source, index, device),
-                                     config.num_hidden_layers, {"und": norm}, calls, device)
+                                     config.num_hidden_layers, {"und": norm}, running, device)
 
         return cls(measured, fingerprint, Replay(config, alone, device, facts, weigh))
 
@@ -226,8 +225,7 @@ def head_tensors(head: Tensor, norm: Tensor, codec: MlxCodec, replay: Replay | N
 
 def _head_moments(replay: Replay, norm: Tensor, eps: float) -> gptq.Moments:
     """Of the head's inputs at text tokens; nothing is read off a picture's."""
-    layer = RMSNorm(len(norm), eps).to(norm.device).requires_grad_(False)
-    layer.weight.copy_(norm)
+    layer = norm_around(norm, eps)
     sums = gptq.Sums(len(norm), norm.device)
     for exact, packed in replay.hidden():
         if exact.causal:

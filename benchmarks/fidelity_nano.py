@@ -248,8 +248,7 @@ def pack(model: Path, work: Path, format_: str, method: str, stats: ActStats) ->
     if method == "ours":
         activations = replay_of(model, captures, CPU)
     if method == "ours_even":
-        with Checkpoint(model) as source:
-            config, calls, facts = capture.load_all(captures, model_fingerprint(source))
+        config, calls, facts = capture.load_of(model, captures)
         activations = Replay(config, calls, CPU, facts)
     recipe = "published" if method == "published" else "ours"
     with Checkpoint(model) as source:

@@ -15,7 +15,8 @@ Weights are Gaussian times a lognormal gain, per row and column (`rows`) or per 
 to reach, for that kind of linear, the published ratio of the largest |weight| of a group to the median group. Channels
 into norm-fed linears spread as fitted to the published trials: lognormal, and a few hot ones, in the norm's weight. The
 correlation between channels is invented: a falling spectrum of directions. So is everything that nobody published. The
-code is the real one: statistics, searches, fusions, capture and replay, packing, and the runtime's layer.
+code is the real one: statistics, searches, fusions, capture and replay, packing, and the runtime's layer; but nothing
+comes out of three layers, so that all tokens count alike in GPTQ.
 """
 
 import argparse

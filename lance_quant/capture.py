@@ -29,6 +29,7 @@ from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance, Streams
 from lance_quant.layout import SUFFIX
+from lance_quant.stats import model_fingerprint
 from lance_quant.tensorfile import Checkpoint, TensorFile, write_tensors
 
 log = logging.getLogger("lance_quant")
@@ -273,6 +274,12 @@ def _call(file: TensorFile, index: int, entry: dict[str, Any]) -> Call:
 
     streams: Streams = {expert: read(expert) for expert in SUFFIX if f"call.{index}.{expert}" in file.specs}
     return Call(rows, tuple(entry["lengths"]), entry["causal"], streams, (read("cos"), read("sin")), entry["decoded"])
+
+
+def load_of(src: Path, paths: Sequence[Path]) -> tuple[LanceConfig, list[Call], list[dict[str, Any]]]:
+    """Captures of a checkpoint, see `load_all`."""
+    with Checkpoint(src) as source:
+        return load_all(paths, model_fingerprint(source))
 
 
 def load_all(paths: Sequence[Path], fingerprint: str) -> tuple[LanceConfig, list[Call], list[dict[str, Any]]]:

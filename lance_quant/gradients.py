@@ -188,7 +188,9 @@ def layers_of(source: Checkpoint, device: torch.device, calls: Sequence[Call]) -
 
 def ends_of(source: Checkpoint, config: LanceConfig) -> Ends:
     """The final norms, and the velocity behind that of latents; on the CPU."""
-    return {"und": _norm(source, config, "und"), "gen": nn.Sequential(_norm(source, config, "gen"), _velocity(source))}
+    norms = {expert: norm_around(source.read(f"language_model.model.norm{suffix}.weight", torch.float32),
+                                 config.rms_norm_eps) for expert, suffix in SUFFIX.items()}
+    return {"und": norms["und"], "gen": nn.Sequential(norms["gen"], _velocity(source))}
 
 
 def _velocity(source: Checkpoint) -> nn.Linear:
@@ -198,8 +200,8 @@ def _velocity(source: Checkpoint) -> nn.Linear:
     return linear
 
 
-def _norm(source: Checkpoint, config: LanceConfig, expert: Expert) -> RMSNorm:
-    weight = source.read(f"language_model.model.norm{SUFFIX[expert]}.weight", torch.float32)
-    norm = RMSNorm(len(weight), config.rms_norm_eps)
+def norm_around(weight: Tensor, eps: float) -> RMSNorm:
+    """A norm with this weight, without copying it."""
+    norm = RMSNorm(len(weight), eps)
     norm.weight = nn.Parameter(weight, requires_grad=False)
     return norm

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lance_quant import gptq, layout, relevance
 from lance_quant.calls import Call, batched
-from lance_quant.capture import load_all
+from lance_quant.capture import load_of
 from lance_quant.errors import InputError
 from lance_quant.files import whole_file
 from lance_quant.gradients import inside, layer_around
@@ -28,7 +28,6 @@ from lance_quant.lance.mot import Layer, Streams
 from lance_quant.layout import SUFFIX, Expert
 from lance_quant.ours import Weights
 from lance_quant.relevance import Relevance
-from lance_quant.stats import model_fingerprint
 from lance_quant.tensorfile import Checkpoint, TensorFile, write_tensors
 
 BATCH = 4096  # tokens of calls that run as one
@@ -233,12 +232,10 @@ def replay_of(src: Path, paths: Sequence[Path], device: torch.device) -> Replay:
     Raises:
         InputError: see `capture.load`; also a checkpoint that is none.
     """
-    with Checkpoint(src) as source:
-        fingerprint = model_fingerprint(source)
-    config, calls, facts = load_all(paths, fingerprint)
+    config, calls, facts = load_of(src, paths)
 
-    def weigh(calls: Sequence[Call]) -> Relevance:
+    def weigh(running: Sequence[Call]) -> Relevance:
         with Checkpoint(src) as source:
-            return relevance.of_checkpoint(source, config, calls, device)
+            return relevance.of_checkpoint(source, config, running, device)
 
     return Replay(config, calls, device, facts, weigh)

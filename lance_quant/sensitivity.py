@@ -13,14 +13,13 @@ from torch import Tensor
 
 from lance_quant import layout
 from lance_quant.calls import Call, with_outputs, with_what_they_read
-from lance_quant.capture import load_all
+from lance_quant.capture import load_of
 from lance_quant.errors import InputError
 from lance_quant.gradients import Gradients, Use, ends_of, inside, layers_of
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Layer
 from lance_quant.layout import Expert
 from lance_quant.ours import Weights
-from lance_quant.stats import model_fingerprint
 from lance_quant.tensorfile import Checkpoint
 
 PROBES = 4  # draws of r; the sum over a weight's elements averages as well
@@ -92,6 +91,5 @@ def effects_of(src: Path, paths: Sequence[Path], device: torch.device) -> Captur
     Raises:
         InputError: see capture.load and CapturedEffects.
     """
-    source = Checkpoint(src)
-    config, calls, _ = load_all(paths, model_fingerprint(source))
-    return CapturedEffects(source, config, calls, device)
+    config, calls, _ = load_of(src, paths)
+    return CapturedEffects(Checkpoint(src), config, calls, device)

@@ -8,7 +8,6 @@ from lance_quant import capture, layout, relevance
 from lance_quant.calls import batched, requests, with_outputs
 from lance_quant.gradients import Gradients, ends_of, inside, layer_around, layers_of
 from lance_quant.replay import Replay
-from lance_quant.stats import model_fingerprint
 from lance_quant.tensorfile import Checkpoint
 
 
@@ -18,9 +17,9 @@ def source():
         yield source
 
 
-def load(captured, source, tasks=TASKS, most=100):
+def load(captured, tasks=TASKS, most=100):
     """Sizes, and the calls of at most so many requests."""
-    config, calls, _ = capture.load_all(captures_in(captured, tasks), model_fingerprint(source))
+    config, calls, _ = capture.load_of(SRC, captures_in(captured, tasks))
     return config, batched([call for request in requests(calls)[:most] for call in request], 64)
 
 
@@ -38,7 +37,7 @@ def test_relevance_is_what_an_error_there_does(captured, source, monkeypatch, ta
     monkeypatch.setattr(relevance, "PROBES", 64)
     monkeypatch.setattr(relevance, "CHUNK", 60)
     monkeypatch.setattr(relevance, "EVEN", 0.0)
-    config, calls = load(captured, source, [task], 4 if task == "x2t_image" else 1)
+    config, calls = load(captured, [task], 4 if task == "x2t_image" else 1)
     assert len(list(relevance._chunks(calls))) > 1
     name = f"{layout.LAYERS}.{layer}.{'mlp' if 'down' in kind else 'self_attn'}.{kind}"
     found = relevance.of_checkpoint(source, config, calls, CPU)[name]
@@ -77,7 +76,7 @@ def outputs(gradients, name="", call=0, token=0, seed=0):
 
 def test_in_the_last_layer_queries_and_mlps_count_where_something_is_read_off(captured, source):
     """Keys and values count everywhere, since other tokens look at them."""
-    config, calls = load(captured, source)
+    config, calls = load(captured)
     found = relevance.of_checkpoint(source, config, calls, CPU)
     read_off = torch.tensor([bool(calls[index].decoded) and
                              token % calls[index].length >= calls[index].length - calls[index].decoded
@@ -94,7 +93,7 @@ def test_in_the_last_layer_queries_and_mlps_count_where_something_is_read_off(ca
 def test_answers_and_latents_weigh_the_same(captured, source, monkeypatch):
     """The text in front of pictures counts beside that in front of answers, whatever the two are measured in."""
     monkeypatch.setattr(relevance, "EVEN", 0.0)
-    config, calls = load(captured, source)
+    config, calls = load(captured)
     counts = relevance.of_checkpoint(source, config, calls, CPU)[layout.linear(0, "und", "v_proj")]
     answer = torch.tensor([not any("gen" in other.streams for other in calls
                                    if set(other.rows) & set(calls[index].rows))
@@ -112,14 +111,14 @@ def test_answers_and_latents_weigh_the_same(captured, source, monkeypatch):
 
 
 def test_every_linear_that_tokens_reach_has_a_count_for_each(captured, source):
-    config, calls = load(captured, source, ["x2t_image"])
+    config, calls = load(captured, ["x2t_image"])
     found = relevance.of_checkpoint(source, config, calls, CPU)
     assert set(found) == {name for name in layout.linears(LAYERS) if layout.expert_of(name) == "und"}
     assert {len(counts) for counts in found.values()} == {len(places(calls, "und"))}
 
 
 def test_all_tokens_count_the_same_where_nothing_comes_out(captured, source):
-    config, calls = load(captured, source, ["x2t_image"])
+    config, calls = load(captured, ["x2t_image"])
     prompts = [call for call in calls if not call.decoded]
     found = relevance.of_checkpoint(source, config, prompts, CPU)
     assert len(found) == 7 * LAYERS and all((counts == 1).all() for counts in found.values())

@@ -13,15 +13,13 @@ from lance_quant.gradients import Gradients, inside, layer_around
 from lance_quant.lance.loader import load_lance
 from lance_quant.packed import PackedFolder
 from lance_quant.replay import Replay, replay_of
-from lance_quant.stats import ActStats, merge, model_fingerprint
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.stats import ActStats, merge
 from quantized_linear import swap_linears
 
 
 def even_replay(captured, weigh=None):
     """All tokens count the same, unless they are weighed."""
-    with Checkpoint(SRC) as source:
-        config, calls, _ = capture.load_all(captures_in(captured), model_fingerprint(source))
+    config, calls, _ = capture.load_of(SRC, captures_in(captured))
     return Replay(config, calls, CPU, weigh=weigh)
 
 
