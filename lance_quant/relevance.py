@@ -33,8 +33,8 @@ log = logging.getLogger("lance_quant")
 # all calls, in order.
 Relevance = Mapping[str, Tensor]
 
-PROBES = 4
-EVEN = 0.1
+PROBES = 4  # draws of r; a single one leaves 2 to 7 % more KL
+EVEN = 0.1  # what all tokens count alike; three tenths leave 2 to 5 % more KL
 # Tokens whose inputs of all layers are kept at a time, 1.2 GB of Lance_3B. All layers are read twice for each chunk.
 CHUNK = 8192
 
