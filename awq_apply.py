@@ -7,7 +7,7 @@ Reads   a float checkpoint; activation statistics (awq_merge_stats.py); captures
 Writes  OUT/awq_state_dict.safetensors and OUT/awq_meta.json, 4.31 GB for Lance_3B at group size 64, and
         OUT/quant_report.html
 Needs   2 GB of memory (two layers) and the space for the output; 1.3 CPU seconds per layer of Lance_3B, so a minute or
-        two, or as long as the disk takes. With --capture 6 GB and the captured states (down_proj's Gram matrix alone
+        two, or as long as the disk takes. With --capture 7 GB and the captured states (down_proj's Gram matrix alone
         is 0.5 GB), and three minutes per layer on one core, more with many tokens: meant for a GPU
 Next    run_quant_eval.py --awq_dir OUT
 """
