@@ -14,16 +14,18 @@ Next    run_quant_eval.py --awq_dir OUT
 
 import argparse
 
-from lance_quant import cli, convert, sensitivity
-from lance_quant.codec import Int4
+from lance_quant.calibration import weight_sensitivity
+from lance_quant.calibration.layer_inputs import replay_of
+from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.replay import replay_of
+from lance_quant.formats.base import Int4
+from lance_quant.methods import convert
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
-    cli.add_conversion(parser)
+    parser = script.parser(__doc__)
+    script.add_conversion(parser)
     parser.add_argument("--group_size", type=int, default=Int4().group_size,
                         help="inputs per scale: 64 is 4.375 bits per weight, 128 is 4.1875, 32 is 4.75")
     parser.add_argument("--bits_budget", type=float,
@@ -35,9 +37,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Plan or convert, and print the result."""
     args = parse_args(argv)
-    cli.set_threads(args.threads)
-    codec, device = Int4(args.group_size), cli.device_of(args.device)
-    effects = sensitivity.effects_of(args.src, args.capture, device) if args.capture and args.bits_budget else None
+    script.set_threads(args.threads)
+    codec, device = Int4(args.group_size), script.device_of(args.device)
+    measured = args.capture and args.bits_budget
+    effects = weight_sensitivity.effects_of(args.src, args.capture, device) if measured else None
     sizes = convert.Sizes(args.bits_budget, args.head_bits, effects)
     if args.dry_run:
         print(convert.dry_run(args.src, codec, sizes, args.stats, device))
@@ -52,4 +55,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

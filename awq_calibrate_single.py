@@ -21,25 +21,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lance_quant import capture, cli, distributed, layout, task_cli
+from lance_quant import distributed
+from lance_quant.calibration import capture
+from lance_quant.calibration.activation_stats import ActStats, Collector, coverage, merge, model_fingerprint
+from lance_quant.cli import script, task_arguments
 from lance_quant.distributed import Team
 from lance_quant.errors import InputError
+from lance_quant.evaluation.run_folder import describe, versions
+from lance_quant.formats import layout
+from lance_quant.inference.tasks import Settings, load_samples, run_watched
 from lance_quant.lance.config import LancePaths
+from lance_quant.lance.media.samples import TASKS, TIMED
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.lance.samples import TASKS, TIMED
-from lance_quant.results import describe, versions
-from lance_quant.stats import ActStats, Collector, coverage, merge, model_fingerprint
-from lance_quant.tasks import Settings, load_samples, run_watched
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.storage.tensor_file import Checkpoint
 
 ALL = "all"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
-    task_cli.add_model(parser)
-    task_cli.add_task(parser, steps_flag="--num_timesteps", more=(ALL,))
+    parser = script.parser(__doc__)
+    task_arguments.add_model(parser)
+    task_arguments.add_task(parser, steps_flag="--num_timesteps", more=(ALL,))
     parser.add_argument("--out", type=Path, required=True, help="statistics file (.pt); must not exist")
     parser.add_argument("--capture", type=Path,
                         help="also store what enters the first layer, for GPTQ (safetensors; must not exist; with "
@@ -60,13 +63,13 @@ def main(argv: list[str] | None = None) -> None:
                 shapes = {name: spec.shape for name, spec in source.specs.items()}
                 linears, fingerprint = layout.linears(layout.require_complete(shapes)), model_fingerprint(source)
         team.require_same(model=fingerprint, samples=[[describe(sample) for sample in job.samples] for job in jobs])
-        pipeline = task_cli.load(args, jobs[0].paths)
+        pipeline = task_arguments.load(args, jobs[0].paths)
         parts = [_measure(pipeline, job, linears, fingerprint, path, team)
                  for job, path in zip(jobs, captures, strict=True)]
         stats = parts[0] if len(parts) == 1 else merge(parts)
         if team.leads:
             stats.save(args.out)
-            cli.log.info("%s", coverage(stats, linears))
+            script.log.info("%s", coverage(stats, linears))
             print(args.out)
 
 
@@ -79,8 +82,8 @@ class Job(NamedTuple):
 
 
 def _job(args: argparse.Namespace) -> Job:
-    settings = task_cli.settings_of(args)
-    paths = task_cli.paths_of(args, decodes=False)
+    settings = task_arguments.settings_of(args)
+    paths = task_arguments.paths_of(args, decodes=False)
     return Job(settings, load_samples(args.example_json, settings, args.limit), paths)
 
 
@@ -93,7 +96,7 @@ def _tasks(args: argparse.Namespace) -> list[argparse.Namespace]:
     if not found:
         raise InputError(f"--task all: --example_json {args.example_json} is no folder with any of "
                          f"{', '.join(path.name for path in files.values())}")
-    cli.log.info("tasks: %s", ", ".join(found))
+    script.log.info("tasks: %s", ", ".join(found))
     return [argparse.Namespace(**{**vars(args), "task": task, "example_json": files[task],
                                   "num_frames": args.num_frames if task in TIMED else None}) for task in found]
 
@@ -118,4 +121,4 @@ def _measure(pipeline: Pipeline, job: Job, linears: Sequence[str], fingerprint: 
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

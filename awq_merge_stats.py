@@ -12,15 +12,16 @@ Next    awq_apply.py --stats OUT, nvfp4_apply.py --stats OUT
 import argparse
 from pathlib import Path
 
-from lance_quant import cli, layout
+from lance_quant.calibration.activation_stats import ActStats, coverage, merge
+from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.files import require_free
-from lance_quant.stats import ActStats, coverage, merge
+from lance_quant.formats import layout
+from lance_quant.storage.atomic import require_free
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--inputs", type=Path, nargs="+", required=True, help="statistics files of one model")
     parser.add_argument("--out", type=Path, required=True, help="file to create; never overwritten")
     parser.add_argument("--weights", type=float, nargs="+",
@@ -38,9 +39,9 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("no file of --inputs has data of any linear; calibrate again")
     covered = coverage(merged, layout.linears(layout.num_layers(merged.linears)))
     merged.save(args.out)
-    cli.log.info("%s", covered)
+    script.log.info("%s", covered)
     print(args.out)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -14,16 +14,17 @@ Next    run_quant_eval.py --awq_dir OUT
 
 import argparse
 
-from lance_quant import cli, convert
-from lance_quant.codec import Nvfp4
+from lance_quant.calibration.layer_inputs import replay_of
+from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.replay import replay_of
+from lance_quant.formats.base import Nvfp4
+from lance_quant.methods import convert
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
-    cli.add_conversion(parser)
+    parser = script.parser(__doc__)
+    script.add_conversion(parser)
     parser.add_argument("--block_size", type=int, default=Nvfp4().group_size,
                         help="inputs per scale; the format allows no other value")
     parser.add_argument("--slim", action="store_true",
@@ -35,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Plan or convert, and print the result."""
     args = parse_args(argv)
-    cli.set_threads(args.threads)
+    script.set_threads(args.threads)
     codec = Nvfp4(args.slim)
     if args.block_size != codec.group_size:
         raise InputError(f"--block_size {args.block_size}: NVFP4 has blocks of {codec.group_size}")
@@ -47,11 +48,11 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--stats and --out are needed unless --dry_run is given")
     if args.capture and args.recipe == "published":
         raise InputError("--capture has no place in the published recipe: leave it out, or use --recipe ours")
-    device = cli.device_of(args.device)
+    device = script.device_of(args.device)
     replay = replay_of(args.src, args.capture, device) if args.capture else None
     print(convert.convert(args.src, args.stats, args.out, codec, args.recipe, device, replay,
                           args.resume, sizes).out)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

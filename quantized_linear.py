@@ -1,8 +1,8 @@
 """Linear layers over packed 4-bit weights, in plain PyTorch, and the swap that puts them into a model.
 
 A layer holds the bytes of a packed folder under the names they have there and dequantizes them through
-`lance_quant.int4` and `lance_quant.nvfp4`, the only definition of what the bytes mean. Weights are 4-bit, arithmetic is
-not: this saves memory and its traffic, not multiplications. Two modes:
+`lance_quant.formats.int4` and `lance_quant.formats.nvfp4`, the only definition of what the bytes mean. Weights are
+4-bit, arithmetic is not: this saves memory and its traffic, not multiplications. Two modes:
 
     ondemand  keep the packed bytes and compute on them, with the kernel that suits device, dtype and format
               (lance_quant.kernels)
@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lance_quant import int8, kernels
-from lance_quant.codec import Codec, Int4, Nvfp4, PackedWeight, dequantize_to
 from lance_quant.errors import InputError
-from lance_quant.int4 import Int4Weight
-from lance_quant.nvfp4 import Nvfp4Weight
-from lance_quant.packed import PackedFolder
-from lance_quant.tensorfile import require_finite
+from lance_quant.formats import int8
+from lance_quant.formats.base import Codec, Int4, Nvfp4, PackedWeight, dequantize_to
+from lance_quant.formats.int4 import Int4Weight
+from lance_quant.formats.nvfp4 import Nvfp4Weight
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.kernels import dispatch
+from lance_quant.storage.tensor_file import require_finite
 
 Mode = Literal["ondemand", "cached"]
 
@@ -35,14 +36,14 @@ class _PackedLinear(nn.Module):
     """What both formats share; see WQLinearINT4."""
 
     def __init__(self, in_features: int, out_features: int, codec: Codec, bias: bool, dtype: torch.dtype,
-                 device: torch.device | str | None, mode: Mode, kernel: kernels.Choice):
+                 device: torch.device | str | None, mode: Mode, kernel: dispatch.Choice):
         super().__init__()
         if mode not in ("ondemand", "cached"):
             raise ValueError(f"mode {mode!r} is neither ondemand nor cached")
         codec.require_fits("this linear", (out_features, in_features))
         self.in_features, self.out_features = in_features, out_features
         self.codec, self.dtype, self.mode, self.choice = codec, dtype, mode, kernel
-        self._kernel: tuple[torch.device, kernels.Kernel] | None = None
+        self._kernel: tuple[torch.device, dispatch.Kernel] | None = None
         self._specs = codec.specs((out_features, in_features))
         for suffix, spec in self._specs.items():
             if suffix != "scales_fp8":  # repeats scales_bf16 with less precision
@@ -105,15 +106,15 @@ class _PackedLinear(nn.Module):
             raise ValueError(f"expected {self.in_features} inputs in {self.dtype}, got {x.shape[-1]} in {x.dtype}")
         kernel = self.kernel()
         if x.requires_grad and torch.is_grad_enabled():  # the others have no gradient
-            kernel = kernels.choose("reference", self.codec, self.in_features, self.dtype, x.device)
+            kernel = dispatch.choose("reference", self.codec, self.in_features, self.dtype, x.device)
         y = kernel.linear(x.reshape(-1, self.in_features), self._packed(), self.codec, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def kernel(self) -> kernels.Kernel:
+    def kernel(self) -> dispatch.Kernel:
         """What computes this layer where it is now; InputError if one was asked for that cannot."""
         device = self.qweight.device
         if self._kernel is None or self._kernel[0] != device:
-            self._kernel = device, kernels.choose(self.choice, self.codec, self.in_features, self.dtype, device)
+            self._kernel = device, dispatch.choose(self.choice, self.codec, self.in_features, self.dtype, device)
         return self._kernel[1]
 
     def settle(self) -> None:
@@ -149,7 +150,7 @@ class WQLinearINT4(_PackedLinear):
 
     def __init__(self, in_features: int, out_features: int, group_size: int, bias: bool = True, *,
                  dtype: torch.dtype, device: torch.device | str | None = None, mode: Mode = "ondemand",
-                 kernel: kernels.Choice = "auto"):
+                 kernel: dispatch.Choice = "auto"):
         super().__init__(in_features, out_features, Int4(group_size), bias, dtype, device, mode, kernel)
 
     def empty_like(self, out_features: int) -> "WQLinearINT4":
@@ -175,7 +176,7 @@ class WQLinearNVFP4(_PackedLinear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, slim: bool = False, *,
                  dtype: torch.dtype, device: torch.device | str | None = None, mode: Mode = "ondemand",
-                 kernel: kernels.Choice = "auto"):
+                 kernel: dispatch.Choice = "auto"):
         super().__init__(in_features, out_features, Nvfp4(slim), bias, dtype, device, mode, kernel)
         ones = torch.ones(out_features, 1, dtype=torch.float32, device=device) if slim else None
         self.register_buffer("global_scale", ones, persistent=False)
@@ -227,9 +228,9 @@ def merge_rows(linears: Sequence[nn.Module]) -> "WQLinearINT4 | WQLinearNVFP4 | 
 
 
 def swap_linears(model: nn.Module, folder: PackedFolder | Path, dtype: torch.dtype, device: torch.device | str,
-                 mode: Mode = "ondemand", kernel: kernels.Choice = "auto") -> list[str]:
-    """Replace exactly the linears that a packed folder lists, and an 8-bit head and embedding (lance_quant/int8.py),
-    and fill them from its file.
+                 mode: Mode = "ondemand", kernel: dispatch.Choice = "auto") -> list[str]:
+    """Replace exactly the linears that a packed folder lists, and an 8-bit head and embedding
+    (lance_quant/formats/int8.py), and fill them from its file.
 
     Args:
         model: its module names are those of the checkpoint; may be on `meta`.
@@ -263,16 +264,16 @@ def swap_linears(model: nn.Module, folder: PackedFolder | Path, dtype: torch.dty
     return [*folder.linears, *head]
 
 
-def require_kernel(folder: PackedFolder, dtype: torch.dtype, device: torch.device, kernel: kernels.Choice) -> None:
+def require_kernel(folder: PackedFolder, dtype: torch.dtype, device: torch.device, kernel: dispatch.Choice) -> None:
     """Raise InputError if a kernel was asked for by name and cannot run one of the folder's linears here.
 
     Of their values only the first one's are looked at, which shows how a file was made.
     """
     if kernel != "auto":
         for name, spec in folder.linears.items():
-            kernels.choose(kernel, folder.codec(name), spec.shape[1], dtype, device)
+            dispatch.choose(kernel, folder.codec(name), spec.shape[1], dtype, device)
         for name in list(folder.linears)[:1]:
-            kernels.require_values(kernel, folder.read_weight(name), f"{folder.path}: {name}")
+            dispatch.require_values(kernel, folder.read_weight(name), f"{folder.path}: {name}")
 
 
 def _misfit(name: str, module: nn.Module | None, folder: PackedFolder) -> str | None:
@@ -289,7 +290,7 @@ def _misfit(name: str, module: nn.Module | None, folder: PackedFolder) -> str | 
 
 
 def _filled(name: str, folder: PackedFolder, dtype: torch.dtype, device: torch.device | str, mode: Mode,
-            kernel: kernels.Choice) -> nn.Module:
+            kernel: dispatch.Choice) -> nn.Module:
     spec = folder.linears[name]
     n_out, n_in = spec.shape
     has_bias = f"{name}.bias" in folder.checkpoint.specs
@@ -303,6 +304,6 @@ def _filled(name: str, folder: PackedFolder, dtype: torch.dtype, device: torch.d
     for tensor in (part for part in (*q, bias) if isinstance(part, Tensor)):
         require_finite(tensor, f"{folder.path}: {name}")
     if mode == "ondemand":
-        kernels.require_values(kernel, q, f"{folder.path}: {name}")
+        dispatch.require_values(kernel, q, f"{folder.path}: {name}")
     layer.fill(q, bias)
     return layer

@@ -16,24 +16,26 @@ Next    awq_calibrate_single.py, or run_quant_eval.py --baseline SAVE_PATH_GEN
 import argparse
 from pathlib import Path
 
-from lance_quant import cli, distributed, official, task_cli
+from lance_quant import distributed
+from lance_quant.cli import script, task_arguments
 from lance_quant.errors import InputError
-from lance_quant.files import whole_folder
-from lance_quant.results import RunRecord, describe, run_task
-from lance_quant.tasks import load_samples
+from lance_quant.evaluation.run_folder import RunRecord, describe, run_task
+from lance_quant.inference.tasks import load_samples
+from lance_quant.official import bridge
+from lance_quant.storage.atomic import whole_folder
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
-    task_cli.add_model(parser)
-    task_cli.add_task(parser)
-    task_cli.add_stream(parser)
-    task_cli.add_compile(parser)
+    parser = script.parser(__doc__)
+    task_arguments.add_model(parser)
+    task_arguments.add_task(parser)
+    task_arguments.add_stream(parser)
+    task_arguments.add_compile(parser)
     parser.add_argument("--backend", choices=["native", "official"], default="native",
                         help="what runs the model: this package, or ByteDance's own code in a process of its own "
                              "(README, The official source)")
-    official.add_official(parser)
+    bridge.add_official(parser)
     parser.add_argument("--save_path_gen", type=Path, required=True, help="results folder; must not exist")
     parser.add_argument("--save_latents", action="store_true",
                         help="keep every step's x_t and velocity, or every answer token's log-probabilities "
@@ -51,31 +53,31 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--official_src and --official_python go with --backend official")
     with distributed.joined(args.device) as team:
         with team.agreed():
-            settings = task_cli.settings_of(args)
-            paths = task_cli.paths_of(args)
+            settings = task_arguments.settings_of(args)
+            paths = task_arguments.paths_of(args)
             samples = load_samples(args.example_json, settings, args.limit)
             team.require_free(args.save_path_gen)
-            device, on_text = cli.device_of(args.device), task_cli.stream_of(args, team)
-            facts = task_cli.float_facts(args.model_path)
-            record = RunRecord(device, cli.dtype_of(args.dtype, device), facts, vars(args))
+            device, on_text = script.device_of(args.device), task_arguments.stream_of(args, team)
+            facts = task_arguments.float_facts(args.model_path)
+            record = RunRecord(device, script.dtype_of(args.dtype, device), facts, vars(args))
         team.require_same(model=facts["fingerprint"], samples=[describe(sample) for sample in samples])
         with team.folder(args.save_path_gen) as folder:
             with record.stage("load"):
-                pipeline = task_cli.load_to_run(args, paths)
+                pipeline = task_arguments.load_to_run(args, paths)
             run_task(pipeline, samples, settings, record, folder, args.save_latents, on_text, team)
         if team.leads:
             print(args.save_path_gen)
 
 
 def _run_official(args: argparse.Namespace) -> None:
-    settings, paths = task_cli.settings_of(args), task_cli.paths_of(args)
+    settings, paths = task_arguments.settings_of(args), task_arguments.paths_of(args)
     samples = load_samples(args.example_json, settings, args.limit)
-    official.require_possible(args, paths)
-    source, facts = official.find(args.official_src), task_cli.float_facts(args.model_path)
+    bridge.require_possible(args, paths)
+    source, facts = bridge.find(args.official_src), task_arguments.float_facts(args.model_path)
     with whole_folder(args.save_path_gen) as folder:
-        official.run_task(args, source, settings, samples, paths, facts, folder)
+        bridge.run_task(args, source, settings, samples, paths, facts, folder)
     print(args.save_path_gen)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

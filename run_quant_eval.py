@@ -15,30 +15,32 @@ import argparse
 import functools
 from pathlib import Path
 
-from lance_quant import cli, distributed, report, task_cli
+from lance_quant import distributed
+from lance_quant.cli import script, task_arguments
 from lance_quant.distributed import Team
 from lance_quant.errors import InputError
-from lance_quant.evaluation import compare_run, run_entry, section
-from lance_quant.files import write_json
+from lance_quant.evaluation import report
+from lance_quant.evaluation.compare import compare_run, run_entry, section
+from lance_quant.evaluation.run_folder import Results, RunRecord, describe, drop_traces, require_source, run_task
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.inference.tasks import Settings, load_samples
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.packed import PackedFolder
-from lance_quant.results import Results, RunRecord, describe, drop_traces, require_source, run_task
-from lance_quant.tasks import Settings, load_samples
+from lance_quant.storage.atomic import write_json
 from quantized_linear import require_kernel, swap_linears
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
-    task_cli.add_model(parser)
-    task_cli.add_task(parser)
-    task_cli.add_stream(parser)
-    task_cli.add_compile(parser)
+    parser = script.parser(__doc__)
+    task_arguments.add_model(parser)
+    task_arguments.add_task(parser)
+    task_arguments.add_stream(parser)
+    task_arguments.add_compile(parser)
     parser.add_argument("--awq_dir", type=Path, nargs="+", required=True,
                         help="packed folders from awq_apply.py or nvfp4_apply.py, or published ones")
     parser.add_argument("--mode", choices=["ondemand", "cached"], default="ondemand",
                         help="ondemand computes on the packed bytes; cached keeps linears in the compute dtype")
-    task_cli.add_kernel(parser)
+    task_arguments.add_kernel(parser)
     parser.add_argument("--baseline", type=Path,
                         help="results folder of run_baseline.py --save_latents; default: run the float model first")
     parser.add_argument("--save_path_gen", type=Path, required=True, help="results folder; must not exist")
@@ -51,11 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with distributed.joined(args.device) as team:
         with team.agreed():
-            settings = task_cli.settings_of(args)
+            settings = task_arguments.settings_of(args)
             samples = load_samples(args.example_json, settings, args.limit)
             packed = _open(args.awq_dir)
-            task_cli.paths_of(args)
-            task_cli.stream_of(args, team)
+            task_arguments.paths_of(args)
+            task_arguments.stream_of(args, team)
             team.require_free(args.save_path_gen)
             _require_comparable(args, settings, samples, packed)
             _require_kernel(args, packed)
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
                 if not args.save_latents:
                     drop_traces(folder)
         if team.leads:
-            cli.log.info("%s", report.summary_table(sections))
+            script.log.info("%s", report.summary_table(sections))
             print(args.save_path_gen / "report.html")
 
 
@@ -85,10 +87,11 @@ def _require_comparable(args: argparse.Namespace, settings: Settings, samples: l
     """Raise InputError, before anything is loaded, unless baseline and packed folders compare."""
     if args.baseline:
         with Results(args.baseline) as baseline:
-            baseline.require_same(settings, samples, cli.dtype_of(args.dtype, cli.device_of(args.device)))
+            baseline.require_same(settings, samples, script.dtype_of(args.dtype, script.device_of(args.device)))
         fingerprint, what = baseline.run["model"].get("fingerprint"), f"the model of baseline {args.baseline}"
     else:
-        fingerprint, what = task_cli.float_facts(args.model_path)["fingerprint"], f"--model_path {args.model_path}"
+        fingerprint = task_arguments.float_facts(args.model_path)["fingerprint"]
+        what = f"--model_path {args.model_path}"
     for one in packed.values():
         require_source(one, fingerprint, what)
 
@@ -97,11 +100,11 @@ def _require_kernel(args: argparse.Namespace, packed: dict[str, PackedFolder]) -
     """Raise InputError, before anything is loaded, if --kernel cannot run the packed folders."""
     if args.mode == "cached":
         if args.kernel != "auto":
-            cli.log.warning("of no effect with --mode cached: --kernel")
+            script.log.warning("of no effect with --mode cached: --kernel")
         return
-    device = cli.device_of(args.device)
+    device = script.device_of(args.device)
     for one in packed.values():
-        require_kernel(one, cli.dtype_of(args.dtype, device), device, args.kernel)
+        require_kernel(one, script.dtype_of(args.dtype, device), device, args.kernel)
 
 
 def _compare_all(args: argparse.Namespace, settings: Settings, samples: list, packed: dict[str, PackedFolder],
@@ -129,19 +132,20 @@ def _compare(args: argparse.Namespace, settings: Settings, samples: list, packed
 def _run(args: argparse.Namespace, settings: Settings, samples: list, folder: Path, team: Team,
          packed: PackedFolder | None = None) -> Pipeline:
     """Run the task with the float weights or with packed ones, into `folder`; return the model."""
-    device = cli.device_of(args.device)
-    dtype = cli.dtype_of(args.dtype, device)
-    facts = packed.facts() if packed else task_cli.float_facts(args.model_path)
+    device = script.device_of(args.device)
+    dtype = script.dtype_of(args.dtype, device)
+    facts = packed.facts() if packed else task_arguments.float_facts(args.model_path)
     record = RunRecord(device, dtype, facts, vars(args))
     prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device, mode=args.mode,
                                            kernel=args.kernel)
     folder.mkdir()
     with record.stage("load"):
-        pipeline = task_cli.load_to_run(args, task_cli.paths_of(args), packed and packed.checkpoint.path, prepare)
+        paths = task_arguments.paths_of(args)
+        pipeline = task_arguments.load_to_run(args, paths, packed and packed.checkpoint.path, prepare)
     keep_trace = packed is None or settings.kind.makes != "text"  # of answers, only the baseline's trace is read
-    run_task(pipeline, samples, settings, record, folder, keep_trace, task_cli.stream_of(args, team), team)
+    run_task(pipeline, samples, settings, record, folder, keep_trace, task_arguments.stream_of(args, team), team)
     return pipeline
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -25,26 +25,27 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apple.mlx_codes import Format, dequantize
-from lance_quant import cli, layout
-from lance_quant.compare import relative_error, token_divergence
+from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.files import read_json
-from lance_quant.lance import samples
+from lance_quant.evaluation.metrics import relative_error, token_divergence
+from lance_quant.formats import layout
 from lance_quant.lance.config import LancePaths
+from lance_quant.lance.media import samples
+from lance_quant.lance.media.vision import RESOLUTIONS
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.lance.vision import RESOLUTIONS
+from lance_quant.storage.atomic import read_json
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--model_path", type=Path, required=True, help="Lance folder with the float checkpoint")
     parser.add_argument("--vit_path", type=Path, help="Qwen2.5-VL-ViT folder; default: beside the Lance folder")
     parser.add_argument("--example_json", type=Path, required=True, help="x2t_image sample file")
     parser.add_argument("--limit", type=int, help="take only this many samples")
     parser.add_argument("--resolution", choices=RESOLUTIONS, default="image_768res", help="preset for input pictures")
     parser.add_argument("--mlx_dir", type=Path, nargs="+", required=True, help="folders made by apple/export_mlx.py")
-    cli.add_device(parser)
+    script.add_device(parser)
     return parser.parse_args(argv)
 
 
@@ -79,8 +80,9 @@ def put_into(pipeline: Pipeline, weights: dict[str, Tensor]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Answer with the float model, then measure every folder."""
     args = parse_args(argv)
-    device = cli.device_of(args.device)
-    pipeline = Pipeline.load(LancePaths.find(args.model_path, args.vit_path), device, cli.dtype_of(args.dtype, device))
+    device = script.device_of(args.device)
+    paths, dtype = LancePaths.find(args.model_path, args.vit_path), script.dtype_of(args.dtype, device)
+    pipeline = Pipeline.load(paths, device, dtype)
     questions = samples.load("x2t_image", args.example_json)[:args.limit]
     asked = [pipeline.ask(question, args.resolution) for question in questions]
     answers = [pipeline.answer(*request).ids for request in asked]
@@ -104,4 +106,4 @@ def _centred(logprobs: list[Tensor]) -> Tensor:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lance_quant.errors import InputError
-from lance_quant.files import read_json
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import MLP, RMSNorm
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.storage.atomic import read_json
+from lance_quant.storage.tensor_file import Checkpoint
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, [t, d]
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the call's keys and values -> all keys and values

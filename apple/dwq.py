@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from apple.decoder import Decoder, load_decoder
 from lance_quant.errors import InputError
-from lance_quant.int4 import unpack_nibbles
+from lance_quant.formats.int4 import unpack_nibbles
 
 log = logging.getLogger("lance_quant")
 

@@ -43,11 +43,12 @@ from apple.decoder import DecoderConfig
 from apple.extract_und import EMBEDDING, HEAD, TOKENIZER_FILES
 from apple.palette import COLORS, ROWS, palettized
 from apple.stateful import END, START, Piece, build
-from lance_quant import __version__, cli
+from lance_quant import __version__
+from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.files import read_json, require_free, whole_folder, write_json
-from lance_quant.packed import require_space
-from lance_quant.tensorfile import Checkpoint, TensorFileWriter, TensorSpec, file_size
+from lance_quant.formats.packed_folder import require_space
+from lance_quant.storage.atomic import read_json, require_free, whole_folder, write_json
+from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size
 
 log = logging.getLogger("lance_quant")
 
@@ -58,7 +59,7 @@ _LINE, _SHARED = 64, 200
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--src", type=Path, required=True, help="folder made by apple/extract_und.py")
     parser.add_argument("--out", type=Path, help="folder to create; never overwritten; not written by --dry_run")
     parser.add_argument("--storage", choices=["palettes", "float16"], default="palettes",
@@ -223,4 +224,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -35,11 +35,12 @@ from apple import mlx_fold
 from apple.dwq import Training, distil
 from apple.extract_und import TOKENIZER_FILES
 from apple.mlx_codes import FORMATS, Format, quantize
-from lance_quant import __version__, cli
+from lance_quant import __version__
+from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.files import read_json, require_free, whole_folder, write_json
-from lance_quant.packed import require_space
-from lance_quant.tensorfile import Checkpoint, TensorFileWriter, TensorSpec, file_size
+from lance_quant.formats.packed_folder import require_space
+from lance_quant.storage.atomic import read_json, require_free, whole_folder, write_json
+from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size
 
 log = logging.getLogger("lance_quant")
 
@@ -49,7 +50,7 @@ Packer = Callable[[Tensor, Format], dict[str, Tensor]]
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--src", type=Path, required=True, help="folder made by apple/extract_und.py")
     parser.add_argument("--out", type=Path, help="folder to create; never overwritten; not written by --dry_run")
     parser.add_argument("--format", choices=FORMATS, required=True, help="4bit is affine, 64 inputs per scale")
@@ -60,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=Training.learning_rate, help="of --dwq")
     parser.add_argument("--epochs", type=int, default=Training.epochs, help="passes over the texts of --dwq")
     parser.add_argument("--max_tokens", type=int, default=Training.max_tokens, help="longest text of --dwq")
-    cli.add_device(parser, dtype=False)
+    script.add_device(parser, dtype=False)
     parser.add_argument("--packer", choices=PACKERS, default="ours",
                         help="who rounds; both give the same bytes, and ours needs no MLX")
     parser.add_argument("--dry_run", action="store_true", help="read headers only and print what would be written")
@@ -220,7 +221,7 @@ def refiner(args: argparse.Namespace) -> Callable[..., Any] | None:
         raise InputError(f"--learning_rate {args.learning_rate}, --epochs {args.epochs} and --max_tokens "
                          f"{args.max_tokens} must be positive, and the last 2 or more")
     training = Training(args.learning_rate, epochs=args.epochs, max_tokens=args.max_tokens)
-    device = cli.device_of(args.device)
+    device = script.device_of(args.device)
     return lambda tensors: distil(args.src, tensors, args.dwq, training, device)
 
 
@@ -239,11 +240,11 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--capture rounds after the scales that --stats finds: give both")
     if args.stats is not None and args.packer != "ours":
         raise InputError("--stats rounds to grids of its own: leave --packer out")
-    calibrated = None if args.stats is None else Calibrated(args.stats, args.capture, cli.device_of(args.device))
+    calibrated = None if args.stats is None else Calibrated(args.stats, args.capture, script.device_of(args.device))
     record = export(args.src, args.out, fmt, packer_of(args.packer), calibrated, refiner(args))
     log.info("wrote %s: %s", args.out, json.dumps({name: record[name] for name in ("rounded_by", "bytes", "dwq")}))
     print(args.out)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -28,16 +28,18 @@ from torch import Tensor
 from transformers import Qwen2Tokenizer
 
 from apple.decoder import DecoderConfig, DecoderLayer, causal_mask, rope_tables
-from lance_quant import __version__, cli, layout
+from lance_quant import __version__
+from lance_quant.calibration.activation_stats import model_fingerprint
+from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.files import read_json, require_free, whole_folder, write_json
+from lance_quant.formats import layout
+from lance_quant.formats.packed_folder import require_space
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance, RMSNorm
 from lance_quant.lance.tokens import LanceTokenizer
 from lance_quant.lance.understanding import MAX_NEW_TOKENS
-from lance_quant.packed import require_space
-from lance_quant.stats import model_fingerprint
-from lance_quant.tensorfile import Checkpoint, TensorFileWriter, TensorSpec, file_size, require_finite
+from lance_quant.storage.atomic import read_json, require_free, whole_folder, write_json
+from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size, require_finite
 
 log = logging.getLogger("lance_quant")
 
@@ -52,12 +54,12 @@ PROBE = ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--src", type=Path, required=True, help="Lance folder, float checkpoint inside")
     parser.add_argument("--out", type=Path, help="folder to create; never overwritten; not written by --dry_run")
     parser.add_argument("--arch", choices=ARCHS, default=ARCHS[0],
                         help="glm4_moe is exact; qwen2 repeats the published, lossy form")
-    parser.add_argument("--dtype", choices=cli.DTYPES, default="bfloat16", help="dtype of the stored tensors")
+    parser.add_argument("--dtype", choices=script.DTYPES, default="bfloat16", help="dtype of the stored tensors")
     parser.add_argument("--dry_run", action="store_true", help="read headers only and print what would be written")
     return parser.parse_args(argv)
 
@@ -208,7 +210,7 @@ def extract(src: Path, out: Path, arch: str, dtype: str) -> dict[str, Any]:
         reasons = account(source.specs, config, str(source.path))
         equal = heads_equal(source)
         tied = bool(raw.get("tie_word_embeddings")) if arch == "qwen2" else equal
-        specs = plan(source.specs, config, arch, tied, cli.DTYPES[dtype], str(source.path))
+        specs = plan(source.specs, config, arch, tied, script.DTYPES[dtype], str(source.path))
         require_space(out, file_size(specs))
         facts = _facts(source, reasons, specs, arch, dtype, equal, tied)
         if arch == "qwen2":
@@ -246,7 +248,7 @@ def dry_run(src: Path, arch: str, dtype: str) -> str:
     with Checkpoint(src) as source:
         raw = read_json(src / "llm_config.json", "model configuration")
         tied = arch == "qwen2" and bool(raw.get("tie_word_embeddings"))
-        specs = plan(source.specs, config, arch, tied, cli.DTYPES[dtype], str(source.path))
+        specs = plan(source.specs, config, arch, tied, script.DTYPES[dtype], str(source.path))
     return f"{len(specs)} tensors\noutput_bytes: {file_size(specs)}"
 
 
@@ -265,4 +267,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -27,7 +27,7 @@ import awq_calibrate_single
 from apple import compare_mlx, export_mlx, extract_und
 from apple.mlx_codes import FORMATS
 from lance_nano import samples
-from lance_quant import cli
+from lance_quant.cli import script
 
 log = logging.getLogger("lance_quant")
 
@@ -38,7 +38,7 @@ RESOLUTION = "image_112res"
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--model_path", type=Path, default=MODEL, help="a lance-nano folder")
     parser.add_argument("--n", type=int, default=64, help="questions for calibration, and as many held-out ones")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of scenes and questions")
@@ -99,4 +99,4 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

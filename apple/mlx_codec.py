@@ -1,8 +1,8 @@
 """MLX's 4-bit grids as codecs: what lance_quant's search, rounding and GPTQ must know of a format.
 
-The part of lance_quant.codec.Codec that they use. Unlike mlx_codes.quantize, which repeats MLX, the grids here are the
-ones that leave the smallest weighted error, with scales (and biases) rounded to what the file holds before codes are
-chosen. The formats and sizes are the same.
+The part of lance_quant.formats.base.Codec that they use. Unlike mlx_codes.quantize, which repeats MLX, the grids here
+are the ones that leave the smallest weighted error, with scales (and biases) rounded to what the file holds before
+codes are chosen. The formats and sizes are the same.
 
 Shape suffixes: o out, i in, g group.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from apple import mlx_codes
 from apple.mlx_codes import Format
-from lance_quant import nvfp4
-from lance_quant.codec import Grid, Kind, Measured, errors_by_definition, measured_by_definition, nearest_levels
-from lance_quant.int4 import pack_nibbles
+from lance_quant.formats import nvfp4
+from lance_quant.formats.base import Grid, Kind, Measured, errors_by_definition, measured_by_definition, nearest_levels
+from lance_quant.formats.int4 import pack_nibbles
 
 _LEVELS = 15
 _MIN_SCALE = 1e-7  # MLX's
@@ -81,11 +81,11 @@ class MlxCodec:
         return self.encode(values.t().contiguous(), grid), values
 
     def measured(self, w: Tensor, importance: Tensor, context: None = None) -> Measured:
-        """See lance_quant.codec.measured_by_definition."""
+        """See lance_quant.formats.base.measured_by_definition."""
         return measured_by_definition(self, w, importance, context)
 
     def errors(self, w: Tensor, factors: Tensor, weights: Tensor, contexts: Sequence[None]) -> Tensor:
-        """See lance_quant.codec.errors_by_definition."""
+        """See lance_quant.formats.base.errors_by_definition."""
         return errors_by_definition(self, w, factors, weights, contexts)
 
     def tensors(self, q: MlxWeight) -> dict[str, Tensor]:

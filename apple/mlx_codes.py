@@ -8,7 +8,8 @@ Codes lie in uint32 words, input 8k + j in bits 4j. Affine codes are chosen with
 one end of each range is hit exactly, and 0 is not always a level. Floating-point codes are the entry of the table with
 the smallest |w / scale - entry|, all in the weight's own dtype: halves go to the smaller magnitude, no code is -0, and
 bfloat16 input does not give the codes of its float32 copy (0.6 % differ). That is what MLX 0.32 does on
-the CPU, repeated here on purpose: a file must not depend on where it was made. It differs from lance_quant.nvfp4.
+the CPU, repeated here on purpose: a file must not depend on where it was made. It differs from
+lance_quant.formats.nvfp4.
 apple/mlx_codec.py writes the same formats better, for inputs of known size.
 
 Shape suffixes: o out, i in, g group.
@@ -22,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lance_quant.int4 import pack_nibbles, unpack_nibbles
-from lance_quant.nvfp4 import decode_e4m3, nearest
+from lance_quant.formats.int4 import pack_nibbles, unpack_nibbles
+from lance_quant.formats.nvfp4 import decode_e4m3, nearest
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _TABLE = (*MAGNITUDES, *(-value for value in MAGNITUDES))

@@ -23,15 +23,17 @@ from torch import Tensor
 from apple.decoder import DecoderConfig
 from apple.mlx_codec import MlxCodec, codec_of
 from apple.mlx_codes import Format
-from lance_quant import awq, capture, fuse, gptq, layout, ours, relevance
-from lance_quant.calls import Call
-from lance_quant.codec import quantize_searched
+from lance_quant.calibration import capture, token_weights
+from lance_quant.calibration.activation_stats import ActStats
+from lance_quant.calibration.decoder_calls import Call
+from lance_quant.calibration.gradients import norm_around
+from lance_quant.calibration.layer_inputs import Replay
+from lance_quant.calibration.token_weights import Relevance
 from lance_quant.errors import InputError
-from lance_quant.gradients import norm_around
-from lance_quant.relevance import Relevance
-from lance_quant.replay import Replay
-from lance_quant.stats import ActStats
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.formats import layout
+from lance_quant.formats.base import quantize_searched
+from lance_quant.methods import awq, fuse, gptq, layer
+from lance_quant.storage.tensor_file import Checkpoint
 
 log = logging.getLogger("lance_quant")
 
@@ -73,7 +75,7 @@ class Calibration:
 
         def weigh(running: Sequence[Call]) -> Relevance:
             norm = norm_around(source.read(f"{NORM}.weight", torch.float32), config.rms_norm_eps)
-            return relevance.measure(config, lambda _: lambda index: layer_weights(source, index, device),
+            return token_weights.measure(config, lambda _: lambda index: layer_weights(source, index, device),
                                      config.num_hidden_layers, {"und": norm}, running, device)
 
         return cls(measured, fingerprint, Replay(config, alone, device, facts, weigh))
@@ -114,7 +116,7 @@ def fitted_tensors(source: Checkpoint, folder: Path, fmt: Format, known: Calibra
     yield from _ends(source, codec, known, device, config.rms_norm_eps, record)
 
 
-def layer_weights(source: Checkpoint, index: int, device: torch.device) -> ours.Weights:
+def layer_weights(source: Checkpoint, index: int, device: torch.device) -> layer.Weights:
     """Lance's name -> float32 tensor, of one layer of an extracted folder."""
     return {layout.LLM_PREFIX + name: source.read(name, torch.float32, device) for name in source.specs
             if name.startswith(f"model.layers.{index}.")}
@@ -128,7 +130,7 @@ def _require_model(source: Checkpoint, known: Calibration, layers: int) -> None:
     known.stats.require_model(known.fingerprint, widths)
 
 
-def layer_tensors(index: int, weights: ours.Weights, codec: MlxCodec, known: Calibration,
+def layer_tensors(index: int, weights: layer.Weights, codec: MlxCodec, known: Calibration,
                   record: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Name in the MLX file -> tensor, for all of one layer.
 
@@ -138,7 +140,7 @@ def layer_tensors(index: int, weights: ours.Weights, codec: MlxCodec, known: Cal
     if codec.fmt.mode == "nvfp4":
         _shift_layer(index, weights)
     packed = set()
-    for group, done in ours.quantize_layer(index, weights, known.stats, codec, known.replay):
+    for group, done in layer.quantize_layer(index, weights, known.stats, codec, known.replay):
         log.info("%-24s %s", group.name, done)
         for number, (name, parts) in enumerate(zip(group.linears, done.tensors, strict=True)):
             short = name.removeprefix(layout.LLM_PREFIX)
@@ -151,7 +153,7 @@ def layer_tensors(index: int, weights: ours.Weights, codec: MlxCodec, known: Cal
             yield name.removeprefix(layout.LLM_PREFIX), tensor.cpu()
 
 
-def _shift_layer(index: int, weights: ours.Weights) -> None:
+def _shift_layer(index: int, weights: layer.Weights) -> None:
     groups = {group.place: group for group in layout.groups(index) if group.expert == "und"}
     for place, kind in (("attn_out", "v_proj"), ("mlp_out", "up_proj")):
         _shift_fed(weights, groups[place].linears[0], layout.linear(index, "und", kind))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lance_quant.errors import InputError
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.storage.tensor_file import Checkpoint
 
 ROWS = 32  # rows per palette
 COLORS = 16

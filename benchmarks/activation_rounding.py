@@ -25,7 +25,7 @@ import fidelity_nano
 import torch
 
 from lance_nano import evaluate, export, outliers
-from lance_quant import cli
+from lance_quant.cli import script
 
 METHODS = ("rtn", "ours_diagonal")
 KERNELS = {"weights": "reference", "weights and activations": "nvfp4_w4a4"}
@@ -33,7 +33,7 @@ KERNELS = {"weights": "reference", "weights and activations": "nvfp4_w4a4"}
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--model_path", type=Path, default=fidelity_nano.MODEL, help="a lance-nano folder")
     parser.add_argument("--variant", choices=("plain", *fidelity_nano.VARIANTS), default="plain",
                         help="with outliers put in, see lance_nano/outliers.py: its defaults, or as large as Lance's")
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
             for rounded, kernel in KERNELS.items():
                 pipeline = evaluate.load(model, packed, "cpu", "float32", kernel)
                 found[method, rounded] = fidelity_nano.distance(pipeline, baseline, args.seed, args)
-                cli.log.info("%s, %s: KL %.3e, velocity %.4f", method, rounded, found[method, rounded]["kl"],
+                script.log.info("%s, %s: KL %.3e, velocity %.4f", method, rounded, found[method, rounded]["kl"],
                              statistics.fmean(found[method, rounded]["velocity"]))
     return found
 
@@ -94,4 +94,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

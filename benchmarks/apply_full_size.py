@@ -10,8 +10,9 @@ Needs   for `published` 2.5 GB of memory for INT4 and 4.5 GB for NVFP4; on one C
 
 Everything runs in a process of its own, one after another, with the same number of threads. `ours` is the script from
 start to end: a layer's time is that of reading, searching and writing all layers over their number, `rest` what comes
-before and after (start, embedding and head). `published` is the published search and packing (lance_quant/published.py;
-its NVFP4 with the table of distances that the published script makes) of one expert of one layer in memory, times two,
+before and after (start, embedding and head). `published` is the published search and packing
+(lance_quant/methods/published.py; its NVFP4 with the table of distances that the published script makes) of one expert
+of one layer in memory, times two,
 without reading and writing. `disk` reads the whole checkpoint and writes as many bytes as the output has, no more.
 """
 
@@ -34,11 +35,13 @@ from torch import Tensor
 
 import awq_apply
 import nvfp4_apply
-from lance_quant import cli, convert, layout, published
-from lance_quant.codec import Codec, Int4, Nvfp4
-from lance_quant.nvfp4 import E2M1_MAX, MAGNITUDES
-from lance_quant.stats import ActStats
-from lance_quant.tensorfile import Checkpoint, file_size
+from lance_quant.calibration.activation_stats import ActStats
+from lance_quant.cli import script
+from lance_quant.formats import layout
+from lance_quant.formats.base import Codec, Int4, Nvfp4
+from lance_quant.formats.nvfp4 import E2M1_MAX, MAGNITUDES
+from lance_quant.methods import convert, published
+from lance_quant.storage.tensor_file import Checkpoint, file_size
 
 LAYERS = 36  # of Lance_3B
 FORMATS: dict[str, tuple[Any, Codec]] = {"int4": (awq_apply, Int4()), "nvfp4": (nvfp4_apply, Nvfp4())}
@@ -47,7 +50,7 @@ _PIECE = 1 << 24
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder to create, and to remove at the end")
     parser.add_argument("--layers", type=int, default=2, help="decoder layers of the checkpoint")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="which to measure")
@@ -197,4 +200,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -11,7 +11,7 @@ Needs   1.5 GB of memory per worker; on one CPU core about 6 minutes per seed
 
 A seed decides which samples calibrate and which are held out, and the noise of the pictures. Rounding is from
 statistics ("nearest") or from captures ("gptq"). A budget's harm is the relative output error, from statistics, or what
-captures say (lance_quant/sensitivity.py). head8: the output head and the token embedding in 8 bits.
+captures say (lance_quant/calibration/weight_sensitivity.py). head8: the output head and the token embedding in 8 bits.
 """
 
 import argparse
@@ -31,15 +31,18 @@ from fidelity_nano import CPU, MODEL, TASKS, Baseline, baseline_of, calibrate, p
 
 from lance_nano import evaluate
 from lance_nano.scenes import SIZE
-from lance_quant import budget, cli, convert, layout, sensitivity
-from lance_quant.codec import Int4
-from lance_quant.compare import step_errors, token_divergence
+from lance_quant.calibration import weight_sensitivity
+from lance_quant.calibration.activation_stats import ActStats
+from lance_quant.calibration.layer_inputs import replay_of
+from lance_quant.cli import script
+from lance_quant.evaluation.metrics import step_errors, token_divergence
+from lance_quant.formats import layout
+from lance_quant.formats.base import Int4
+from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.ours import Weights
-from lance_quant.packed import PackedFolder
-from lance_quant.replay import replay_of
-from lance_quant.stats import ActStats
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.methods import bit_allocation, convert
+from lance_quant.methods.layer import Weights
+from lance_quant.storage.tensor_file import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def variants(budgets: list[float], roundings: list[str]) -> list[Variant]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--model_path", type=Path, default=MODEL, help="a lance-nano folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="see above")
     parser.add_argument("--questions", type=int, default=64, help="that calibrate")
@@ -89,7 +92,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 class Shared:
     """Effects that are measured once for all variants: scales, and so weights, are the same."""
 
-    def __init__(self, effects: budget.Effects):
+    def __init__(self, effects: bit_allocation.Effects):
         self._effects, self._layers = effects, {}
 
     def of_layer(self, index: int, weights: Weights) -> Mapping[str, torch.Tensor]:
@@ -132,7 +135,7 @@ def measure(seed: int, args: argparse.Namespace) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as folder:
         stats = calibrate(args.model_path, Path(folder), seed, args)
         baseline = baseline_of(evaluate.load(args.model_path, None, "cpu", "float32"), seed, args)
-        effects = Shared(sensitivity.effects_of(args.model_path, captures_in(Path(folder)), CPU))
+        effects = Shared(weight_sensitivity.effects_of(args.model_path, captures_in(Path(folder)), CPU))
         for variant in variants(args.budgets, args.roundings):
             packed = pack(variant, Path(folder), stats, args.model_path, effects)
             found = distance(evaluate.load(args.model_path, packed, "cpu", "float32"), baseline, seed, args)
@@ -191,4 +194,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -31,14 +31,14 @@ import torch
 from random_lance import FORMATS, REAL_LAYERS, compute_dtype, random_lance, random_values, real_config
 from torch import Tensor, nn
 
-from lance_quant import cli
+from lance_quant.cli import script
+from lance_quant.evaluation.run_folder import device_name, versions
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance
 from lance_quant.lance.tokens import TEMPLATE, Packed, Split, mrope_positions
 from lance_quant.lance.understanding import Decoding
-from lance_quant.results import device_name, versions
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -87,12 +87,12 @@ def add_comparison(parser: argparse.ArgumentParser, layers: int, rounds: int) ->
     parser.add_argument("--clock", choices=CLOCKS, default="wall",
                         help="cpu: processor time instead, for one thread on a machine with other work")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
-    cli.add_device(parser)
+    script.add_device(parser)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--head_bits", nargs="+", type=int, choices=[8, 16], default=[16],
                         help="of the packed formats' head and embedding, one row each; 16: the compute dtype")
     parser.add_argument("--past", type=int, default=128, help="tokens of the prompt")
@@ -163,7 +163,7 @@ def rows_of(args: argparse.Namespace, device: torch.device) -> list[Row]:
     config, rows = real_config(args.layers), []
     tables: dict[torch.dtype, Tensor] = {}
     for form, head_bits in contestants(args):
-        dtype, table = compute_dtype(form, cli.dtype_of(args.dtype, device)), None
+        dtype, table = compute_dtype(form, script.dtype_of(args.dtype, device)), None
         if head_bits == 16:
             if dtype not in tables:
                 tables[dtype] = random_values((config.vocab_size, config.hidden_size), dtype, device).mul_(0.02)
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = cli.device_of(args.device)
+    device = script.device_of(args.device)
     rows = rows_of(args, device)
     tokens = timed(rows, args)
     config = real_config(args.layers)
@@ -236,4 +236,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

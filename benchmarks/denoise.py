@@ -30,7 +30,9 @@ from decode import GrowingRow, add_comparison, now
 from random_lance import REAL_LAYERS, compute_dtype, random_lance, real_config
 from torch import Tensor, nn
 
-from lance_quant import cli
+from lance_quant.cli import script
+from lance_quant.evaluation.run_folder import device_name, versions
+from lance_quant.formats.layout import SUFFIX
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.generation import Denoiser, Sampling
@@ -38,8 +40,6 @@ from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance, Layer, Rope, _rotate
 from lance_quant.lance.pipeline import latent_grid
 from lance_quant.lance.tokens import PROMPT, TARGET, TEMPLATE, Grid, Packed, Split, Visual, mrope_positions
-from lance_quant.layout import SUFFIX
-from lance_quant.results import device_name, versions
 
 _TEXT = (52, 28, 5)  # tokens of system, prompt and tail in an ordinary t2i request
 _TIME = 0.9  # a guided timestep
@@ -56,7 +56,7 @@ class Row:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--height", type=int, default=768, help="of the picture")
     parser.add_argument("--width", type=int, default=768, help="of the picture")
     add_comparison(parser, layers=1, rounds=3)
@@ -151,7 +151,7 @@ def routed_layer(layer: Layer, x_th: Tensor, rope: Rope, row: CacheRow, index: i
 def rows_of(form: str, args: argparse.Namespace, device: torch.device, packed: Packed) -> list[Row]:
     """The ways of one format. The output head, which denoising does not use, is left out."""
     config = replace(real_config(args.layers), vocab_size=2048)
-    dtype = compute_dtype(form, cli.dtype_of(args.dtype, device))
+    dtype = compute_dtype(form, script.dtype_of(args.dtype, device))
     model, rows = random_lance(config, form, dtype, device), []
     if form == args.baseline:
         rows = [ours(f"{form} batched", model, packed), ours(f"{form} sequential", model, packed, batched=False),
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = cli.device_of(args.device)
+    device = script.device_of(args.device)
     grid = latent_grid(args.height, args.width)
     packed = request(grid)
     x = torch.randn(grid[1] * grid[2], 48, generator=torch.Generator().manual_seed(0))
@@ -214,4 +214,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -10,7 +10,7 @@ Needs   1.5 GB of memory per worker; on one CPU core about 20 minutes per seed
 
 A seed decides which samples calibrate and which are held out, and the noise of the pictures. rtn: nearest rounding,
 nothing scaled. published: `--recipe published`. ours_diagonal: ours from statistics alone. ours: with --capture.
-ours_even: the same, but all tokens count alike in GPTQ, and its damping is that for such (lance_quant/gptq.py).
+ours_even: the same, but all tokens count alike in GPTQ, and its damping is that for such (lance_quant/methods/gptq.py).
 
 Rates are pooled over the seeds, with 95 % Wilson intervals; answers are compared with the truth, and with the float
 model's. KL: nats per token, teacher-forced on the float model's own answers to `--answers` further questions and a
@@ -44,20 +44,23 @@ from lance_nano.evaluate import RESOLUTION, Caption, Share
 from lance_nano.questions import Question
 from lance_nano.recognise import shows
 from lance_nano.scenes import SIZE, Scene
-from lance_quant import capture, cli, convert, layout, task_cli
-from lance_quant.codec import Codec, Int4, Nvfp4
-from lance_quant.compare import step_errors, token_divergence
+from lance_quant.calibration import capture
+from lance_quant.calibration.activation_stats import ActStats, Collector, merge, model_fingerprint
+from lance_quant.calibration.layer_inputs import Replay, replay_of
+from lance_quant.cli import script, task_arguments
 from lance_quant.errors import InputError
+from lance_quant.evaluation.metrics import step_errors, token_divergence
+from lance_quant.formats import layout
+from lance_quant.formats.base import Codec, Int4, Nvfp4
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.inference.tasks import Settings, load_samples, run_watched
 from lance_quant.lance.cache import allocate
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling, Step
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.lance.tokens import VIT, mrope_positions
-from lance_quant.packed import PackedFolder
-from lance_quant.replay import Replay, replay_of
-from lance_quant.stats import ActStats, Collector, merge, model_fingerprint
-from lance_quant.tasks import Settings, load_samples, run_watched
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.methods import convert
+from lance_quant.storage.tensor_file import Checkpoint
 from quantized_linear import swap_linears
 
 MODEL = Path(__file__).parent.parent / "lance_nano" / "checkpoint" / "Lance_nano"
@@ -101,7 +104,7 @@ class Baseline:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--model_path", type=Path, default=MODEL, help="a lance-nano folder")
     parser.add_argument("--variant", choices=("plain", *VARIANTS), default="plain",
                         help="with outliers put in, see lance_nano/outliers.py: its defaults, or as large as Lance's")
@@ -125,10 +128,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def settings_of(task: str, file: Path, seed: int, args: argparse.Namespace) -> Settings:
     """The settings that the scripts' flags mean."""
     parser = argparse.ArgumentParser()
-    task_cli.add_task(parser)
+    task_arguments.add_task(parser)
     flags = {"task": task, "example_json": file, "resolution": RESOLUTION, "video_height": SIZE, "video_width": SIZE,
              "validation_num_timesteps": args.steps, "seed": seed}
-    return task_cli.settings_of(parser.parse_args([str(part) for name, value in flags.items()
+    return task_arguments.settings_of(parser.parse_args([str(part) for name, value in flags.items()
                                                    for part in (f"--{name}", value)]))
 
 
@@ -405,4 +408,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

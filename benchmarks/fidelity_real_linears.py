@@ -10,8 +10,9 @@ Writes  nothing; the last line on stdout is the result as JSON: means over the s
         the same on the float model's inputs; both on held-out passages, with every seed's values beside them
 Needs   1.5 GB of memory; on one CPU core about 3 minutes per seed
 
-Not Lance, and post-norm: scales cannot all be moved here, so they are applied as x / s for every method alike (in Lance
-the moves are exact, see lance_quant/fuse.py). `published` scales q/k/v and the first MLP linear, as it does in Lance.
+Not Lance, and post-norm: scales cannot all be moved here, so they are applied as x / s for every method alike (in
+Lance the moves are exact, see lance_quant/methods/fuse.py). `published` scales q/k/v and the first MLP
+linear, as it does in Lance.
 """
 
 import argparse
@@ -31,8 +32,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lance_quant import awq, cli, gptq, published
-from lance_quant.codec import Codec, Int4, Nvfp4
+from lance_quant.cli import script
+from lance_quant.formats.base import Codec, Int4, Nvfp4
+from lance_quant.methods import awq, gptq, published
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 WINDOW = 128  # tokens per passage, [CLS] and [SEP] included
@@ -47,7 +49,7 @@ METHODS: dict[str, list[tuple[str, Codec]]] = {
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one split of the text each")
     parser.add_argument("--formats", nargs="+", choices=METHODS, default=list(METHODS), help="which to measure")
     parser.add_argument("--calibration_passages", type=int, default=164, help="of 128 tokens: 164 are 21k tokens")
@@ -201,4 +203,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

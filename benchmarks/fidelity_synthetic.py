@@ -32,16 +32,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lance_quant import cli, convert, layout, ours
-from lance_quant.calls import Call
-from lance_quant.codec import Codec, Int4, Nvfp4
+from lance_quant.calibration.activation_stats import ActStats, LinearStats
+from lance_quant.calibration.decoder_calls import Call
+from lance_quant.calibration.layer_inputs import Replay
+from lance_quant.cli import script
+from lance_quant.formats import layout
+from lance_quant.formats.base import Codec, Int4, Nvfp4
+from lance_quant.formats.layout import EXPERTS
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Layer, Rotary
-from lance_quant.layout import EXPERTS
-from lance_quant.ours import Weights
-from lance_quant.replay import Replay
-from lance_quant.stats import ActStats, LinearStats
+from lance_quant.methods import convert, layer
+from lance_quant.methods.layer import Weights
 
 CPU = torch.device("cpu")
 GROUP = 64  # inputs per group in the published ratios
@@ -71,7 +73,7 @@ DEPTHS = (Depth("first", 0.4, 0.01, 15), Depth("middle", 0.35), Depth("last", 0.
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of weights and tokens")
     parser.add_argument("--shrink", type=int, choices=(1, 2, 4, 8), default=8, help="Lance's widths are divided by it")
     parser.add_argument("--outliers", nargs="+", choices=GAINS, default=list(GAINS), help="where large weights lie")
@@ -221,7 +223,7 @@ def quantize(index: int, weights: Weights, method: str, codec: Codec, stats: Act
     if method.startswith("rtn"):
         stats = ActStats({}, [], [{"run_id": "none"}], 0)
     target = {name: w.clone() for name, w in weights.items()}
-    recipe = convert.quantize_published if method == "published" else ours.quantize_layer
+    recipe = convert.quantize_published if method == "published" else layer.quantize_layer
     packed: Weights = {}
     for group, done in recipe(index, target, stats, codec, replay if method == "ours" else None):
         for name, tensors in zip(group.linears, done.tensors, strict=True):
@@ -326,4 +328,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lance_quant import cli, kernels
-from lance_quant.codec import Codec, Int4, Nvfp4, PackedWeight
+from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.int4 import Int4Weight
-from lance_quant.kernels import comfy, native, parts, w4a4
-from lance_quant.nvfp4 import MAGNITUDES, Nvfp4Weight
-from lance_quant.results import device_name
+from lance_quant.evaluation.run_folder import device_name
+from lance_quant.formats.base import Codec, Int4, Nvfp4, PackedWeight
+from lance_quant.formats.int4 import Int4Weight
+from lance_quant.formats.nvfp4 import MAGNITUDES, Nvfp4Weight
+from lance_quant.kernels import comfy_kitchen, cpu, dispatch, nvfp4_w4a4, ops
 
 FORMATS: dict[str, Codec] = {"int4": Int4(64), "nvfp4": Nvfp4(), "nvfp4_slim": Nvfp4(slim=True)}
 _COLD = 128 << 20  # bytes between two uses of a copy: four times the largest cache of one of our machines
@@ -50,7 +50,7 @@ class Cell(NamedTuple):
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=["2048x11008", "11008x2048"], help="INxOUT")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 256, 1024], help="rows of activations")
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=["int4", "nvfp4"], help="packed formats")
@@ -58,15 +58,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall",
                         help="cpu: seconds of this process on a CPU, which do not count waiting for other programs; "
                              "with one thread only")
-    cli.add_device(parser)
+    script.add_device(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    device = cli.device_of(args.device)
-    dtype = cli.dtype_of(args.dtype, device)
+    device = script.device_of(args.device)
+    dtype = script.dtype_of(args.dtype, device)
     if args.clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() > 1):
         raise InputError("--clock cpu needs --device cpu and one thread; set OMP_NUM_THREADS=1")
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             for rows in args.rows:
                 cell = Cell(n_in, n_out, rows, name)
                 results.append(measure(cell, dtype, device, args.paths, clock))
-                cli.log.info("%s", line(results[-1]))
+                script.log.info("%s", line(results[-1]))
     print(json.dumps({"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "clock": args.clock,
                       "load": round(os.getloadavg()[0], 1), "torch": str(torch.__version__), "cells": results}))
 
@@ -119,7 +119,7 @@ def _contestants(cell: Cell, codec: Codec, dtype: torch.dtype, device: torch.dev
     packed = _copies(lambda: _random(codec, cell.n_out, cell.n_in, device))
     x_own = x.to(dtype)
     yield "published", _calls(packed, lambda q: F.linear(x_own, published(q, dtype)))
-    kernel = kernels.choose("triton" if device.type == "cuda" else "auto", codec, cell.n_in, dtype, device)
+    kernel = dispatch.choose("triton" if device.type == "cuda" else "auto", codec, cell.n_in, dtype, device)
     yield "ours", _calls(packed, lambda q: kernel.linear(x_own, q, codec, None))
     if device.type == "cuda":
         yield from _others(cell, codec, packed, x_own)
@@ -131,8 +131,8 @@ def _contestants(cell: Cell, codec: Codec, dtype: torch.dtype, device: torch.dev
 def _others(cell: Cell, codec: Codec, packed: list[PackedWeight],
             x: Tensor) -> Iterator[tuple[str, Callable[[int], object]]]:
     """What else computes such a layer on this GPU."""
-    fp4 = [w4a4.W4A4()] if w4a4.without_tensor_cores(x.device) is None else []
-    for kernel in (comfy.ComfyKitchen(), *fp4):
+    fp4 = [nvfp4_w4a4.W4A4()] if nvfp4_w4a4.without_tensor_cores(x.device) is None else []
+    for kernel in (comfy_kitchen.ComfyKitchen(), *fp4):
         if kernel.refusal(codec, cell.n_in, x.dtype, x.device) is None:
             yield kernel.name, _calls(packed, lambda q, kernel=kernel: kernel.linear(x, q, codec, None))
     if isinstance(codec, Int4) and x.dtype == torch.bfloat16 and cell.n_in % 128 == 0 and cell.n_out % 8 == 0:
@@ -153,20 +153,20 @@ def even_high(packed: Tensor) -> Tensor:
 
 def scales_and_zeros(q: Int4Weight, dtype: torch.dtype) -> Tensor:
     """[groups, out, 2]: S and Z of (code - 8) * S + Z."""
-    return torch.stack(comfy.scales_and_zeros(q.scale, q.zero, dtype), -1).contiguous()
+    return torch.stack(comfy_kitchen.scales_and_zeros(q.scale, q.zero, dtype), -1).contiguous()
 
 
 def _paths(device: torch.device, codec: Codec,
            dtype: torch.dtype) -> dict[str, Callable[[Tensor, PackedWeight], object]]:
     if device.type == "cpu":
-        return {"dot": lambda x, q: native.dot(x, native.weight_of(q, codec.group_size), None),
-                "gemm": lambda x, q: native.gemm(x, native.weight_of(q, codec.group_size), None)}
+        return {"dot": lambda x, q: cpu.dot(x, cpu.weight_of(q, codec.group_size), None),
+                "gemm": lambda x, q: cpu.gemm(x, cpu.weight_of(q, codec.group_size), None)}
     from lance_quant.kernels import triton_kernels
 
     size = codec.group_size
-    return {"gemv": lambda x, q: triton_kernels.gemv(x, q.packed, *parts.parts_of(q), None, size),
-            "tile": lambda x, q: triton_kernels.tile(x, q.packed, *parts.parts_of(q), None, size),
-            "gemm": lambda x, q: F.linear(x, triton_kernels.unpack(q.packed, *parts.parts_of(q), size, dtype))}
+    return {"gemv": lambda x, q: triton_kernels.gemv(x, q.packed, *ops.parts_of(q), None, size),
+            "tile": lambda x, q: triton_kernels.tile(x, q.packed, *ops.parts_of(q), None, size),
+            "gemm": lambda x, q: F.linear(x, triton_kernels.unpack(q.packed, *ops.parts_of(q), size, dtype))}
 
 
 def _copies(make: Callable[[], Tensor | PackedWeight]) -> list:
@@ -231,4 +231,4 @@ def _seconds(call: Callable[[], object], device: torch.device, clock: Callable[[
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -18,28 +18,28 @@ from pathlib import Path
 
 import torch
 
-from lance_quant import cli
+from lance_quant.cli import script
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.inference.memory import peak_memory
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.memory import peak_memory
-from lance_quant.packed import PackedFolder
 from quantized_linear import swap_linears
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--model_path", type=Path, required=True, help="Lance folder")
     parser.add_argument("--awq_dir", type=Path, help="packed folder that replaces the float weights")
-    cli.add_device(parser)
+    script.add_device(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    device = cli.device_of(args.device)
-    dtype = cli.dtype_of(args.dtype, device)
+    device = script.device_of(args.device)
+    dtype = script.dtype_of(args.dtype, device)
     packed = PackedFolder(args.awq_dir) if args.awq_dir else None
     prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device)
     before, start = peak_memory(torch.device("cpu"))["host"], time.perf_counter()
@@ -55,4 +55,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

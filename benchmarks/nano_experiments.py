@@ -37,8 +37,9 @@ import nvfp4_apply
 from lance_nano import evaluate, samples
 from lance_nano.evaluate import RESOLUTION, Share
 from lance_nano.scenes import SIZE
-from lance_quant import cli, layout
-from lance_quant.compare import relative_error, step_errors, token_divergence
+from lance_quant.cli import script
+from lance_quant.evaluation.metrics import relative_error, step_errors, token_divergence
+from lance_quant.formats import layout
 from lance_quant.lance.generation import Sampling, Step
 from lance_quant.lance.pipeline import Pipeline
 
@@ -82,7 +83,7 @@ EXPERIMENTS: dict[str, Mapping[str, Weights]] = {
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("experiments", choices=EXPERIMENTS, nargs="+", help="the questions")
     parser.add_argument("--model_path", type=Path, default=MODEL, help="a lance-nano folder")
     parser.add_argument("--n", type=int, default=200, help="questions and captions per seed")
@@ -255,4 +256,4 @@ def _short(value: float) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

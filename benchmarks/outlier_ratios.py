@@ -26,9 +26,10 @@ from pathlib import Path
 import torch
 from fidelity_synthetic import DEPTHS, GROUP, group_ratio
 
-from lance_quant import cli, layout
-from lance_quant.stats import ActStats, model_fingerprint
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.calibration.activation_stats import ActStats, model_fingerprint
+from lance_quant.cli import script
+from lance_quant.formats import layout
+from lance_quant.storage.tensor_file import Checkpoint
 
 # Expert and kind -> median and largest ratio over the layers of Lance-3B.
 LANCE = {"und down_proj": (13.10, 28.96), "und o_proj": (9.08, 20.06), "gen down_proj": (7.43, 10.02),
@@ -38,7 +39,7 @@ HOT = 8.0  # times the median channel
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--model_path", type=Path, required=True, help="float Lance folder")
     parser.add_argument("--stats", type=Path, help="activation statistics of that model")
     return parser.parse_args(argv)
@@ -116,4 +117,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

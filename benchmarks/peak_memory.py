@@ -44,17 +44,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lance_quant import cli, kernels
-from lance_quant.codec import Codec, PackedWeight
-from lance_quant.kernels.w4a16 import TILE_ROWS
+from lance_quant.cli import script
+from lance_quant.evaluation.run_folder import device_name, versions
+from lance_quant.formats.base import Codec, PackedWeight
+from lance_quant.inference.memory import peak_memory, reset_peak_memory
+from lance_quant.kernels import dispatch
+from lance_quant.kernels.triton_w4a16 import TILE_ROWS
 from lance_quant.lance.generation import Denoiser, Sampling
 from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance
 from lance_quant.lance.pipeline import OFFLOADS, latent_grid
 from lance_quant.lance.tokens import TARGET, TEMPLATE, VIT, Packed, Split, Visual, mrope_positions
 from lance_quant.lance.understanding import Decoding
-from lance_quant.memory import peak_memory, reset_peak_memory
-from lance_quant.results import device_name, versions
 
 TASKS = ("x2t", "t2i")
 _LOOKED, _MERGED = (1, 48, 48), (1, 24, 24)  # patches and tokens of a picture of 672 x 672
@@ -64,7 +65,7 @@ _ANSWER = 4
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what runs")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bfloat16", "int4", "nvfp4_slim"],
                         help="of the linears; packed ones compute in --dtype")
@@ -80,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae_tiling", action="store_true", help="as for run_baseline.py")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     parser.add_argument("--inside", action="store_true", help="measure in this process: one task, format and offload")
-    cli.add_device(parser)
+    script.add_device(parser)
     return parser.parse_args(argv)
 
 
@@ -154,7 +155,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(argv)
-    device = torch.device("meta") if args.device == "meta" else cli.device_of(args.device)
+    device = torch.device("meta") if args.device == "meta" else script.device_of(args.device)
     if args.inside:
         print(json.dumps(measure(args, device)))
         return
@@ -196,14 +197,14 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, object]
         alive = None
         if device.type == "meta":
             stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", flash))
-            stack.enter_context(mock.patch.object(kernels, "choose", lambda *_: Allocations()))
+            stack.enter_context(mock.patch.object(dispatch, "choose", lambda *_: Allocations()))
             alive = stack.enter_context(Alive())
         return measured(args, device, Stages(device, alive))
 
 
 def measured(args: argparse.Namespace, device: torch.device, stages: Stages) -> dict[str, object]:
     """See `measure`."""
-    packed = torch.bfloat16 if device.type == "meta" else cli.dtype_of(args.dtype, device)
+    packed = torch.bfloat16 if device.type == "meta" else script.dtype_of(args.dtype, device)
     dtype = compute_dtype(args.formats[0], packed)
     model = random_lance(real_config(args.layers), args.formats[0], dtype, device, head_bits=args.head_bits)
     merge_projections(model)
@@ -283,4 +284,4 @@ RUNS: dict[str, Callable[[argparse.Namespace, Lance, Stages], int]] = {"x2t": qu
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

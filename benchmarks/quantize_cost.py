@@ -31,14 +31,17 @@ from typing import Any
 import fidelity_synthetic
 import torch
 
-from lance_quant import cli, convert, layout, ours, relevance
-from lance_quant.calls import Call
-from lance_quant.codec import Codec, Int4, Nvfp4
+from lance_quant.calibration import token_weights
+from lance_quant.calibration.activation_stats import ActStats, LinearStats
+from lance_quant.calibration.decoder_calls import Call
+from lance_quant.calibration.layer_inputs import Replay
+from lance_quant.cli import script
+from lance_quant.formats import layout
+from lance_quant.formats.base import Codec, Int4, Nvfp4
 from lance_quant.lance.config import LATENT_CHANNELS, LanceConfig
 from lance_quant.lance.linear import Linear
 from lance_quant.lance.mot import Layer, RMSNorm
-from lance_quant.replay import Replay
-from lance_quant.stats import ActStats, LinearStats
+from lance_quant.methods import convert, layer
 
 METHODS = ("rtn", "published", "ours_diagonal", "ours")
 CODECS: dict[str, Codec] = {"int4": Int4(64), "nvfp4": Nvfp4()}
@@ -47,7 +50,7 @@ LAYERS = 36  # of Lance_3B
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to measure")
     parser.add_argument("--format", choices=CODECS, default="int4", help="what is written")
     parser.add_argument("--tokens", type=int, default=8192, help="of the capture, both experts together")
@@ -77,7 +80,7 @@ class Timed(Replay):
         return result
 
 
-def timed_replay(config: LanceConfig, weights: ours.Weights, tokens: int, device: torch.device) -> Timed:
+def timed_replay(config: LanceConfig, weights: layer.Weights, tokens: int, device: torch.device) -> Timed:
     """Of made-up requests to a model of this one layer."""
     norm, velocity = RMSNorm(config.hidden_size, config.rms_norm_eps), Linear(config.hidden_size, LATENT_CHANNELS)
     torch.nn.init.ones_(norm.weight)
@@ -85,12 +88,12 @@ def timed_replay(config: LanceConfig, weights: ours.Weights, tokens: int, device
     torch.nn.init.zeros_(velocity.bias)
     ends = {"gen": torch.nn.Sequential(norm, velocity).requires_grad_(False)}
 
-    def read(_: int) -> ours.Weights:
+    def read(_: int) -> layer.Weights:
         return {name: w.clone() for name, w in weights.items()}  # a real one is read beside the layer in hand
 
-    def weigh(calls: Sequence[Call]) -> relevance.Relevance:
+    def weigh(calls: Sequence[Call]) -> token_weights.Relevance:
         started = time.perf_counter()
-        found = relevance.measure(config, lambda _: read, 1, ends, calls, device)
+        found = token_weights.measure(config, lambda _: read, 1, ends, calls, device)
         replay.relevance_seconds = time.perf_counter() - started
         return found
 
@@ -103,7 +106,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def made_up_layer(config: LanceConfig, device: torch.device) -> ours.Weights:
+def made_up_layer(config: LanceConfig, device: torch.device) -> layer.Weights:
     """A layer of Gaussian weights."""
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -115,7 +118,7 @@ def made_up_layer(config: LanceConfig, device: torch.device) -> ours.Weights:
     return weights
 
 
-def made_up_stats(config: LanceConfig, weights: ours.Weights) -> ActStats:
+def made_up_stats(config: LanceConfig, weights: layer.Weights) -> ActStats:
     """Statistics with lognormal channels: what they hold does not change what a search costs."""
     generator = torch.Generator().manual_seed(1)
     linears = {}
@@ -135,7 +138,7 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, float]:
     replay = None
     if method == "ours":
         replay = timed_replay(config, weights, args.tokens, device)
-    recipe = convert.quantize_published if method == "published" else ours.quantize_layer
+    recipe = convert.quantize_published if method == "published" else layer.quantize_layer
     layer_bytes = sum(w.nbytes for w in weights.values())
     started, cpu = time.perf_counter(), cpu_seconds()
     for group, done in recipe(0, weights, stats, codec, replay):
@@ -178,7 +181,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    cli.device_of(args.device)
+    script.device_of(args.device)
     results = {}
     for method in args.methods:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -191,4 +194,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -7,14 +7,14 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from lance_quant import int8, layout
-from lance_quant.codec import Codec, Int4, Nvfp4
-from lance_quant.int4 import Int4Weight
+from lance_quant.formats import int8, layout
+from lance_quant.formats.base import Codec, Int4, Nvfp4
+from lance_quant.formats.int4 import Int4Weight
+from lance_quant.formats.layout import EXPERTS, Expert
+from lance_quant.formats.nvfp4 import Nvfp4Weight
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance
-from lance_quant.layout import EXPERTS, Expert
-from lance_quant.nvfp4 import Nvfp4Weight
-from lance_quant.tensorfile import TensorSpec
+from lance_quant.storage.tensor_file import TensorSpec
 from quantized_linear import WQLinearINT4, WQLinearNVFP4
 
 REAL_LAYERS = 36

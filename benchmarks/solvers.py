@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from lance_quant import cli
-from lance_quant.compare import relative_error
-from lance_quant.lance import samples
+from lance_quant.cli import script
+from lance_quant.evaluation.metrics import relative_error
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
+from lance_quant.lance.media import samples
 from lance_quant.lance.pipeline import Pipeline
 
 GOLDENS = Path(__file__).parent.parent / "tests" / "goldens"
@@ -30,7 +30,7 @@ SOLVERS = ("euler", "ab2")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--model_path", type=Path, default=GOLDENS / "checkpoint" / "Lance_3B", help="Lance folder")
     parser.add_argument("--example_json", type=Path, default=GOLDENS / "inputs" / "t2i.json", help="t2i sample file")
     parser.add_argument("--limit", type=int, default=4, help="prompts")
@@ -38,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--video_width", type=int, default=128, help="width of the pictures")
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 12, 16, 20, 30, 60], help="numbers of steps")
     parser.add_argument("--reference", type=int, default=960, help="Euler steps of the reference")
-    cli.add_device(parser)
+    script.add_device(parser)
     return parser.parse_args(argv)
 
 
@@ -57,8 +57,8 @@ def errors(pipeline: Pipeline, prompt: str, args: argparse.Namespace) -> dict[st
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(argv)
-    device = cli.device_of(args.device)
-    pipeline = Pipeline.load(LancePaths.find(args.model_path), device, cli.dtype_of(args.dtype, device))
+    device = script.device_of(args.device)
+    pipeline = Pipeline.load(LancePaths.find(args.model_path), device, script.dtype_of(args.dtype, device))
     prompts = samples.load("t2i", args.example_json)[:args.limit]
     found = [errors(pipeline, prompt.text, args) for prompt in prompts]
     means = {solver: [sum(one[solver][index] for one in found) / len(found) for index in range(len(args.steps))]
@@ -71,4 +71,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -30,14 +30,15 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from lance_quant import cli, layout
-from lance_quant.files import whole_folder, write_json
+from lance_quant.calibration.activation_stats import ActStats, LinearStats, model_fingerprint
+from lance_quant.cli import script
+from lance_quant.formats import layout
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance
 from lance_quant.lance.tokens import T2I_SYSTEM
 from lance_quant.lance.vae import build_autoencoder, official_name
-from lance_quant.stats import ActStats, LinearStats, model_fingerprint
-from lance_quant.tensorfile import Checkpoint, TensorFileWriter, TensorSpec
+from lance_quant.storage.atomic import whole_folder, write_json
+from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec
 
 _PIECE = 1 << 22  # values made at once
 _HOT = 6  # hot input columns per fusion group
@@ -75,7 +76,7 @@ PRESETS = {
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--preset", choices=PRESETS, default="real", help="real: the sizes of Lance_3B")
     parser.add_argument("--layers", type=int, help="decoder layers; default: the preset's")
@@ -223,4 +224,4 @@ def generator(seed: int, name: str, index: int = 0) -> torch.Generator:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from lance_quant.lance.pipeline import Pipeline
-    from lance_quant.tensorfile import Checkpoint
+    from lance_quant.storage.tensor_file import Checkpoint
 
 Part = str  # "model", "vit" or "vae"
 
@@ -157,7 +157,7 @@ def _load(spec: Spec) -> "Pipeline":
 
 
 def _watched(weights: Path) -> "Checkpoint":
-    from lance_quant.tensorfile import Checkpoint
+    from lance_quant.storage.tensor_file import Checkpoint
 
     class Watched(Checkpoint):
         """A checkpoint that tells of every tensor it reads."""
@@ -175,7 +175,7 @@ def _watched(weights: Path) -> "Checkpoint":
 def _packed(folder: Path, dtype: "torch.dtype", device: "torch.device", spec: Spec,
             on_read: Callable[[], None]) -> Callable[["torch.nn.Module"], object]:
     """What puts a packed folder's linears into a model that is still on meta."""
-    from lance_quant.packed import PackedFolder
+    from lance_quant.formats.packed_folder import PackedFolder
     from quantized_linear import swap_linears
 
     class Watched(PackedFolder):

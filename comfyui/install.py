@@ -14,8 +14,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from lance_quant import files
 from lance_quant.errors import InputError
+from lance_quant.storage import atomic
 
 from .toolkit import NANO, NEEDED, PACK
 
@@ -44,11 +44,11 @@ def main(argv: list[str] | None = None) -> None:
     target = args.out or _target(args.comfyui_path)
     if args.update and (target.is_symlink() or (target / "table.py").is_file()):
         _remove(target)
-    files.require_free(target)
+    atomic.require_free(target)
     if args.link:
         _link(target)
     else:
-        with files.whole_folder(target) as folder:
+        with atomic.whole_folder(target) as folder:
             assemble(folder)
     print(target)
     packages = " ".join(f'"{package}>={lowest}"' for package, lowest in NEEDED.items())

@@ -229,9 +229,9 @@ def _parts(found: models.Found) -> str:
 
 def _official_source() -> str:
     """Where ByteDance's own code was looked for, in order; the nodes do not need it."""
-    from lance_quant import official
+    from lance_quant.official import bridge
 
-    looked = list(official.look(None, host.source_places()))
+    looked = list(bridge.look(None, host.source_places()))
     places = [f"  {number}. {one.via}: {one.path}: {one.rejected or 'found'}" for number, one in enumerate(looked, 1)]
     found = "none, and no node needs it" if looked[-1].rejected else f"{looked[-1].path} ({looked[-1].via})"
     return "\n".join([f"{found}; looked at", *places])
@@ -267,7 +267,7 @@ def _preset(model: LanceModel, resolution: str, kind: str) -> str:
 
 
 def _pixels(preset: str) -> int:
-    from lance_quant.lance.vision import RESOLUTIONS
+    from lance_quant.lance.media.vision import RESOLUTIONS
 
     return RESOLUTIONS[preset][1] ** 2
 
@@ -327,7 +327,7 @@ def _clip(frames: "Tensor", fps: int, audio: Any = None) -> tuple[Any, "Tensor"]
 
 def _watched(video: Any, frames: "Tensor | None", fps: float, most: int) -> tuple[list["Image.Image"], Any]:
     """The frames of a clip that the model looks at, and its sound."""
-    from lance_quant.lance.video import frame_indices
+    from lance_quant.lance.media.video import frame_indices
 
     if (video is None) == (frames is None):
         raise PackError("Connect either video or frames" + (", not both." if video is not None else "."))

@@ -22,8 +22,9 @@ import run_quant_eval
 from lance_nano import samples
 from lance_nano.evaluate import RESOLUTION
 from lance_nano.scenes import SIZE
-from lance_quant import cli, report
-from lance_quant.files import require_free
+from lance_quant.cli import script
+from lance_quant.evaluation import report
+from lance_quant.storage.atomic import require_free
 
 MODEL = Path(__file__).parent.parent / "lance_nano" / "checkpoint" / "Lance_nano"
 TASKS = ("x2t_image", "t2i")
@@ -31,7 +32,7 @@ TASKS = ("x2t_image", "t2i")
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--model_path", type=Path, default=MODEL, help="a model for 112 x 112 pictures")
     parser.add_argument("--calibrate", type=int, default=24, help="calibration samples per task")
@@ -85,4 +86,4 @@ def rooted(out: Path, folder: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lance_quant import cli
-from lance_quant.files import whole_folder, write_json
-from lance_quant.lance.video import write_video
+from lance_quant.cli import script
+from lance_quant.lance.media.video import write_video
+from lance_quant.storage.atomic import whole_folder, write_json
 
 LOOK = "Look at the image carefully and answer the question."
 WATCH = "Watch the video carefully and answer the question."
@@ -332,7 +332,7 @@ def numbered(entries: list[dict]) -> dict[str, dict]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     return parser.parse_args(argv)
 
@@ -362,4 +362,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -42,13 +42,13 @@ from lance_nano.scenes import (
     render,
 )
 from lance_nano.tokenizer import UNDERSTANDING_SYSTEM
-from lance_quant import cli, task_cli
+from lance_quant.cli import script, task_arguments
 from lance_quant.errors import InputError
-from lance_quant.lance import samples
+from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
+from lance_quant.lance.media import samples
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.packed import PackedFolder
 from quantized_linear import swap_linears
 
 RESOLUTION = "image_112res"
@@ -141,8 +141,8 @@ def load(
     model_path: Path, awq_dir: Path | None, device_name: str, dtype_name: str, kernel: str = "auto"
 ) -> Pipeline:
     """The runtime on the float weights, or on those of a packed folder."""
-    device = cli.device_of(device_name)
-    dtype = cli.dtype_of(dtype_name, device)
+    device = script.device_of(device_name)
+    dtype = script.dtype_of(dtype_name, device)
     paths = LancePaths.find(model_path)
     if awq_dir is None:
         return Pipeline.load(paths, device, dtype)
@@ -159,7 +159,7 @@ def measure_answers(pipeline: Pipeline, asked: list[tuple[Scene, Question]]) -> 
             given = answer(pipeline, scene, question, Path(folder))
             marks[question.kind].append(given == question.answer)
             if given != question.answer:
-                cli.log.info(
+                script.log.info(
                     "%s | %s | %s, not %s", layout_words(scene), question.text, given, question.answer
                 )
     return {kind: Share(sum(rows), len(rows)) for kind, rows in marks.items()}
@@ -179,7 +179,7 @@ def measure_pictures(
             keep.mkdir(parents=True, exist_ok=True)
             image.save(keep / f"{index:06d}.png")
         if not marks[caption.kind][-1]:
-            cli.log.info("picture %d: %s", index, caption.text)
+            script.log.info("picture %d: %s", index, caption.text)
     return {kind: Share(sum(rows), len(rows)) for kind, rows in marks.items()}, Share(placed, len(captions))
 
 
@@ -211,16 +211,16 @@ def result(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument(
         "--model_path", type=Path, required=True, help="folder with llm_config.json; ViT and VAE beside"
     )
     parser.add_argument("--awq_dir", type=Path, help="quantized folder that replaces the float weights")
-    task_cli.add_kernel(parser)
+    task_arguments.add_kernel(parser)
     parser.add_argument("--n", type=int, default=200, help="questions, and captions")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, questions, captions and noise")
     parser.add_argument("--pictures", type=Path, help="folder to keep the generated pictures in")
-    cli.add_device(parser)
+    script.add_device(parser)
     return parser.parse_args(argv)
 
 
@@ -239,4 +239,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

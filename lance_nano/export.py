@@ -22,9 +22,9 @@ from lance_nano.model import NanoConfig, latent_positions
 from lance_nano.progress import load_state
 from lance_nano.tokenizer import Words, write_tokenizer
 from lance_nano.vae import frame_vae, official_state
-from lance_quant import cli
+from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.files import whole_folder, write_json
+from lance_quant.storage.atomic import whole_folder, write_json
 
 MODEL_FOLDER, VIT_FOLDER, VAE_FILE = "Lance_nano", "Qwen2.5-VL-ViT", "Wan2.2_VAE.pth"
 LATENT_TABLE = 64  # cells per side of the official position table
@@ -118,7 +118,7 @@ def _read(path: Path, what: str) -> dict:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--state", type=Path, required=True, help="state file of lance_nano.train")
     parser.add_argument("--vae", type=Path, required=True, help="codec of lance_nano.train_vae")
     parser.add_argument("--out", type=Path, required=True, help="folder to create; never overwritten")
@@ -129,8 +129,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
     export(_read(args.state, "training state"), _read(args.vae, "codec"), args.out)
-    cli.log.info("wrote %s", args.out)
+    script.log.info("wrote %s", args.out)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lance_nano.export import MODEL_FOLDER, VAE_FILE, VIT_FOLDER
-from lance_quant import cli, layout
+from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.files import whole_folder
+from lance_quant.formats import layout
 from lance_quant.lance.config import LanceConfig, LancePaths
+from lance_quant.storage.atomic import whole_folder
 
 
 def _channels(width: int, share: float, generator: torch.Generator) -> Tensor:
@@ -126,7 +127,7 @@ def write(
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument(
         "--model_path", type=Path, required=True, help="float model folder; ViT and VAE beside it"
     )
@@ -144,8 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
     write(LancePaths.find(args.model_path), args.out, args.factor, args.share, args.seed, args.fed_factor)
-    cli.log.info("wrote %s", args.out / MODEL_FOLDER)
+    script.log.info("wrote %s", args.out / MODEL_FOLDER)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -18,9 +18,9 @@ from lance_nano.progress import generator_for
 from lance_nano.questions import Question, description, questions
 from lance_nano.scenes import Scene, held_out, picture_scene, question_scene, render
 from lance_nano.tokenizer import UNDERSTANDING_SYSTEM
-from lance_quant import cli
+from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.files import whole_folder, write_json
+from lance_quant.storage.atomic import whole_folder, write_json
 
 
 def seen_questions(count: int, seed: int) -> list[tuple[Scene, Question]]:
@@ -74,7 +74,7 @@ def write(out: Path, count: int, seed: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    parser = cli.parser(__doc__)
+    parser = script.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--n", type=int, default=16, help="samples per file")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, questions and captions")
@@ -86,4 +86,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    script.run(main)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lance_quant.errors import InputError
-from lance_quant.files import require_free, whole_folder
+from lance_quant.storage.atomic import require_free, whole_folder
 
 log = logging.getLogger("lance_quant")
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lance_quant import capture, layout
-from lance_quant.lance import samples
+from lance_quant.calibration import capture
+from lance_quant.calibration.activation_stats import Collector, model_fingerprint
+from lance_quant.formats import layout
 from lance_quant.lance.config import LancePaths
+from lance_quant.lance.media import samples
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.stats import Collector, model_fingerprint
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.storage.tensor_file import Checkpoint
 
 GOLDENS = Path(__file__).parent / "goldens"
 CPU = torch.device("cpu")

@@ -3,10 +3,10 @@
 import torch
 from conftest import CPU, GOLDENS
 
-from lance_quant import layout
+from lance_quant.formats import layout
 from lance_quant.lance.cache import allocate
-from lance_quant.ours import PLACES
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.methods.layer import PLACES
+from lance_quant.storage.tensor_file import Checkpoint
 
 SRC = GOLDENS / "checkpoint" / "Lance_3B"
 TASKS = ("t2i", "x2t_image")

@@ -7,7 +7,7 @@ import json
 import math
 from pathlib import Path
 
-from lance_quant import layout
+from lance_quant.formats import layout
 
 LAYERS, HIDDEN, MLP, KV, HEAD, VOCAB = 36, 2048, 11008, 256, 128, 151936
 POSITIONS = {"Lance_3B": 4096, "Lance_3B_Video": 31 * 4096}

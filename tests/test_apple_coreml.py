@@ -19,7 +19,7 @@ from apple.stateful import Part, WideRMSNorm, build, step_inputs
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import RMSNorm
-from lance_quant.tensorfile import Checkpoint, file_size
+from lance_quant.storage.tensor_file import Checkpoint, file_size
 
 GOLDEN = GOLDENS / "checkpoint" / "Lance_3B"
 PER_PART = 2  # of the golden checkpoint's 3 layers: one full package of layers, one that is not

@@ -22,7 +22,7 @@ from lance_quant.lance.cache import allocate
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.loader import load_lance
 from lance_quant.lance.tokens import LanceTokenizer, mrope_positions
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.storage.tensor_file import Checkpoint
 
 GOLDEN = GOLDENS / "checkpoint" / "Lance_3B"
 NANO = Path(__file__).parents[1] / "lance_nano" / "checkpoint" / "Lance_nano"

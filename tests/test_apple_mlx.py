@@ -19,13 +19,13 @@ from apple import compare_mlx, export_coreml, export_mlx, extract_und, measure_n
 from apple.decoder import DecoderConfig, load_decoder
 from apple.mlx_codec import codec_of
 from apple.mlx_codes import FORMATS, dequantize, fake_quant_io, quantize
-from lance_quant import layout
-from lance_quant.calls import Call
-from lance_quant.codec import Grid, nearest_levels, quantize_searched
+from lance_quant.calibration.activation_stats import ActStats
+from lance_quant.calibration.decoder_calls import Call
 from lance_quant.errors import InputError
+from lance_quant.formats import layout
+from lance_quant.formats.base import Grid, nearest_levels, quantize_searched
 from lance_quant.lance.config import LanceConfig
-from lance_quant.stats import ActStats
-from lance_quant.tensorfile import Checkpoint, TensorSpec
+from lance_quant.storage.tensor_file import Checkpoint, TensorSpec
 
 GOLDEN = GOLDENS / "checkpoint" / "Lance_3B"
 needs_mlx = pytest.mark.skipif(importlib.util.find_spec("mlx_lm") is None,

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from lance_quant import awq
-from lance_quant.codec import Int4, Nvfp4
+from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.methods import awq
 
 CODECS = [Int4(32), Nvfp4()]
 codecs = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)

@@ -17,12 +17,12 @@ import synthetic_lance
 
 import awq_apply
 from lance_nano.evaluate import Share
-from lance_quant import published
+from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.packed import PackedFolder
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.methods import published
+from lance_quant.storage.tensor_file import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,16 @@ from test_packed import edit
 from test_work import contents
 
 import awq_apply
-from lance_quant import budget, convert, layout, quant_report
-from lance_quant.budget import Option
-from lance_quant.codec import Int4
 from lance_quant.errors import InputError
+from lance_quant.formats import layout
+from lance_quant.formats.base import Int4
+from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.cache import allocate
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.packed import PackedFolder
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.methods import bit_allocation, convert, quant_report
+from lance_quant.methods.bit_allocation import Option
+from lance_quant.storage.tensor_file import Checkpoint
 from quantized_linear import swap_linears
 
 SRC = GOLDENS / "checkpoint" / "Lance_3B"
@@ -41,8 +42,8 @@ def harm(chosen):
 def test_what_is_larger_and_no_better_or_beaten_by_a_mixture_is_not_on_the_hull():
     a, b, c, d = Option(128, 10, 8.0), Option(64, 12, 6.0), Option(32, 16, 1.0), Option(None, 60, 0.0)
     # 1 per byte from a to b, but 7/6 from a to c: b is never the best for its size.
-    assert budget.hull([d, b, a, c]) == [a, c, d]
-    assert budget.hull([a, Option(64, 12, 8.0)]) == [a] and budget.hull([a]) == [a]
+    assert bit_allocation.hull([d, b, a, c]) == [a, c, d]
+    assert bit_allocation.hull([a, Option(64, 12, 8.0)]) == [a] and bit_allocation.hull([a]) == [a]
 
 
 OPTIONS = {"small": [Option(128, 10, 9.0), Option(64, 12, 5.0), Option(32, 16, 3.0)],  # gains 2 and 0.5 per byte
@@ -56,13 +57,13 @@ OPTIONS = {"small": [Option(128, 10, 9.0), Option(64, 12, 5.0), Option(32, 16, 3
 ])
 def test_allocations_by_hand(nbytes, sizes):
     """Most harm per byte first; of equals the first name; a step that does not fit leaves room for smaller ones."""
-    chosen = budget.allocate(OPTIONS, nbytes)
+    chosen = bit_allocation.allocate(OPTIONS, nbytes)
     assert {name: option.group_size for name, option in chosen.items()} == sizes and total(chosen) <= nbytes
 
 
 def test_too_few_bytes_are_refused():
     with pytest.raises(ValueError, match="take 110 bytes, more than 109"):
-        budget.allocate(OPTIONS, 109)
+        bit_allocation.allocate(OPTIONS, 109)
 
 
 def test_against_every_combination():
@@ -74,38 +75,38 @@ def test_against_every_combination():
                                Option(32, draw.randint(22, 40), draw.uniform(0, 1))] for name in range(4)}
         combinations = [dict(zip(options, found, strict=True)) for found in itertools.product(*options.values())]
         for nbytes in range(40, 161, 7):
-            chosen = budget.allocate(options, nbytes)
+            chosen = bit_allocation.allocate(options, nbytes)
             best = min(harm(found) for found in combinations if total(found) <= nbytes)
             assert total(chosen) <= nbytes
             largest_step = max(old.harm - new.harm for found in options.values()
-                               for old, new in itertools.pairwise(budget.hull(found)))
+                               for old, new in itertools.pairwise(bit_allocation.hull(found)))
             assert harm(chosen) <= best + largest_step
-        steps = sorted((step for found in options.values() for step in itertools.pairwise(budget.hull(found))),
-                       key=lambda step: -budget.gain(*step))
+        steps = sorted((step for found in options.values() for step in itertools.pairwise(bit_allocation.hull(found))),
+                       key=lambda step: -bit_allocation.gain(*step))
         nbytes = 40
         for old, new in steps:
             nbytes += new.nbytes - old.nbytes
             best = min(harm(found) for found in combinations if total(found) <= nbytes)
-            assert harm(budget.allocate(options, nbytes)) == pytest.approx(best, abs=1e-12)
+            assert harm(bit_allocation.allocate(options, nbytes)) == pytest.approx(best, abs=1e-12)
 
 
 def test_sizes_are_those_of_the_codec_and_of_bfloat16():
-    assert budget.options_of((16, 256)) == [(128, 16 * 128 + 16 * 2 * 3), (64, 16 * 128 + 16 * 4 * 3),
+    assert bit_allocation.options_of((16, 256)) == [(128, 16 * 128 + 16 * 2 * 3), (64, 16 * 128 + 16 * 4 * 3),
                                             (32, 16 * 128 + 16 * 8 * 3), (None, 16 * 256 * 2)]
-    assert [size for size, _ in budget.options_of((16, 96))] == [32, None]
+    assert [size for size, _ in bit_allocation.options_of((16, 96))] == [32, None]
 
 
 def test_a_budget_below_the_minimum_names_one_that_is_accepted():
     shapes = {"a": (16, 256), "b": (8, 96)}
-    least = 8 * sum(budget.options_of(shape)[0][1] for shape in shapes.values()) / (16 * 256 + 8 * 96)
+    least = 8 * sum(bit_allocation.options_of(shape)[0][1] for shape in shapes.values()) / (16 * 256 + 8 * 96)
     for bits in (0, -1, 4, least - 1e-4, math.nan, -math.inf):
         with pytest.raises(InputError, match=rf"smallest choice for this model takes {least:.3f}"):
-            budget.limit(shapes, bits)
-    budget.limit(shapes, math.ceil(1e4 * least) / 1e4)
-    assert budget.limit(shapes, 8) == 16 * 256 + 8 * 96
+            bit_allocation.limit(shapes, bits)
+    bit_allocation.limit(shapes, math.ceil(1e4 * least) / 1e4)
+    assert bit_allocation.limit(shapes, 8) == 16 * 256 + 8 * 96
     for bits in (16, math.inf):  # a packed folder lists a packed linear
         with pytest.raises(InputError, match="every linear would stay in bfloat16"):
-            budget.limit(shapes, bits)
+            bit_allocation.limit(shapes, bits)
 
 
 def sizes(bits, head_bits=16):
@@ -146,13 +147,13 @@ def test_a_larger_budget_never_does_more_harm():
         found = {}
         for index in range(3):
             weights = {name: source.read(name, torch.float32) for name in layout.of_layer(source.specs, index)}
-            found |= budget.measure(index, weights, stats, Int4(64), None)
+            found |= bit_allocation.measure(index, weights, stats, Int4(64), None)
     assert list(found) == [name for index in range(3) for group in layout.groups(index) for name in group.linears]
     for options in found.values():  # finer groups, less harm; bfloat16 next to none
         harms = [option.harm for option in options]
         assert harms == sorted(harms, reverse=True) and harms[-1] < 1e-5 < harms[0] < 0.1
     least = sum(options[0].nbytes for options in found.values())
-    harms = [harm(budget.allocate(found, least + extra)) for extra in range(0, 400_000, 20_000)]
+    harms = [harm(bit_allocation.allocate(found, least + extra)) for extra in range(0, 400_000, 20_000)]
     assert harms == sorted(harms, reverse=True) and harms[0] > harms[-1]
 
 
@@ -209,7 +210,7 @@ def test_an_interrupted_job_goes_on_without_measuring_again_and_ends_the_same(tm
     for bits in (4.7, None):
         with pytest.raises(InputError, match="job with another bits_budget"):
             run(tmp_path / "out", bits, resume=True)
-    monkeypatch.setattr(budget, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(bit_allocation, "measure", lambda *_: pytest.fail("measured again"))
     run(tmp_path / "out", 6.0, resume=True)
     assert contents(tmp_path / "out") == contents(mixed)
 

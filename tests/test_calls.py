@@ -2,8 +2,8 @@ import pytest
 import torch
 from made_up_requests import REQUESTS, answer, draw
 
-from lance_quant import capture
-from lance_quant.calls import Call, batched, requests, with_outputs, with_what_they_read
+from lance_quant.calibration import capture
+from lance_quant.calibration.decoder_calls import Call, batched, requests, with_outputs, with_what_they_read
 
 
 def call(rows, length, tokens=2, gen=False, decoded=0):

@@ -4,9 +4,9 @@ import pytest
 from made_up_requests import REQUESTS, SRC, answer, draw
 
 import awq_apply
-from lance_quant import capture
+from lance_quant.calibration import capture
 from lance_quant.errors import InputError
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.storage.tensor_file import Checkpoint
 
 
 def test_tokens_decoded_one_by_one_are_one_causal_call(pipeline):

@@ -3,7 +3,8 @@ import threading
 import pytest
 import torch
 
-from lance_quant.codec import (
+from lance_quant.errors import InputError
+from lance_quant.formats.base import (
     Int4,
     Nvfp4,
     block_threads,
@@ -14,7 +15,6 @@ from lance_quant.codec import (
     quantize_scaled,
     quantize_searched,
 )
-from lance_quant.errors import InputError
 
 CODECS = [Int4(32), Int4(64), Nvfp4(), Nvfp4(slim=True)]
 codecs = pytest.mark.parametrize("codec", CODECS, ids=str)
@@ -26,8 +26,8 @@ def gaussian(rows, columns, seed=0):
 
 def small_blocks(monkeypatch):
     """2 rows and 64 columns or one group."""
-    monkeypatch.setattr("lance_quant.codec._CPU_ROWS", 2)
-    monkeypatch.setattr("lance_quant.codec._CPU_BLOCK", 128)
+    monkeypatch.setattr("lance_quant.formats.base._CPU_ROWS", 2)
+    monkeypatch.setattr("lance_quant.formats.base._CPU_BLOCK", 128)
 
 
 def context_of(codec, *weights):

@@ -20,8 +20,8 @@ from PIL import Image
 
 from comfyui import build, classes, handle, host, install, models, nodes, table, toolkit
 from comfyui.toolkit import PackError
-from lance_quant import kernels
 from lance_quant.errors import InputError
+from lance_quant.kernels import dispatch
 
 ROOT = Path(__file__).parent.parent
 PACK = ROOT / "comfyui"
@@ -567,7 +567,7 @@ def test_published_packed_folders_run_in_both_modes(comfy, tiny, folder, precisi
 
 def test_every_kernel_of_the_toolkit_can_be_chosen():
     (offered,) = [entry.choices for node in table.NODES for entry in node.inputs if entry.name == "kernel"]
-    assert offered == kernels.CHOICES
+    assert offered == dispatch.CHOICES
 
 
 # The toolkit, and installing
@@ -607,10 +607,10 @@ def source_lines() -> list[str]:
 
 
 def test_self_check_lists_where_the_official_source_was_looked_for(comfy, monkeypatch):
-    from lance_quant import official
+    from lance_quant.official import bridge
 
-    monkeypatch.delenv(official.ENV_SOURCE, raising=False)
-    monkeypatch.setattr(official, "_HOME", comfy.root / "elsewhere" / "pack")
+    monkeypatch.delenv(bridge.ENV_SOURCE, raising=False)
+    monkeypatch.setattr(bridge, "_HOME", comfy.root / "elsewhere" / "pack")
     monkeypatch.chdir(comfy.root)
     first, *places = source_lines()
     assert first == "official source: none, and no node needs it; looked at"
@@ -618,13 +618,13 @@ def test_self_check_lists_where_the_official_source_was_looked_for(comfy, monkey
         "1. inside this repository", "2. beside this repository", "3. custom_nodes", "4. ComfyUI folder",
         "5. working directory", "6. working directory"]
     source = comfy.root / "custom_nodes" / "lance"
-    for marker in official.MARKERS:
+    for marker in bridge.MARKERS:
         (source / marker).parent.mkdir(parents=True, exist_ok=True)
         (source / marker).touch()
     first, *places = source_lines()
     assert first == f"official source: {source} (custom_nodes); looked at"
     assert len(places) == 3 and places[-1] == f"  3. custom_nodes: {source}: found"
-    monkeypatch.setenv(official.ENV_SOURCE, str(comfy.root / "wrong"))
+    monkeypatch.setenv(bridge.ENV_SOURCE, str(comfy.root / "wrong"))
     assert source_lines()[1:] == [f"  1. LANCE_SRC_PATH: {comfy.root / 'wrong'}: does not exist"]
 
 

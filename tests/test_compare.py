@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lance_quant.compare import psnr, relative_error, step_errors, text_similarity, token_divergence
+from lance_quant.evaluation.metrics import psnr, relative_error, step_errors, text_similarity, token_divergence
 
 
 def test_equal_texts_are_equal_even_when_empty():

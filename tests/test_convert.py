@@ -8,12 +8,14 @@ import real_keys
 import torch
 from safetensors.torch import load_file, save_file
 
-from lance_quant import convert, layout, rounding
-from lance_quant.codec import Int4, Nvfp4
+from lance_quant.calibration.activation_stats import ActStats
+from lance_quant.cpu import rounding
 from lance_quant.errors import InputError
-from lance_quant.packed import PackedFolder
-from lance_quant.stats import ActStats
-from lance_quant.tensorfile import Checkpoint, TensorFileWriter, file_size
+from lance_quant.formats import layout
+from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.methods import convert
+from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, file_size
 
 GOLDENS = Path(__file__).parent / "goldens"
 MODEL = GOLDENS / "checkpoint" / "Lance_3B"
@@ -165,8 +167,8 @@ def test_a_run_gives_the_same_bytes_twice(tmp_path):
 
 @codecs
 def test_the_number_of_threads_changes_nothing(tmp_path, monkeypatch, codec):
-    monkeypatch.setattr("lance_quant.codec._CPU_ROWS", 16)
-    monkeypatch.setattr("lance_quant.codec._CPU_BLOCK", 16 * 64)
+    monkeypatch.setattr("lance_quant.formats.base._CPU_ROWS", 16)
+    monkeypatch.setattr("lance_quant.formats.base._CPU_BLOCK", 16 * 64)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):

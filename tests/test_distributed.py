@@ -20,14 +20,15 @@ from made_up_requests import draw
 import awq_calibrate_single
 import run_baseline
 import run_quant_eval
-from lance_quant import capture, distributed
+from lance_quant import distributed
+from lance_quant.calibration import capture
+from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.distributed import ALONE, joined
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.progress import progress
-from lance_quant.stats import ActStats
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.lance.progress import progress
+from lance_quant.storage.tensor_file import Checkpoint
 
 SRC = GOLDENS / "checkpoint" / "Lance_3B"
 MODEL = ["--model_path", str(SRC), "--device", "cpu"]
@@ -135,9 +136,9 @@ def ran(tmp_path_factory) -> tuple[Path, Path, str]:
         (root / name).mkdir()
     here = Path(__file__).parent
     (root / "worker.py").write_text("import sys\nfrom pathlib import Path\nimport test_distributed\n"
-                                    "from lance_quant import cli\n"
+                                    "from lance_quant.cli import script\n"
                                     "root = Path(sys.argv[1])\n"
-                                    "cli.run(lambda: test_distributed.run_scenes(root, root / 'two'))\n",
+                                    "script.run(lambda: test_distributed.run_scenes(root, root / 'two'))\n",
                                     encoding="utf-8")
     paths = os.pathsep.join([str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     with contextlib.ExitStack() as stack:

@@ -30,7 +30,8 @@ def commands() -> list[str]:
 def module_of(command: str) -> object:
     words = shlex.split(command)
     if words[1] == "-m":
-        return importlib.import_module(words[2])
+        package = (ROOT / words[2].replace(".", "/")).is_dir()
+        return importlib.import_module(f"{words[2]}.__main__" if package else words[2])
     path = ROOT / words[1]
     assert path.is_file(), f"{words[1]} does not exist"
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -17,14 +17,15 @@ from safetensors.torch import load_file
 
 import run_baseline
 import run_quant_eval
-from lance_quant import memory, task_cli
+from lance_quant.cli import task_arguments
 from lance_quant.errors import InputError
+from lance_quant.evaluation.run_folder import Results, RunRecord
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.inference import memory
+from lance_quant.inference.memory import peak_memory, reset_peak_memory
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.memory import peak_memory, reset_peak_memory
-from lance_quant.packed import PackedFolder
-from lance_quant.results import Results, RunRecord
 from quantized_linear import swap_linears
 
 MODEL = GOLDENS / "checkpoint" / "Lance_3B"
@@ -95,10 +96,10 @@ def test_kl_is_the_baselines_from_the_quantized_on_the_baselines_answer(work, qu
 
 def test_the_float_model_is_at_no_distance_from_itself(work, tmp_path):
     """All errors are exactly zero: nothing random, no state between requests, no second rounding."""
-    from lance_quant.cli import parser
-    from lance_quant.evaluation import compare_run
-    from lance_quant.task_cli import add_model, add_task, settings_of
-    from lance_quant.tasks import load_samples
+    from lance_quant.cli.script import parser
+    from lance_quant.cli.task_arguments import add_model, add_task, settings_of
+    from lance_quant.evaluation.compare import compare_run
+    from lance_quant.inference.tasks import load_samples
 
     for name, task in (("t2i", T2I), ("x2t", X2T)):
         arguments = parser("")
@@ -203,7 +204,7 @@ def test_an_unknown_peak_is_written_as_null(monkeypatch, prompts):
     record = RunRecord(CPU, torch.float32, {}, {})
     with record.stage("load"), record.stage("run"):
         pass
-    settings = task_cli.settings_of(run_baseline.parse_args([*T2I, "--save_path_gen", "none"]))
+    settings = task_arguments.settings_of(run_baseline.parse_args([*T2I, "--save_path_gen", "none"]))
     run = record.as_json(settings, prompts)
     assert run["peak_memory_bytes"] == {"host": None} == run["peak_memory_bytes_by_stage"]["run"]
 

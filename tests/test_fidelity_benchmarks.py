@@ -22,9 +22,9 @@ import synthetic_lance
 
 from lance_nano import evaluate
 from lance_nano.evaluate import Share
-from lance_quant.codec import Int4
+from lance_quant.calibration.layer_inputs import Replay
 from lance_quant.errors import InputError
-from lance_quant.replay import Replay
+from lance_quant.formats.base import Int4
 
 CONFIG_OF = fidelity_synthetic.config_of
 # Lance's structure, smaller than any --shrink.

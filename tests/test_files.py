@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from lance_quant import files
 from lance_quant.errors import InputError
+from lance_quant.storage import atomic
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_a_file_appears_whole(tmp_path):
-    with files.whole_file(tmp_path / "sub" / "a") as partial:
+    with atomic.whole_file(tmp_path / "sub" / "a") as partial:
         partial.write_text("done")
         assert not (tmp_path / "sub" / "a").exists()
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["a"]
@@ -19,10 +19,10 @@ def test_a_file_appears_whole(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError()])
 def test_after_an_error_nothing_is_left(tmp_path, error):
-    with pytest.raises(type(error)), files.whole_folder(tmp_path / "out") as folder:
+    with pytest.raises(type(error)), atomic.whole_folder(tmp_path / "out") as folder:
         (folder / "half").write_text("x")
         raise error
-    with pytest.raises(type(error)), files.whole_file(tmp_path / "file") as partial:
+    with pytest.raises(type(error)), atomic.whole_file(tmp_path / "file") as partial:
         partial.write_text("x")
         raise error
     assert list(tmp_path.iterdir()) == []
@@ -33,47 +33,48 @@ def test_nothing_is_overwritten_except_an_empty_folder(tmp_path):
     (tmp_path / "full" / "file").write_text("mine")
     for taken in (tmp_path / "full", tmp_path / "full" / "file"):
         with pytest.raises(InputError, match="never overwritten"):
-            files.require_free(taken)
+            atomic.require_free(taken)
     (tmp_path / "empty").mkdir()
-    with files.whole_folder(tmp_path / "empty") as folder:
+    with atomic.whole_folder(tmp_path / "empty") as folder:
         (folder / "file").write_text("new")
     assert (tmp_path / "empty" / "file").read_text() == "new"
 
 
 def test_a_folder_is_moved_as_windows_demands_it(tmp_path, monkeypatch):
     """There a rename onto a folder fails, even an empty one."""
-    rename = files.os.replace
+    rename = atomic.os.replace
 
     def replace(source, target):
         assert not Path(target).is_dir()
         rename(source, target)
 
-    monkeypatch.setattr(files.os, "replace", replace)
+    monkeypatch.setattr(atomic.os, "replace", replace)
     (tmp_path / "empty").mkdir()
-    with files.whole_folder(tmp_path / "empty") as folder:
+    with atomic.whole_folder(tmp_path / "empty") as folder:
         (folder / "file").write_text("new")
     assert (tmp_path / "empty" / "file").read_text() == "new"
 
 
 def test_json_round_trip_and_its_errors(tmp_path):
-    files.write_json(tmp_path / "a.json", {"ü": [1]})
-    assert files.read_json(tmp_path / "a.json", "meta") == {"ü": [1]}
+    atomic.write_json(tmp_path / "a.json", {"ü": [1]})
+    assert atomic.read_json(tmp_path / "a.json", "meta") == {"ü": [1]}
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
-        files.read_json(tmp_path / "b.json", "meta")
+        atomic.read_json(tmp_path / "b.json", "meta")
     with pytest.raises(InputError, match="meta not found"):
-        files.read_json(tmp_path / "c.json", "meta")
+        atomic.read_json(tmp_path / "c.json", "meta")
 
 
 def test_a_polite_kill_cleans_up_like_an_interrupt(tmp_path):
     """SIGTERM in the middle of writing: exit 130, nothing left."""
     code = ("import os, signal, pathlib, sys\n"
-            "from lance_quant import cli, files\n"
+            "from lance_quant.cli import script\n"
+            "from lance_quant.storage import atomic\n"
             "def main():\n"
-            "    with files.whole_folder(pathlib.Path(sys.argv[1])) as folder:\n"
+            "    with atomic.whole_folder(pathlib.Path(sys.argv[1])) as folder:\n"
             "        (folder / 'x').write_text('half')\n"
             "        os.kill(os.getpid(), signal.SIGTERM)\n"
-            "cli.run(main)\n")
+            "script.run(main)\n")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True,
                           check=False, cwd=ROOT)
     assert done.returncode == 130 and "interrupted" in done.stderr
@@ -82,4 +83,4 @@ def test_a_polite_kill_cleans_up_like_an_interrupt(tmp_path):
 
 @pytest.mark.parametrize("count, text", [(0, "0.00 MB"), (2_580_000, "2.58 MB"), (4_307_195_656, "4.31 GB")])
 def test_sizes_are_written_for_people(count, text):
-    assert files.size_text(count) == text
+    assert atomic.size_text(count) == text

@@ -3,11 +3,12 @@ import copy
 import pytest
 import torch
 
-from lance_quant import fuse, layout
-from lance_quant.fuse import fold_norm
+from lance_quant.formats import layout
 from lance_quant.lance.cache import allocate
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Layer
+from lance_quant.methods import fuse
+from lance_quant.methods.fuse import fold_norm
 
 
 def random(n, dtype=torch.float64, seed=0):

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from lance_quant import gptq
-from lance_quant.codec import Int4, Nvfp4, nearest_levels
+from lance_quant.formats.base import Int4, Nvfp4, nearest_levels
+from lance_quant.methods import gptq
 
 CODECS = [Int4(32), Nvfp4()]
 codecs = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)

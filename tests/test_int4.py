@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lance_quant import int4
+from lance_quant.formats import int4
 
 # Half a step from rounding; and a bf16 scale may be 2^-9 short over at most 15 steps, which clips an end of the range.
 STEP_BOUND = 0.5 + 15 * 2**-9 + 1e-4

@@ -10,21 +10,22 @@ from safetensors.torch import load_file, save_file
 from test_packed import edit
 from torch import nn
 
-from lance_quant import convert, int8, kernels, layout
-from lance_quant.codec import Int4, Nvfp4
 from lance_quant.errors import InputError
-from lance_quant.kernels import native
+from lance_quant.formats import int8, layout
+from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.kernels import cpu, dispatch
 from lance_quant.kernels.reference import Reference
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.packed import PackedFolder
+from lance_quant.methods import convert
 from quantized_linear import swap_linears
 
 SRC = GOLDENS / "checkpoint" / "Lance_3B"
 STATS = GOLDENS / "published" / "act_stats.pt"
 EMBEDDING, HEAD = layout.VOCABULARY
-KERNELS = {"native": native.Native, "reference": Reference}
-needs_native = pytest.mark.skipif(native.unavailable() is not None, reason=f"native: {native.unavailable()}")
+KERNELS = {"native": cpu.Native, "reference": Reference}
+needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native: {cpu.unavailable()}")
 
 
 def rand(*shape, seed=0):
@@ -113,7 +114,7 @@ def check(kernel, rows, dtype, n_out=37, n_in=384, x=None):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 32, 33, 67])
 def test_every_kernel_computes_what_the_definition_says(monkeypatch, kernel, dtype, rows):
-    monkeypatch.setattr(native, "_INT8_BLOCK", 5 * 384)  # the last of 37 rows are a shorter block
+    monkeypatch.setattr(cpu, "_INT8_BLOCK", 5 * 384)  # the last of 37 rows are a shorter block
     monkeypatch.setattr(int8, "_BLOCK", 5 * 384)
     check(kernel(), rows, dtype)
 
@@ -122,12 +123,12 @@ def test_every_kernel_computes_what_the_definition_says(monkeypatch, kernel, dty
 def test_inputs_may_be_strided_empty_and_of_very_different_size():
     strided = rand(384, 10).t()[::2]
     assert not strided.is_contiguous()
-    check(native.Native(), 5, torch.float32, x=strided)
+    check(cpu.Native(), 5, torch.float32, x=strided)
     for rows in (2, 40):
         for size in (0.0, 1e-30, 1e30):
-            check(native.Native(), rows, torch.float32, x=rand(rows, 384) * size)
-        check(native.Native(), rows, torch.float32, n_out=3, n_in=64)
-    assert native.Native().int8_linear(torch.empty(0, 384), every_code(4, 384)).shape == (0, 4)
+            check(cpu.Native(), rows, torch.float32, x=rand(rows, 384) * size)
+        check(cpu.Native(), rows, torch.float32, n_out=3, n_in=64)
+    assert cpu.Native().int8_linear(torch.empty(0, 384), every_code(4, 384)).shape == (0, 4)
 
 
 @needs_native
@@ -136,23 +137,23 @@ def test_inputs_may_be_strided_empty_and_of_very_different_size():
 def test_a_row_that_is_not_finite_stays_visible_and_alone(bad, rows):
     x = rand(rows, 384)
     x[1, 100] = bad
-    y = native.Native().int8_linear(x, every_code(40, 384))
+    y = cpu.Native().int8_linear(x, every_code(40, 384))
     assert not y[1].isfinite().all() and y[[0, *range(2, rows)]].isfinite().all()
 
 
 @needs_native
 def test_few_rows_do_not_depend_on_one_another():
-    kernel, q, x = native.Native(), every_code(40, 384), rand(7, 384)
+    kernel, q, x = cpu.Native(), every_code(40, 384), rand(7, 384)
     assert torch.equal(kernel.int8_linear(x, q), torch.cat([kernel.int8_linear(row[None], q) for row in x]))
 
 
 @needs_native
 @pytest.mark.parametrize("rows", [3, 40])
 def test_the_dequantized_weight_is_never_there_as_a_whole(monkeypatch, rows):
-    sizes, original = [], native._scratch
-    monkeypatch.setattr(native, "_INT8_BLOCK", 16 * 384)
-    monkeypatch.setattr(native, "_scratch", lambda size, dtype: sizes.append(size) or original(size, dtype))
-    check(native.Native(), rows, torch.float32, n_out=100)
+    sizes, original = [], cpu._scratch
+    monkeypatch.setattr(cpu, "_INT8_BLOCK", 16 * 384)
+    monkeypatch.setattr(cpu, "_scratch", lambda size, dtype: sizes.append(size) or original(size, dtype))
+    check(cpu.Native(), rows, torch.float32, n_out=100)
     assert sizes == ([] if rows == 3 else 6 * [16 * 384] + [4 * 384])
 
 
@@ -164,21 +165,21 @@ def filled(n_in=128, dtype=torch.float32, **options):
 
 @needs_native
 def test_the_head_takes_the_kernel_of_its_device_and_what_ran_is_counted():
-    before = dict(kernels.calls)
+    before = dict(dispatch.calls)
     layers = [filled(), filled(kernel="reference"), filled(kernel="triton"), filled(n_in=96), filled(cached=True)]
     for layer in layers:
         for rows in (1, 40):
             layer(rand(rows, layer.in_features))
     assert [layer.kernel().name for layer in layers[:4]] == ["native", "reference", "reference", "reference"]
-    ran = {path: count - before.get(path, 0) for path, count in kernels.calls.items() if count > before.get(path, 0)}
+    ran = {path: count - before.get(path, 0) for path, count in dispatch.calls.items() if count > before.get(path, 0)}
     assert ran == {"native int8 dot": 1, "native int8 dequantize + float32 GEMM": 1, "reference int8": 6}
 
 
 @pytest.mark.parametrize("why", ["no compiler", "width"])
 def test_a_head_that_runs_on_the_reference_says_why(monkeypatch, caplog, why):
-    kernels.say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     if why == "no compiler":
-        monkeypatch.setattr(native, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
+        monkeypatch.setattr(cpu, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
     layer, x = filled(128 if why == "no compiler" else 96), rand(2, 128 if why == "no compiler" else 96)
     assert torch.equal(layer(x), F.linear(x, int8.dequantize(int8.Int8Weight(layer.codes_int8, layer.row_scales))))
     layer(x), filled(layer.in_features)(x)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lance_quant import compiler, kernels
-from lance_quant.codec import Int4, Nvfp4, dequantize_to
+from lance_quant.cpu import compile_c
 from lance_quant.errors import InputError
-from lance_quant.int4 import Int4Weight
-from lance_quant.kernels import native
-from lance_quant.nvfp4 import Nvfp4Weight
+from lance_quant.formats.base import Int4, Nvfp4, dequantize_to
+from lance_quant.formats.int4 import Int4Weight
+from lance_quant.formats.nvfp4 import Nvfp4Weight
+from lance_quant.kernels import cpu, dispatch
 from quantized_linear import WQLinearINT4, WQLinearNVFP4, merge_rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -23,7 +23,7 @@ import linear_kernels  # noqa: E402
 CODECS = {"int4-g16": Int4(16), "int4-g32": Int4(32), "int4-g64": Int4(64), "int4-g192": Int4(192),
           "nvfp4": Nvfp4(), "slim": Nvfp4(slim=True)}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_native = pytest.mark.skipif(native.unavailable() is not None, reason=f"native: {native.unavailable()}")
+needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native: {cpu.unavailable()}")
 
 
 needs_avx512 = pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
@@ -35,10 +35,10 @@ def version(request, monkeypatch):
     """The C code as it is compiled for this CPU, and for one without AVX-512."""
     if request.param == "this CPU":
         return
-    flags = tuple(flag.replace("-march=native", "-march=x86-64-v3") for flag in native._FLAGS)
-    monkeypatch.setattr(native, "_FLAGS", flags)
-    library = native._library_or_reason.__wrapped__()
-    monkeypatch.setattr(native, "_library_or_reason", lambda: library)
+    flags = tuple(flag.replace("-march=native", "-march=x86-64-v3") for flag in cpu._FLAGS)
+    monkeypatch.setattr(cpu, "_FLAGS", flags)
+    library = cpu._library_or_reason.__wrapped__()
+    monkeypatch.setattr(cpu, "_library_or_reason", lambda: library)
 
 
 def generator(seed=0):
@@ -95,7 +95,7 @@ def check(kernel, codec, rows, n_out, n_in, dtype, with_bias=True, x=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 18, 33, 67])
 def test_native_computes_what_the_definition_says(version, codec, dtype, rows):
-    check(native.Native(), codec, rows, 37, 384, dtype, with_bias=rows != 2)
+    check(cpu.Native(), codec, rows, 37, 384, dtype, with_bias=rows != 2)
 
 
 @needs_native
@@ -103,9 +103,9 @@ def test_native_computes_what_the_definition_says(version, codec, dtype, rows):
 def test_more_rows_than_fit_the_cache_are_taken_in_parts(version, dtype):
     codec, n_in = Int4(64), 11008
     q, x = random_weight(codec, 6, n_in), torch.randn(49, n_in, generator=generator(1)).to(dtype)
-    weight = native.weight_of(q, codec.group_size)
-    alone = torch.cat([native.dot(row[None], weight, None) for row in x])
-    assert torch.equal(native.dot(x, weight, None), alone)
+    weight = cpu.weight_of(q, codec.group_size)
+    alone = torch.cat([cpu.dot(row[None], weight, None) for row in x])
+    assert torch.equal(cpu.dot(x, weight, None), alone)
 
 
 @needs_native
@@ -114,8 +114,8 @@ def test_more_rows_than_fit_the_cache_are_taken_in_parts(version, dtype):
 def test_both_paths_compute_what_the_definition_says(version, codec, dtype):
     q, x = random_weight(codec, 37, 384), torch.randn(40, 384, generator=generator(1)).to(dtype)
     weight = codec.dequantize(q)
-    for path in (native.dot, native.gemm):
-        error = (path(x, native.weight_of(q, codec.group_size), None).double() - exact(x, weight, None)).abs()
+    for path in (cpu.dot, cpu.gemm):
+        error = (path(x, cpu.weight_of(q, codec.group_size), None).double() - exact(x, weight, None)).abs()
         # the GEMM in bfloat16 rounds the weights too
         share = SHARE[dtype] + (2.0**-9 if dtype == torch.bfloat16 else 0)
         assert (error <= worst_case(x, weight, None) * share + 1e-30).all(), path
@@ -125,10 +125,10 @@ def test_both_paths_compute_what_the_definition_says(version, codec, dtype):
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_native_unpacks_to_the_last_bit(version, codec):
     q = random_weight(codec, 35, 384)
-    weight = native.weight_of(q, codec.group_size)
+    weight = cpu.weight_of(q, codec.group_size)
     for dtype in (torch.float32, torch.bfloat16):
         out = torch.full((20, 384), torch.nan, dtype=dtype)
-        native.dequantize_rows(weight, 9, 29, out)
+        cpu.dequantize_rows(weight, 9, 29, out)
         assert torch.equal(out, dequantize_to(codec, q, dtype)[9:29])
 
 
@@ -141,17 +141,17 @@ def test_native_decodes_every_code_and_scale_byte(version, codec):
     q = q._replace(packed=torch.stack((every.repeat(3), every.flip(0).repeat(3))))
     if isinstance(codec, Nvfp4) and codec.slim:
         q = q._replace(scale=torch.arange(2 * n_in // 16).clamp(max=126).byte().view(2, -1), global_scale=2.0**-20)
-    out, weight = torch.empty(2, n_in), native.weight_of(q, codec.group_size)
-    native.dequantize_rows(weight, 0, 2, out)
+    out, weight = torch.empty(2, n_in), cpu.weight_of(q, codec.group_size)
+    cpu.dequantize_rows(weight, 0, 2, out)
     assert torch.equal(out, codec.dequantize(q))
     # a column at a time through the product, too: sums of one term are as exact as its activation, 1
     columns = torch.eye(n_in)[::16]
-    torch.testing.assert_close(native.dot(columns, weight, None), out.t()[::16], rtol=2.0**-22, atol=0)
+    torch.testing.assert_close(cpu.dot(columns, weight, None), out.t()[::16], rtol=2.0**-22, atol=0)
 
 
 @needs_native
 def test_inputs_may_be_strided_empty_and_of_very_different_size(version):
-    codec, kernel = Int4(64), native.Native()
+    codec, kernel = Int4(64), cpu.Native()
     strided = torch.randn(384, 10, generator=generator(3)).t()[::2]
     assert not strided.is_contiguous()
     check(kernel, codec, 5, 40, 384, torch.float32, x=strided)
@@ -171,7 +171,7 @@ def test_a_row_that_is_not_finite_stays_visible_and_alone(version, bad, rows):
     codec = Int4(64)
     x = torch.randn(rows, 384, generator=generator(6))
     x[1, 100] = bad
-    y = native.Native().linear(x, random_weight(codec, 40, 384, seed=1), codec, None)
+    y = cpu.Native().linear(x, random_weight(codec, 40, 384, seed=1), codec, None)
     assert not y[1].isfinite().any() or rows == 40  # a GEMM may meet 0 x Inf in some outputs only
     assert not y[1].isfinite().all() and y[0].isfinite().all()
 
@@ -183,7 +183,7 @@ def test_a_default_dtype_of_the_process_changes_nothing(codec, rows):
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        check(native.Native(), codec, rows, 300, 384, torch.float32,
+        check(cpu.Native(), codec, rows, 300, 384, torch.float32,
               x=torch.randn(rows, 384, generator=generator(1), dtype=torch.float32))
     finally:
         torch.set_default_dtype(before)
@@ -202,7 +202,7 @@ def test_a_gradient_passes_as_through_the_dequantized_weight(rows):
 
 @needs_native
 def test_few_rows_do_not_depend_on_one_another(version):
-    codec, kernel = Nvfp4(), native.Native()
+    codec, kernel = Nvfp4(), cpu.Native()
     q, x = random_weight(codec, 40, 384), torch.randn(7, 384, generator=generator(7))
     alone = torch.cat([kernel.linear(row[None], q, codec, None) for row in x])
     assert torch.equal(kernel.linear(x, q, codec, None), alone)
@@ -217,7 +217,7 @@ def test_the_op_is_one_node_of_a_compiled_graph():
 
 
 def kernels_linear(x, q, codec):
-    return native.Native().linear(x, q, codec, None)
+    return cpu.Native().linear(x, q, codec, None)
 
 
 def layer(codec, n_out=48, n_in=128, bias=True, seed=0, **options):
@@ -232,8 +232,8 @@ def layer(codec, n_out=48, n_in=128, bias=True, seed=0, **options):
 
 @pytest.fixture
 def no_native(monkeypatch):
-    monkeypatch.setattr(native, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
-    kernels.say_once.cache_clear()
+    monkeypatch.setattr(cpu, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
+    dispatch.say_once.cache_clear()
 
 
 def test_without_a_compiler_the_reference_runs_and_a_warning_says_why(no_native, caplog):
@@ -273,7 +273,7 @@ def slow_compiler(tmp_path):
 
 
 def compiled(command):
-    return compiler.compiled(native._SOURCE, native._FLAGS, command)
+    return compile_c.compiled(cpu._SOURCE, cpu._FLAGS, command)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script that runs")
@@ -289,16 +289,16 @@ def test_two_that_compile_at_once_leave_one_library(slow_compiler, monkeypatch, 
 @pytest.mark.parametrize("trouble", ["no folder", "not writable", "no home"])
 def test_without_a_home_to_write_in_the_library_is_compiled_for_this_process(slow_compiler, monkeypatch, tmp_path,
                                                                             trouble):
-    monkeypatch.setattr(compiler.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(compile_c.tempfile, "tempdir", str(tmp_path))
     if trouble == "no folder":
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     elif trouble == "not writable":  # also root, whom permissions do not stop
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr(compiler.os, "access", lambda path, mode: Path(path) != tmp_path / "cache/lance-quant")
+        monkeypatch.setattr(compile_c.os, "access", lambda path, mode: Path(path) != tmp_path / "cache/lance-quant")
     else:
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setattr(compiler.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+        monkeypatch.setattr(compile_c.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
     made = compiled(slow_compiler)
     assert made.read_text() == "compiled\n" and made.parent.name.startswith("lance-quant-")
 
@@ -307,17 +307,17 @@ def test_without_a_home_to_write_in_the_library_is_compiled_for_this_process(slo
 def test_a_library_that_is_there_is_taken_where_nothing_can_be_written(slow_compiler, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     first = compiled(slow_compiler)
-    monkeypatch.setattr(compiler.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(compile_c.os, "access", lambda path, mode: False)
     assert compiled(slow_compiler) == first
 
 
 @needs_native
 def test_what_ran_is_counted():
-    before = dict(kernels.calls)
+    before = dict(dispatch.calls)
     model = layer(Int4(64))
     for rows in (1, 1, 40):
         model(torch.randn(rows, 128))
-    ran = {path: count - before.get(path, 0) for path, count in kernels.calls.items() if count > before.get(path, 0)}
+    ran = {path: count - before.get(path, 0) for path, count in dispatch.calls.items() if count > before.get(path, 0)}
     assert ran == {"native dot": 2, "native dequantize + float32 GEMM": 1}
 
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 from test_kernels import exact, generator, layer, random_weight
 
-from lance_quant import kernels
-from lance_quant.codec import Int4, Nvfp4
 from lance_quant.errors import InputError
-from lance_quant.int4 import Int4Weight
-from lance_quant.kernels import comfy, fastest, w4a16
-from lance_quant.kernels.parts import Derived, parts_of
+from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.formats.int4 import Int4Weight
+from lance_quant.kernels import autotune, comfy_kitchen, dispatch, triton_w4a16
+from lance_quant.kernels.ops import Derived, parts_of
 
 CODEC, GPU = Int4(64), torch.device("cuda")
 CALL = ("kind", torch.zeros(1))
@@ -23,7 +22,7 @@ SHARE = {torch.float32: 2.0**-24 * 256, torch.bfloat16: 6 * 2.0**-8, torch.float
 
 def compared(x, q, bias):
     """comfy.compute's error, as a share of what SHARE is of."""
-    y = comfy.compute(x, q.packed, *parts_of(q), bias, 64)
+    y = comfy_kitchen.compute(x, q.packed, *parts_of(q), bias, 64)
     assert y.shape == (len(x), len(q.packed)) and y.dtype == x.dtype
     size = (q.scale.float() * ((8 - q.zero.float()).abs() + 8)).repeat_interleave(64, 1)
     sums = x.double().abs() @ size.double().t() + bias.double().abs()
@@ -37,23 +36,23 @@ def test_it_computes_what_the_definition_says(dtype, rows):
     q = random_weight(CODEC, 40, 192)
     x = torch.randn(192, rows, generator=generator(1)).to(dtype).t()
     bias = torch.randn(40, generator=generator(2)).to(dtype)
-    before = kernels.calls["comfy_kitchen"]
+    before = dispatch.calls["comfy_kitchen"]
     assert compared(x, q, bias) <= SHARE[dtype]
-    assert kernels.calls["comfy_kitchen"] == before + 1
+    assert dispatch.calls["comfy_kitchen"] == before + 1
 
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or comfy.unavailable() is not None,
-                            reason=f"needs a CUDA device and comfy-kitchen: {comfy.unavailable()}")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or comfy_kitchen.unavailable() is not None,
+                            reason=f"needs a CUDA device and comfy-kitchen: {comfy_kitchen.unavailable()}")
 
 
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("tried_before", [False, True])
 def test_a_recorded_graph_computes_the_same_whether_or_not_the_kernels_were_timed_before(tried_before, monkeypatch):
-    monkeypatch.setattr(fastest._RACE, "_won", {})
+    monkeypatch.setattr(autotune._RACE, "_won", {})
     q = Int4Weight(*(part.cuda() for part in random_weight(CODEC, 256, 2048)))
-    x, kernel = torch.randn(1, 2048, device=GPU).bfloat16(), kernels.choose("auto", CODEC, 2048, torch.bfloat16, GPU)
-    for compute in (w4a16.compute, comfy.compute):  # compile and load what a recording may not
+    x, kernel = torch.randn(1, 2048, device=GPU).bfloat16(), dispatch.choose("auto", CODEC, 2048, torch.bfloat16, GPU)
+    for compute in (triton_w4a16.compute, comfy_kitchen.compute):  # compile and load what a recording may not
         compute(x, q.packed, *parts_of(q), None, 64)
     if tried_before:
         kernel.linear(x, q, CODEC, None)
@@ -61,7 +60,7 @@ def test_a_recorded_graph_computes_the_same_whether_or_not_the_kernels_were_time
     with torch.cuda.graph(graph):
         y = kernel.linear(x, q, CODEC, None)
     graph.replay()
-    assert bool(fastest._RACE._won) == tried_before
+    assert bool(autotune._RACE._won) == tried_before
     torch.testing.assert_close(y.double(), exact(x, CODEC.dequantize(q), None), rtol=2.0**-6, atol=2.0**-6 * 2048**0.5)
 
 
@@ -73,7 +72,7 @@ def test_its_cuda_kernels_compute_what_the_definition_says(dtype, rows):
     q = Int4Weight(*(part.cuda() for part in random_weight(CODEC, 256, 2048)))
     x, bias = torch.randn(rows, 2048, device=GPU).to(dtype), torch.randn(256, device=GPU).to(dtype)
     assert compared(x, q, bias) <= SHARE[dtype] + 2.0**-24 * 2048
-    chosen = kernels.choose("auto", CODEC, 2048, dtype, GPU)
+    chosen = dispatch.choose("auto", CODEC, 2048, dtype, GPU)
     assert chosen.name == "triton or comfy_kitchen"
     torch.testing.assert_close(chosen.linear(x, q, CODEC, bias).double(), exact(x, CODEC.dequantize(q), bias),
                                rtol=2.0**-6, atol=2.0**-6 * 2048**0.5)
@@ -84,18 +83,18 @@ def test_zero_points_as_shifts_are_exact_but_for_bfloat16_where_the_error_is_a_3
     zero = torch.randint(0, 16, (50, 7), dtype=torch.uint8, generator=generator(4))
     meant = (8 - zero.double()) * scale.double()
     for dtype, largest in ((torch.float32, 0), (torch.float16, 0), (torch.bfloat16, 1 / 36)):
-        s, z = (part.t().double() for part in comfy.scales_and_zeros(scale, zero, dtype))
+        s, z = (part.t().double() for part in comfy_kitchen.scales_and_zeros(scale, zero, dtype))
         assert torch.equal(s, scale.double())
         assert ((z - meant).abs() <= largest * scale.double()).all()
-    s, z = (part.t() for part in comfy.scales_and_zeros(scale, zero, torch.bfloat16))
+    s, z = (part.t() for part in comfy_kitchen.scales_and_zeros(scale, zero, torch.bfloat16))
     few = ((8 - zero.float()).abs() != 3) & ((8 - zero.float()).abs() < 5)
     assert torch.equal(z.double()[few], meant[few])
 
 
 def test_what_it_cannot_take_is_said_before_it_is_looked_for(monkeypatch):
-    monkeypatch.setattr(comfy, "unavailable", lambda: "comfy-kitchen was looked for")
-    monkeypatch.setattr(w4a16, "_not_here", lambda device: None)
-    kernel = comfy.ComfyKitchen()
+    monkeypatch.setattr(comfy_kitchen, "unavailable", lambda: "comfy-kitchen was looked for")
+    monkeypatch.setattr(triton_w4a16, "_not_here", lambda device: None)
+    kernel = comfy_kitchen.ComfyKitchen()
     for codec, dtype, message in ((Int4(128), torch.bfloat16, "INT4 in groups of 64"),
                                   (Nvfp4(), torch.bfloat16, "INT4 in groups of 64"),
                                   (CODEC, torch.float32, "bfloat16 or float16"),
@@ -108,13 +107,13 @@ def test_what_it_cannot_take_is_said_before_it_is_looked_for(monkeypatch):
 
 def test_a_missing_broken_or_old_package_is_named(monkeypatch):
     def reason():
-        comfy.unavailable.cache_clear()
-        return comfy.unavailable()
+        comfy_kitchen.unavailable.cache_clear()
+        return comfy_kitchen.unavailable()
 
     with monkeypatch.context() as patched:
-        patched.setattr(comfy.importlib.util, "find_spec", lambda name: None)
+        patched.setattr(comfy_kitchen.importlib.util, "find_spec", lambda name: None)
         assert "pip install comfy-kitchen" in reason()
-        patched.setattr(comfy.importlib.util, "find_spec", lambda name: True)
+        patched.setattr(comfy_kitchen.importlib.util, "find_spec", lambda name: True)
         patched.setitem(sys.modules, "comfy_kitchen", None)
         assert "cannot be imported (ModuleNotFoundError" in reason()
         package, registry = ModuleType("comfy_kitchen"), ModuleType("comfy_kitchen.registry")
@@ -126,18 +125,18 @@ def test_a_missing_broken_or_old_package_is_named(monkeypatch):
         assert "cannot load its CUDA kernels" in reason()
         registry.registry.is_available = lambda backend: True
         assert reason() is None
-    comfy.unavailable.cache_clear()
+    comfy_kitchen.unavailable.cache_clear()
 
 
 def test_auto_takes_the_faster_of_two_only_where_both_can_serve(monkeypatch):
-    monkeypatch.setattr(w4a16, "_not_here", lambda device: None)
-    monkeypatch.setattr(comfy, "unavailable", lambda: None)
-    chosen = {(codec, dtype): kernels.choose("auto", codec, 128, dtype, GPU).name
+    monkeypatch.setattr(triton_w4a16, "_not_here", lambda device: None)
+    monkeypatch.setattr(comfy_kitchen, "unavailable", lambda: None)
+    chosen = {(codec, dtype): dispatch.choose("auto", codec, 128, dtype, GPU).name
               for codec, dtype in ((CODEC, torch.bfloat16), (CODEC, torch.float32), (Nvfp4(), torch.bfloat16))}
     assert list(chosen.values()) == ["triton or comfy_kitchen", "triton", "triton"]
-    monkeypatch.setattr(comfy, "unavailable", lambda: "it is not there")
-    assert kernels.choose("auto", CODEC, 128, torch.bfloat16, GPU).name == "triton"
-    assert kernels.choose("triton", CODEC, 128, torch.bfloat16, GPU).name == "triton"
+    monkeypatch.setattr(comfy_kitchen, "unavailable", lambda: "it is not there")
+    assert dispatch.choose("auto", CODEC, 128, torch.bfloat16, GPU).name == "triton"
+    assert dispatch.choose("triton", CODEC, 128, torch.bfloat16, GPU).name == "triton"
 
 
 def race(times, may_time=lambda: True):
@@ -155,7 +154,7 @@ def race(times, may_time=lambda: True):
         tried.append(call())
         return times[tried[-1]]
 
-    return fastest.Race({name: contestant(name) for name in times}, seconds, may_time), tried
+    return autotune.Race({name: contestant(name) for name in times}, seconds, may_time), tried
 
 
 @pytest.mark.parametrize("times, winner", [
@@ -192,11 +191,11 @@ def test_nothing_is_timed_or_settled_while_a_graph_is_recorded():
 
 def test_kinds_are_shapes_and_powers_of_two_of_rows_and_many_rows_are_not_tried(monkeypatch):
     kinds = []
-    monkeypatch.setattr(fastest, "_RACE", SimpleNamespace(run=lambda kind, x, *weight: kinds.append(kind) or x))
-    monkeypatch.setattr(w4a16, "compute", lambda x, *weight: x)
+    monkeypatch.setattr(autotune, "_RACE", SimpleNamespace(run=lambda kind, x, *weight: kinds.append(kind) or x))
+    monkeypatch.setattr(triton_w4a16, "compute", lambda x, *weight: x)
     q = random_weight(CODEC, 40, 128)
     for rows in (0, 1, 2, 3, 4, 5, 200, 256, 257):
-        fastest.compute(torch.zeros(rows, 128), q.packed, *parts_of(q), None, 64)
+        autotune.compute(torch.zeros(rows, 128), q.packed, *parts_of(q), None, 64)
     assert [kind.split(" rows")[0].split("for ")[1] for kind in kinds] == [
         f"up to {rows}" for rows in (1, 2, 4, 4, 8, 256, 256)]
     assert kinds[0] == "INT4 128 -> 40 for up to 1 rows in torch.float32 on cpu"

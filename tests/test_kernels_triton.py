@@ -13,13 +13,13 @@ pytest.importorskip("triton", reason="triton is in requirements-dev.txt")
 
 from test_kernels import CODECS, exact, generator, random_weight  # noqa: E402
 
-from lance_quant import int8  # noqa: E402
-from lance_quant.codec import Int4, Nvfp4  # noqa: E402
-from lance_quant.kernels import triton_kernels, w4a16  # noqa: E402
-from lance_quant.kernels.parts import parts_of  # noqa: E402
+from lance_quant.formats import int8  # noqa: E402
+from lance_quant.formats.base import Int4, Nvfp4  # noqa: E402
+from lance_quant.kernels import triton_kernels, triton_w4a16  # noqa: E402
+from lance_quant.kernels.ops import parts_of  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CLAIMED = {name: codec for name, codec in CODECS.items() if w4a16.unsupported(codec, torch.float32) is None}
+CLAIMED = {name: codec for name, codec in CODECS.items() if triton_w4a16.unsupported(codec, torch.float32) is None}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Share of the sum of |products|: rounding of weights (tile only), of the result, of float32 sums. The interpreter
 # truncates to bfloat16 (one part in 2^8), where a GPU rounds.
@@ -76,7 +76,7 @@ def test_unpacks_to_the_last_bit(codec):
 def test_an_8_bit_head_computes_what_the_definition_says(dtype, rows, n_out, n_in):
     q = int8.quantize(torch.randn(n_out, n_in, generator=generator(1)) * torch.logspace(-3, 0, n_out)[:, None])
     x = torch.randn(n_in, rows, generator=generator(2)).to(dtype).t()
-    y = w4a16.compute_int8(*there(x, *q)).cpu()
+    y = triton_w4a16.compute_int8(*there(x, *q)).cpu()
     assert y.shape == (rows, n_out) and y.dtype == dtype
     weight = int8.dequantize(q)
     sums = x.double().abs() @ weight.double().abs().t()
@@ -85,7 +85,7 @@ def test_an_8_bit_head_computes_what_the_definition_says(dtype, rows, n_out, n_i
 
 @pytest.mark.parametrize("rows", [0, 1, 5, 257])
 def test_every_number_of_rows_has_a_path(rows):
-    check(w4a16.compute, Int4(64), rows, 16, 64, torch.float32, with_bias=True)
+    check(triton_w4a16.compute, Int4(64), rows, 16, 64, torch.float32, with_bias=True)
 
 
 def test_rows_may_have_scales_of_their_own():
@@ -101,7 +101,7 @@ def test_rows_may_have_scales_of_their_own():
 @pytest.mark.parametrize("codec, dtype, message", [(Int4(48), torch.float32, "it takes groups of 16, 32"),
                                                    (Int4(64), torch.float64, "float32, bfloat16 or float16")])
 def test_what_the_kernels_cannot_take_is_said(codec, dtype, message):
-    assert message in w4a16.unsupported(codec, dtype)
+    assert message in triton_w4a16.unsupported(codec, dtype)
 
 
 @pytest.mark.parametrize("rows, group_size, dtype, blocks", [

@@ -4,11 +4,11 @@ import pytest
 import torch
 from test_kernels import generator, layer
 
-from lance_quant import int8, kernels, nvfp4
-from lance_quant.codec import Int4, Nvfp4
 from lance_quant.errors import InputError
-from lance_quant.kernels import w4a4
-from lance_quant.nvfp4 import Nvfp4Weight
+from lance_quant.formats import int8, nvfp4
+from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.formats.nvfp4 import Nvfp4Weight
+from lance_quant.kernels import dispatch, nvfp4_w4a4
 from quantized_linear import merge_rows
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def test_a_row_is_rounded_as_a_weight_of_one_row():
 def test_the_simulation_is_a_product_of_dequantized_factors(codec, dtype, rows):
     q, x = weight(codec), torch.randn(rows, 64, generator=generator(3)).to(dtype)
     bias = torch.randn(48, generator=generator(4)).to(dtype)
-    y = w4a4.W4A4().linear(x, q, codec, bias)
+    y = nvfp4_w4a4.W4A4().linear(x, q, codec, bias)
     assert y.shape == (rows, 48) and y.dtype == dtype
     if rows:
         factor, w = nvfp4.dequantize(nvfp4.quantize_rows(x)).double(), nvfp4.dequantize(q).double()
@@ -66,7 +66,7 @@ def test_the_simulation_is_a_product_of_dequantized_factors(codec, dtype, rows):
 
 
 def test_rows_do_not_depend_on_one_another():
-    codec, kernel = Nvfp4(), w4a4.W4A4()
+    codec, kernel = Nvfp4(), nvfp4_w4a4.W4A4()
     q, x = weight(codec), activations(7, 64)
     alone = torch.cat([kernel.linear(row[None], q, codec, None) for row in x])
     # the same products, which a GEMM may add in another order for another number of rows
@@ -77,14 +77,14 @@ def test_rows_do_not_depend_on_one_another():
 def test_a_row_that_is_not_finite_gives_nan_in_all_its_outputs_and_nowhere_else(bad):
     x = torch.randn(3, 64, generator=generator(5))
     x[1, 7] = bad
-    y = w4a4.W4A4().linear(x, weight(Nvfp4()), Nvfp4(), None)
+    y = nvfp4_w4a4.W4A4().linear(x, weight(Nvfp4()), Nvfp4(), None)
     assert y[1].isnan().all() and y[0].isfinite().all() and y[2].isfinite().all()
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (128, 4), (129, 5), (300, 11)])
 def test_scales_are_in_the_order_of_cublas(rows, columns):
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=generator(6))
-    flat = w4a4.blocked(codes)
+    flat = nvfp4_w4a4.blocked(codes)
     assert flat.shape == (-(-rows // 128) * 128 * -(-columns // 4) * 4,)
     assert torch.equal(in_rows(flat, rows, columns), codes)
     assert flat.sum() == codes.sum()  # the padding is zero
@@ -104,18 +104,18 @@ def in_rows(flat, rows, columns):
 @BOTH
 def test_scales_of_our_files_are_e4m3_times_one_power_of_two(codec):
     q = weight(codec)
-    shared = w4a4.e4m3_of(q)
+    shared = nvfp4_w4a4.e4m3_of(q)
     assert torch.equal(nvfp4.decode_e4m3(shared.codes) * shared.factor, nvfp4.scale_values(q))
-    assert w4a4.misfit(q) is None
+    assert nvfp4_w4a4.misfit(q) is None
 
 
 def test_all_e4m3_bytes_are_found_again_and_zeros():
     every = torch.arange(127, dtype=torch.uint8)[None]
     for power in (2.0**-20, 1.0, 2.0**9):
         values = nvfp4.decode_e4m3(every) * power
-        shared = w4a4.e4m3_of(Nvfp4Weight(every, values, 1.0))
+        shared = nvfp4_w4a4.e4m3_of(Nvfp4Weight(every, values, 1.0))
         assert torch.equal(nvfp4.decode_e4m3(shared.codes) * shared.factor, values)
-    assert w4a4.misfit(Nvfp4Weight(every, torch.zeros(3, 4).bfloat16(), 1.0)) is None
+    assert nvfp4_w4a4.misfit(Nvfp4Weight(every, torch.zeros(3, 4).bfloat16(), 1.0)) is None
 
 
 def scaled_mm(a, b, scale_a, scale_recipe_a, swizzle_a, scale_b, scale_recipe_b, swizzle_b, output_dtype):
@@ -136,11 +136,12 @@ def scaled_mm(a, b, scale_a, scale_recipe_a, swizzle_a, scale_b, scale_recipe_b,
 @pytest.fixture
 def tensor_cores(monkeypatch):
     """A CPU that has them, slowly."""
-    monkeypatch.setattr(w4a4, "without_tensor_cores", lambda device: None)
-    monkeypatch.setattr(w4a4.F, "scaled_mm", scaled_mm)
+    monkeypatch.setattr(nvfp4_w4a4, "without_tensor_cores", lambda device: None)
+    monkeypatch.setattr(nvfp4_w4a4.F, "scaled_mm", scaled_mm)
     made = []
-    derived = w4a4.Derived(lambda scale, row_scale: made.append(scale.shape) or w4a4._blocked_scales(scale, row_scale))
-    monkeypatch.setattr(w4a4, "_KEPT", derived)
+    derived = nvfp4_w4a4.Derived(
+        lambda scale, row_scale: made.append(scale.shape) or nvfp4_w4a4._blocked_scales(scale, row_scale))
+    monkeypatch.setattr(nvfp4_w4a4, "_KEPT", derived)
     return made
 
 
@@ -150,10 +151,10 @@ def test_tensor_cores_are_handed_what_the_simulation_multiplies(codec, rows, ten
     model = layer(codec, n_in=64, kernel="nvfp4_w4a4")
     model.fill(weight(codec), torch.randn(48, generator=generator(7)))
     x = activations(rows, 64)
-    before = dict(kernels.calls)
+    before = dict(dispatch.calls)
     y = model(x)
-    assert kernels.calls["nvfp4_w4a4"] == before.get("nvfp4_w4a4", 0) + 1
-    monkeypatch.setattr(w4a4, "without_tensor_cores", lambda device: "none here")
+    assert dispatch.calls["nvfp4_w4a4"] == before.get("nvfp4_w4a4", 0) + 1
+    monkeypatch.setattr(nvfp4_w4a4, "without_tensor_cores", lambda device: "none here")
     torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5 * model(x).abs().max().item())
 
 
@@ -164,25 +165,25 @@ def test_the_order_of_scales_is_made_once_per_layer_and_goes_with_it(tensor_core
     x = torch.randn(2, 64, generator=generator(8))
     expected = torch.cat([part(x) for part in parts], -1)
     torch.compile(parts[0], backend="aot_eager", fullgraph=True)(x)
-    assert tensor_cores == [(48, 4)] * 2 and len(w4a4._KEPT._kept) == 2
+    assert tensor_cores == [(48, 4)] * 2 and len(nvfp4_w4a4._KEPT._kept) == 2
     whole = merge_rows(parts)
     torch.testing.assert_close(whole(x), expected)
     whole(x)
     assert tensor_cores == [(48, 4)] * 2 + [(96, 4)]
     del parts, part
-    assert len(w4a4._KEPT._kept) == 1
+    assert len(nvfp4_w4a4._KEPT._kept) == 1
 
 
 @pytest.mark.parametrize("n_out, n_in", [(40, 64), (48, 48)])
 def test_shapes_that_tensor_cores_cannot_take_are_simulated(tensor_cores, n_out, n_in):
-    y = w4a4.W4A4().linear(torch.randn(2, n_in), weight(Nvfp4(), n_out, n_in), Nvfp4(), None)
+    y = nvfp4_w4a4.W4A4().linear(torch.randn(2, n_in), weight(Nvfp4(), n_out, n_in), Nvfp4(), None)
     assert y.shape == (2, n_out) and tensor_cores == []
 
 
 def test_merged_rows_whose_scales_no_power_of_two_fits_are_simulated(tensor_cores):
     q = weight(Nvfp4(slim=True))
     far = q._replace(global_scale=torch.where(torch.arange(48)[:, None] < 24, 2.0**-30, 1.0) * q.global_scale)
-    y = w4a4.W4A4().linear(torch.randn(2, 64), far, Nvfp4(slim=True), None)
+    y = nvfp4_w4a4.W4A4().linear(torch.randn(2, 64), far, Nvfp4(slim=True), None)
     assert y.isfinite().all() and tensor_cores == [(48, 4)]
 
 
@@ -190,20 +191,20 @@ def test_merged_rows_whose_scales_no_power_of_two_fits_are_simulated(tensor_core
 @pytest.mark.parametrize("rows", [1, 130])
 def test_torch_takes_the_call_as_far_as_it_checks_without_a_gpu(dtype, rows):
     q, rounded = weight(Nvfp4()), nvfp4.quantize_rows(torch.randn(rows, 64))
-    shared = w4a4._blocked_scales(q.scale, None)
-    y = w4a4.multiplied(*(part.to("meta") for part in (rounded.packed, q.packed, rounded.scale, *shared)), dtype)
+    shared = nvfp4_w4a4._blocked_scales(q.scale, None)
+    y = nvfp4_w4a4.multiplied(*(part.to("meta") for part in (rounded.packed, q.packed, rounded.scale, *shared)), dtype)
     assert y.shape == (rows, 48) and y.dtype == dtype
 
 
 def test_a_compiled_step_traces_the_rounding_and_keeps_the_product_as_one_node():
     codec, x = Nvfp4(), activations(5, 64)
     q = weight(codec)
-    compiled = torch.compile(lambda x: w4a4.W4A4().linear(x, q, codec, None), backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(x), w4a4.W4A4().linear(x, q, codec, None))
+    compiled = torch.compile(lambda x: nvfp4_w4a4.W4A4().linear(x, q, codec, None), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), nvfp4_w4a4.W4A4().linear(x, q, codec, None))
 
 
 def test_it_runs_by_name_only_and_on_nvfp4_only_and_says_once_that_it_is_simulated(caplog):
-    kernels.say_once.cache_clear()
+    dispatch.say_once.cache_clear()
     for _ in range(2):
         assert layer(Nvfp4(), kernel="nvfp4_w4a4").kernel().name == "nvfp4_w4a4"
     assert caplog.text.count("kernel nvfp4_w4a4 is simulated here, and slow: FP4 tensor cores are in NVIDIA GPUs") == 1
@@ -212,7 +213,7 @@ def test_it_runs_by_name_only_and_on_nvfp4_only_and_says_once_that_it_is_simulat
         layer(Int4(64), kernel="nvfp4_w4a4").kernel()
     head = int8.Int8Linear((8, 64), torch.float32, kernel="nvfp4_w4a4")
     head.fill(int8.quantize(torch.randn(8, 64, generator=generator(9))))
-    assert head.kernel() is kernels.choose_int8("auto", 64, torch.float32, CPU)
+    assert head.kernel() is dispatch.choose_int8("auto", 64, torch.float32, CPU)
 
 
 @pytest.mark.gpu
@@ -224,9 +225,9 @@ def test_tensor_cores_compute_what_is_simulated(codec, dtype, rows, monkeypatch)
     q = weight(codec, 64, 256)
     q = Nvfp4Weight(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in q))
     x = activations(rows, 256).clamp(-1e3, 1e3).to(dtype).cuda()
-    before = kernels.calls["nvfp4_w4a4"]
-    y = w4a4.W4A4().linear(x, q, codec, None)
-    assert kernels.calls["nvfp4_w4a4"] == before + 1
+    before = dispatch.calls["nvfp4_w4a4"]
+    y = nvfp4_w4a4.W4A4().linear(x, q, codec, None)
+    assert dispatch.calls["nvfp4_w4a4"] == before + 1
     factor = nvfp4.dequantize(nvfp4.quantize_rows(x)).double()
     w = nvfp4.dequantize(q).double()
     # Sums of 256 exact products in float32 (tensor cores keep some bits less of small terms), rounded twice at most.

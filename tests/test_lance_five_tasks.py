@@ -7,10 +7,11 @@ from conftest import CPU, relative
 from PIL import Image
 
 from lance_quant.errors import InputError
-from lance_quant.lance import generation, vision
+from lance_quant.lance import generation
 from lance_quant.lance.generation import Given, Sampling
+from lance_quant.lance.media import vision
+from lance_quant.lance.media.samples import TASKS
 from lance_quant.lance.pipeline import Pipeline, latent_grid
-from lance_quant.lance.samples import TASKS
 from lance_quant.lance.tokens import (
     CONDITION,
     EDIT_SYSTEM,

@@ -14,7 +14,7 @@ from lance_quant.lance.loader import TorchFile, require_nothing_on_meta
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.lance.vae import load_vae
 from lance_quant.lance.vit import load_vit
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.storage.tensor_file import Checkpoint
 
 Q0 = "language_model.model.layers.0.self_attn.q_proj.weight"
 

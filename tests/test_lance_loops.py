@@ -11,14 +11,16 @@ from conftest import CPU, GOLDENS, relative
 from torch import nn
 
 import run_baseline
-from lance_quant import codec, convert, tasks
+from lance_quant.formats import base
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.inference import tasks
 from lance_quant.lance import compiled, understanding
 from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.merge import merge_projections, stacked
 from lance_quant.lance.pipeline import Pipeline
-from lance_quant.packed import PackedFolder
+from lance_quant.methods import convert
 from quantized_linear import swap_linears
 
 CLOSE = 1e-5  # see test_lance_mot.py
@@ -57,7 +59,7 @@ def test_merging_takes_every_group_and_no_memory(merged, pipeline):
         merge_projections(merged.model)
 
 
-FORMATS = {"int4": codec.Int4(32), "nvfp4": codec.Nvfp4(), "slim": codec.Nvfp4(slim=True)}
+FORMATS = {"int4": base.Int4(32), "nvfp4": base.Nvfp4(), "slim": base.Nvfp4(slim=True)}
 
 
 @pytest.mark.parametrize("mode", ["ondemand", "cached"])
@@ -190,7 +192,7 @@ def test_compiled_denoising_is_the_official_one_and_compiles_once_per_shape(path
 def test_packed_steps_are_compiled_once_too(paths, prompts, traced, tmp_path, kernel):
     """Neither the choice of a kernel nor the count of its calls is in the graphs."""
     convert.convert(GOLDENS / "checkpoint/Lance_3B", GOLDENS / "published/act_stats.pt", tmp_path / "packed",
-                    codec.Int4(32), "ours", CPU)
+                    base.Int4(32), "ours", CPU)
     latents, two = [], Sampling(num_timesteps=2)
     for compile_too in (False, True):
         with PackedFolder(tmp_path / "packed") as folder:

@@ -8,7 +8,7 @@ from conftest import GOLDENS, relative
 
 import run_baseline
 from benchmarks import solvers
-from lance_quant import task_cli
+from lance_quant.cli import task_arguments
 from lance_quant.errors import InputError
 from lance_quant.lance import generation
 from lance_quant.lance.generation import Sampling
@@ -142,12 +142,12 @@ X2T = ["--task", "x2t_image", "--model_path", str(GOLDENS / "checkpoint/Lance_3B
 ])
 def test_impossible_values_are_refused(flags, message):
     with pytest.raises(InputError, match=message):
-        task_cli.settings_of(run_baseline.parse_args([*X2T, "--save_path_gen", "none", *flags]))
+        task_arguments.settings_of(run_baseline.parse_args([*X2T, "--save_path_gen", "none", *flags]))
 
 
 def test_settings_say_what_was_drawn_and_how():
     def settings(*flags):
-        return task_cli.settings_of(run_baseline.parse_args([*X2T, "--save_path_gen", "none", *flags])).as_json()
+        return task_arguments.settings_of(run_baseline.parse_args([*X2T, "--save_path_gen", "none", *flags])).as_json()
 
     assert settings()["temperature"] == 0 and "seed" not in settings("--seed", "7")
     drawn = settings("--temperature", "0.7", "--top_p", "0.9", "--seed", "7")

@@ -7,7 +7,7 @@ from conftest import GOLDENS
 from PIL import Image
 
 from lance_quant.errors import InputError
-from lance_quant.lance.video import frame_indices, read_video, write_video
+from lance_quant.lance.media.video import frame_indices, read_video, write_video
 
 CLIPS = {"ball_yuv420.mp4": [0, 2, 4, 7, 9, 11, 14, 16, 19], "box_rgb_lossless.mp4": [0, 3, 6, 9, 13]}
 

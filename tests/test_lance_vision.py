@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from lance_quant.errors import InputError
-from lance_quant.lance import vision
+from lance_quant.lance.media import vision
 
 
 @pytest.mark.parametrize("sample", [0, 1, 2])

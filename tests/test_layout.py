@@ -1,8 +1,8 @@
 import pytest
 import real_keys
 
-from lance_quant import layout
 from lance_quant.errors import InputError
+from lance_quant.formats import layout
 
 
 def test_the_real_model_has_504_linears_half_of_them_gen():

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lance_quant import matmul
+from lance_quant.cpu import matmul
 from lance_quant.lance.linear import Linear
 
 needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"),

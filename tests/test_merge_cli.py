@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import awq_merge_stats
-from lance_quant import cli
+from lance_quant.calibration.activation_stats import ActStats
+from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.stats import ActStats
 
 PUBLISHED = Path(__file__).parent / "goldens" / "published"
 T2I, X2T = str(PUBLISHED / "t2i_stats.pt"), str(PUBLISHED / "x2t_image_stats.pt")
@@ -14,7 +14,7 @@ T2I, X2T = str(PUBLISHED / "t2i_stats.pt"), str(PUBLISHED / "x2t_image_stats.pt"
 
 def fails(capsys, argv):
     with pytest.raises(SystemExit) as caught:
-        cli.run(lambda: awq_merge_stats.main([str(arg) for arg in argv]))
+        script.run(lambda: awq_merge_stats.main([str(arg) for arg in argv]))
     err = capsys.readouterr().err.strip().splitlines()
     assert caught.value.code == 2 and len(err) == 1, err
     return err[0]

@@ -23,9 +23,9 @@ from lance_nano.scenes import picture_scene, render
 from lance_nano.tokenizer import PICTURE_SYSTEM, SPECIALS, UNDERSTANDING_SYSTEM, Words
 from lance_nano.vae import decode, encode
 from lance_quant.errors import InputError
-from lance_quant.lance import samples
 from lance_quant.lance.config import LanceConfig, LancePaths
 from lance_quant.lance.generation import Sampling, initial_noise
+from lance_quant.lance.media import samples
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.lance.vae import diffusers_name
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lance_quant import nvfp4
+from lance_quant.formats import nvfp4
 
 MAGNITUDES = torch.tensor(nvfp4.MAGNITUDES)
 NORMAL_E4M3 = torch.arange(127, dtype=torch.uint8)  # all finite non-negative ones

@@ -18,15 +18,14 @@ from conftest import GOLDENS, relative
 from safetensors.torch import load_file, save_file
 
 import run_baseline
-from lance_quant import _official_child as child
-from lance_quant import official
 from lance_quant.errors import InputError
-from lance_quant.results import Results
+from lance_quant.evaluation.run_folder import Results
+from lance_quant.official import bridge, child
 
 MODEL = ["--model_path", str(GOLDENS / "checkpoint" / "Lance_3B"), "--device", "cpu"]
 SIZES = ["--video_height", "96", "--video_width", "128", "--num_frames", "5", "--validation_num_timesteps", "3"]
 CLOSE = 1e-5  # float32 through some hundred sums in another order; see test_lance_mot.py
-SOURCE = os.environ.get(official.ENV_SOURCE)  # read before the fixture below hides it
+SOURCE = os.environ.get(bridge.ENV_SOURCE)  # read before the fixture below hides it
 
 
 def how(task: str, *more: str) -> list[str]:
@@ -48,10 +47,10 @@ def places(tmp_path, monkeypatch) -> Path:
     """A repository, its parent and a working directory with no checkout anywhere, and none in the environment."""
     (tmp_path / "projects" / "lance-quant").mkdir(parents=True)
     (tmp_path / "work").mkdir()
-    monkeypatch.setattr(official, "_HOME", tmp_path / "projects" / "lance-quant")
+    monkeypatch.setattr(bridge, "_HOME", tmp_path / "projects" / "lance-quant")
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.delenv(official.ENV_SOURCE, raising=False)
-    monkeypatch.delenv(official.ENV_PYTHON, raising=False)
+    monkeypatch.delenv(bridge.ENV_SOURCE, raising=False)
+    monkeypatch.delenv(bridge.ENV_PYTHON, raising=False)
     return tmp_path
 
 
@@ -59,38 +58,38 @@ def places(tmp_path, monkeypatch) -> Path:
 
 def test_the_order_is_argument_environment_repository_host_working_directory(places, monkeypatch):
     working = checkout(places / "work" / "Lance-main")
-    assert official.find() == ("working directory", working, "")
+    assert bridge.find() == ("working directory", working, "")
     host = checkout(places / "nodes" / "LANCE")
     more = [("custom nodes", places / "nodes")]
-    assert official.find(None, more) == ("custom nodes", host, "")
+    assert bridge.find(None, more) == ("custom nodes", host, "")
     beside = checkout(places / "projects" / "lance")
-    assert official.find(None, more) == ("beside this repository", beside, "")
+    assert bridge.find(None, more) == ("beside this repository", beside, "")
     inside = checkout(places / "projects" / "lance-quant" / "Lance")
-    assert official.find(None, more) == ("inside this repository", inside, "")
+    assert bridge.find(None, more) == ("inside this repository", inside, "")
     named = checkout(places / "anywhere")
-    monkeypatch.setenv(official.ENV_SOURCE, str(named))
-    assert official.find(None, more) == ("LANCE_SRC_PATH", named, "")
-    assert official.find(working, more) == ("--official_src", working, "")
+    monkeypatch.setenv(bridge.ENV_SOURCE, str(named))
+    assert bridge.find(None, more) == ("LANCE_SRC_PATH", named, "")
+    assert bridge.find(working, more) == ("--official_src", working, "")
 
 
 def test_the_working_directory_itself_may_be_the_checkout(places, monkeypatch):
     monkeypatch.chdir(checkout(places / "cloned"))
-    assert official.find().path == places / "cloned"
+    assert bridge.find().path == places / "cloned"
 
 
-@pytest.mark.parametrize("marker", official.MARKERS)
+@pytest.mark.parametrize("marker", bridge.MARKERS)
 def test_a_folder_without_either_file_is_no_checkout(places, marker):
     folder = checkout(places / "work" / "Lance")
     (folder / marker).unlink()
     with pytest.raises(InputError, match=f"work/Lance \\(working directory: no {marker}\\)"):
-        official.find()
+        bridge.find()
 
 
 def test_not_finding_it_lists_every_place_and_why(places):
     with pytest.raises(InputError) as raised:
-        official.find(None, [("custom nodes", places / "nodes")])
+        bridge.find(None, [("custom nodes", places / "nodes")])
     message = str(raised.value)
-    assert "--official_src or LANCE_SRC_PATH" in message and official.REPOSITORY in message
+    assert "--official_src or LANCE_SRC_PATH" in message and bridge.REPOSITORY in message
     wanted = [f"{places}/projects/lance-quant/Lance (inside this repository: does not exist)",
               f"{places}/projects/Lance (beside this repository: does not exist)",
               f"{places}/nodes/Lance (custom nodes: does not exist)",
@@ -102,26 +101,26 @@ def test_not_finding_it_lists_every_place_and_why(places):
 def test_a_wrong_path_that_was_given_is_an_error_although_another_would_do(places, monkeypatch, given):
     checkout(places / "work" / "Lance")
     if given == "environment":
-        monkeypatch.setenv(official.ENV_SOURCE, str(places / "nowhere"))
+        monkeypatch.setenv(bridge.ENV_SOURCE, str(places / "nowhere"))
     with pytest.raises(InputError, match="nowhere is no checkout of .*: does not exist"):
-        official.find(places / "nowhere" if given == "argument" else None)
+        bridge.find(places / "nowhere" if given == "argument" else None)
 
 
 def test_one_folder_too_high_is_told_the_right_one(places):
     right = checkout(places / "downloads" / "Lance")
     with pytest.raises(InputError, match=f"did you mean {right}\\?"):
-        official.find(places / "downloads")
+        bridge.find(places / "downloads")
 
 
 def test_a_file_is_no_checkout(places):
     (places / "Lance").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        official.find(places / "Lance")
+        bridge.find(places / "Lance")
 
 
 def test_detection_imports_neither_torch_nor_the_source(places):
     checkout(places / "work" / "Lance", "raise SystemExit('imported')")
-    program = ("import sys; from lance_quant import official; print(official.find().path);"
+    program = ("import sys; from lance_quant.official import bridge; print(bridge.find().path);"
                "print([name for name in ('torch', 'transformers', 'inference_lance') if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(places / "work" / "Lance"), "[]"]
@@ -129,7 +128,7 @@ def test_detection_imports_neither_torch_nor_the_source(places):
 
 def test_find_prints_the_places_in_front_of_the_found_one(places, capsys):
     found = checkout(places / "work" / "Lance")
-    official.main(["find"])
+    bridge.main(["find"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[-1] == f"{found} (working directory)" and "does not exist" in lines[0]
 
@@ -171,7 +170,7 @@ def test_a_child_that_fails_is_explained_and_leaves_nothing(places, main, messag
 
 
 def test_an_interpreter_that_is_none_is_named(places, monkeypatch):
-    monkeypatch.setenv(official.ENV_PYTHON, str(places / "python"))
+    monkeypatch.setenv(bridge.ENV_PYTHON, str(places / "python"))
     with pytest.raises(InputError, match="python is no program"):
         baseline("--official_src", str(checkout(places / "Lance")), out=places / "out")
 
@@ -183,7 +182,7 @@ def test_the_child_sees_the_gpu_that_was_asked_for_and_no_process_group(monkeypa
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    environment = official._environment(device, Path("request.json"))
+    environment = bridge._environment(device, Path("request.json"))
     assert environment.get("CUDA_VISIBLE_DEVICES") == seen and "RANK" not in environment
 
 
@@ -217,13 +216,13 @@ def test_the_view_of_torch_changes_names_for_the_official_modules_only():
 
 # The real thing
 
-needs_source = pytest.mark.skipif(not SOURCE, reason=f"needs {official.ENV_SOURCE}, a checkout of "
-                                                     f"{official.REPOSITORY}")
+needs_source = pytest.mark.skipif(not SOURCE, reason=f"needs {bridge.ENV_SOURCE}, a checkout of "
+                                                     f"{bridge.REPOSITORY}")
 
 
 def compared(task: str, capsys) -> dict:
     """What `compare` prints as JSON."""
-    official.main(["compare", *how(task, *SIZES, "--limit", "1", "--dtype", "float32", "--max_new_tokens", "12")])
+    bridge.main(["compare", *how(task, *SIZES, "--limit", "1", "--dtype", "float32", "--max_new_tokens", "12")])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lance_quant import nvfp4, packed
-from lance_quant.codec import Int4, Nvfp4
 from lance_quant.errors import InputError
-from lance_quant.packed import PackedFolder
-from lance_quant.tensorfile import TensorSpec
+from lance_quant.formats import nvfp4, packed_folder
+from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.storage.tensor_file import TensorSpec
 
 PUBLISHED = Path(__file__).parent / "goldens" / "published"
 Q = "language_model.model.layers.0.self_attn.q_proj"
@@ -157,7 +157,7 @@ SPECS = {"a": TensorSpec(torch.float32, (4,)), "b": TensorSpec(torch.uint8, (2,)
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"])
 def test_after_a_full_disk_or_an_interrupt_nothing_is_left(tmp_path, error):
-    with pytest.raises(type(error)), packed.new_folder(tmp_path / "out", Int4(), SPECS) as writer:
+    with pytest.raises(type(error)), packed_folder.new_folder(tmp_path / "out", Int4(), SPECS) as writer:
         writer.tensors.write("a", torch.ones(4))
         raise error
     assert list(tmp_path.iterdir()) == []
@@ -165,6 +165,6 @@ def test_after_a_full_disk_or_an_interrupt_nothing_is_left(tmp_path, error):
 
 def test_a_disk_that_is_too_small_is_noticed_before_any_work(tmp_path):
     huge = {"a": TensorSpec(torch.uint8, (1 << 60,))}
-    with pytest.raises(InputError, match="GB free"), packed.new_folder(tmp_path / "deep" / "out", Int4(), huge):
+    with pytest.raises(InputError, match="GB free"), packed_folder.new_folder(tmp_path / "deep" / "out", Int4(), huge):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -19,14 +19,14 @@ import awq_merge_stats
 import nvfp4_apply
 import run_baseline
 import run_quant_eval
-from lance_quant import task_cli
+from lance_quant.calibration.activation_stats import ActStats
+from lance_quant.cli import task_arguments
 from lance_quant.errors import InputError
-from lance_quant.lance import samples
-from lance_quant.lance.samples import TASKS
+from lance_quant.evaluation.run_folder import open_made
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.lance.media import samples
+from lance_quant.lance.media.samples import TASKS
 from lance_quant.lance.vit import load_vit
-from lance_quant.packed import PackedFolder
-from lance_quant.results import open_made
-from lance_quant.stats import ActStats
 
 MODEL = ["--model_path", str(GOLDENS / "checkpoint" / "Lance_3B")]
 T2I = ["--task", "t2i", *MODEL, "--example_json", str(GOLDENS / "inputs" / "t2i.json"), "--video_height", "96",
@@ -129,7 +129,7 @@ def test_both_modes_and_all_kernels_give_the_same_answers(work, mode, kernel, ra
 
 
 def test_a_kernel_that_cannot_run_is_refused_before_the_float_model_runs(work, tmp_path, monkeypatch):
-    monkeypatch.setattr(task_cli, "load_to_run", None)
+    monkeypatch.setattr(task_arguments, "load_to_run", None)
     with pytest.raises(InputError, match="kernel triton cannot run .* on cpu"):
         run_quant_eval.main([*X2T, "--awq_dir", str(work / "int4"), "--kernel", "triton", "--save_path_gen",
                              str(tmp_path / "q")])
@@ -362,7 +362,7 @@ def test_rounded_and_unusual_sizes_are_said(tmp_path, caplog):
 
 
 def task_cli_settings(task, *more):
-    return task_cli.settings_of(run_baseline.parse_args(
+    return task_arguments.settings_of(run_baseline.parse_args(
         ["--task", task, *MODEL, "--example_json", "none", "--save_path_gen", "none", *more]))
 
 

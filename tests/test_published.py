@@ -5,8 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lance_quant import convert, published
-from lance_quant.codec import Int4, Nvfp4
+from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.methods import convert, published
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = [("int4_g64", Int4(64)), ("int4_g32", Int4(32)), ("nvfp4", Nvfp4())]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import GOLDENS
 
-from lance_quant import convert, quant_report
-from lance_quant.codec import Int4, Nvfp4
-from lance_quant.packed import PackedFolder
+from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.methods import convert, quant_report
 
 STATS = GOLDENS / "published" / "act_stats.pt"
 MODEL = GOLDENS / "checkpoint" / "Lance_3B"

@@ -4,11 +4,12 @@ from conftest import CPU
 from made_up_requests import LAYERS, SRC, TASKS, captures_in, weights_of
 
 import awq_apply
-from lance_quant import capture, layout, relevance
-from lance_quant.calls import batched, requests, with_outputs
-from lance_quant.gradients import Gradients, ends_of, inside, layer_around, layers_of
-from lance_quant.replay import Replay
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.calibration import capture, token_weights
+from lance_quant.calibration.decoder_calls import batched, requests, with_outputs
+from lance_quant.calibration.gradients import Gradients, ends_of, inside, layer_around, layers_of
+from lance_quant.calibration.layer_inputs import Replay
+from lance_quant.formats import layout
+from lance_quant.storage.tensor_file import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +35,13 @@ def places(calls, expert):
 def test_relevance_is_what_an_error_there_does(captured, source, monkeypatch, task, kind, layer):
     """Small errors of random sign in what a linear gives for one token, 24 draws, against 64 probes: each mean of
     dozens of effective squares is within 25 % or so of the truth. Chunks are small, so that there are several."""
-    monkeypatch.setattr(relevance, "PROBES", 64)
-    monkeypatch.setattr(relevance, "CHUNK", 60)
-    monkeypatch.setattr(relevance, "EVEN", 0.0)
+    monkeypatch.setattr(token_weights, "PROBES", 64)
+    monkeypatch.setattr(token_weights, "CHUNK", 60)
+    monkeypatch.setattr(token_weights, "EVEN", 0.0)
     config, calls = load(captured, [task], 4 if task == "x2t_image" else 1)
-    assert len(list(relevance._chunks(calls))) > 1
+    assert len(list(token_weights._chunks(calls))) > 1
     name = f"{layout.LAYERS}.{layer}.{'mlp' if 'down' in kind else 'self_attn'}.{kind}"
-    found = relevance.of_checkpoint(source, config, calls, CPU)[name]
+    found = token_weights.of_checkpoint(source, config, calls, CPU)[name]
     tokens = places(calls, layout.expert_of(name))
     assert len(found) == len(tokens) and found.mean() == pytest.approx(1, abs=1e-3)
     gradients = Gradients(config, layers_of(source, CPU, calls), LAYERS, ends_of(source, config), calls,
@@ -77,24 +78,24 @@ def outputs(gradients, name="", call=0, token=0, seed=0):
 def test_in_the_last_layer_queries_and_mlps_count_where_something_is_read_off(captured, source):
     """Keys and values count everywhere, since other tokens look at them."""
     config, calls = load(captured)
-    found = relevance.of_checkpoint(source, config, calls, CPU)
+    found = token_weights.of_checkpoint(source, config, calls, CPU)
     read_off = torch.tensor([bool(calls[index].decoded) and
                              token % calls[index].length >= calls[index].length - calls[index].decoded
                              for index, token in places(calls, "und")])
     assert 0 < read_off.sum() < len(read_off)
     for kind in ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         counts = found[layout.linear(LAYERS - 1, "und", kind)]
-        assert (counts[~read_off] == torch.tensor(relevance.EVEN)).all(), kind
-        assert (counts[read_off] > relevance.EVEN).all()
+        assert (counts[~read_off] == torch.tensor(token_weights.EVEN)).all(), kind
+        assert (counts[read_off] > token_weights.EVEN).all()
     for kind in ("k_proj", "v_proj"):
-        assert (found[layout.linear(LAYERS - 1, "und", kind)] > relevance.EVEN).float().mean() > 0.9
+        assert (found[layout.linear(LAYERS - 1, "und", kind)] > token_weights.EVEN).float().mean() > 0.9
 
 
 def test_answers_and_latents_weigh_the_same(captured, source, monkeypatch):
     """The text in front of pictures counts beside that in front of answers, whatever the two are measured in."""
-    monkeypatch.setattr(relevance, "EVEN", 0.0)
+    monkeypatch.setattr(token_weights, "EVEN", 0.0)
     config, calls = load(captured)
-    counts = relevance.of_checkpoint(source, config, calls, CPU)[layout.linear(0, "und", "v_proj")]
+    counts = token_weights.of_checkpoint(source, config, calls, CPU)[layout.linear(0, "und", "v_proj")]
     answer = torch.tensor([not any("gen" in other.streams for other in calls
                                    if set(other.rows) & set(calls[index].rows))
                            for index, _ in places(calls, "und")])
@@ -106,13 +107,13 @@ def test_answers_and_latents_weigh_the_same(captured, source, monkeypatch):
         louder["und"][1].weight.copy_(1000 * torch.eye(64))
     louder["und"].requires_grad_(False)
     # Hidden states wait in bfloat16 between layers, 3 digits.
-    same = relevance.measure(config, lambda needed: layers_of(source, CPU, needed), LAYERS, louder, calls, CPU)
+    same = token_weights.measure(config, lambda needed: layers_of(source, CPU, needed), LAYERS, louder, calls, CPU)
     torch.testing.assert_close(same[layout.linear(0, "und", "v_proj")], counts, rtol=1e-2, atol=1e-3)
 
 
 def test_every_linear_that_tokens_reach_has_a_count_for_each(captured, source):
     config, calls = load(captured, ["x2t_image"])
-    found = relevance.of_checkpoint(source, config, calls, CPU)
+    found = token_weights.of_checkpoint(source, config, calls, CPU)
     assert set(found) == {name for name in layout.linears(LAYERS) if layout.expert_of(name) == "und"}
     assert {len(counts) for counts in found.values()} == {len(places(calls, "und"))}
 
@@ -120,21 +121,21 @@ def test_every_linear_that_tokens_reach_has_a_count_for_each(captured, source):
 def test_all_tokens_count_the_same_where_nothing_comes_out(captured, source):
     config, calls = load(captured, ["x2t_image"])
     prompts = [call for call in calls if not call.decoded]
-    found = relevance.of_checkpoint(source, config, prompts, CPU)
+    found = token_weights.of_checkpoint(source, config, prompts, CPU)
     assert len(found) == 7 * LAYERS and all((counts == 1).all() for counts in found.values())
-    assert relevance.of_checkpoint(source, config, [], CPU) == {}
+    assert token_weights.of_checkpoint(source, config, [], CPU) == {}
 
 
 def test_a_job_that_goes_on_does_not_weigh_again(captured, tmp_path, monkeypatch):
     common = ["--src", str(SRC), "--stats", str(captured / "t2i.pt"), "--device", "cpu", "--resume", "--capture",
               *map(str, captures_in(captured)), "--out", str(tmp_path / "out")]
-    measure, go_on, weighed = relevance.measure, Replay.advance, []
+    measure, go_on, weighed = token_weights.measure, Replay.advance, []
 
     def counting(*args):
         weighed.append(args)
         return measure(*args)
 
-    monkeypatch.setattr(relevance, "measure", counting)
+    monkeypatch.setattr(token_weights, "measure", counting)
 
     def failing(self, layer, target, current):
         if layer == 1:

@@ -6,14 +6,15 @@ from safetensors.torch import load_file
 
 import awq_apply
 import nvfp4_apply
-from lance_quant import capture, layout
-from lance_quant import replay as replay_module
+from lance_quant.calibration import capture
+from lance_quant.calibration import layer_inputs as replay_module
+from lance_quant.calibration.activation_stats import ActStats, merge
+from lance_quant.calibration.gradients import Gradients, inside, layer_around
+from lance_quant.calibration.layer_inputs import Replay, replay_of
 from lance_quant.errors import InputError
-from lance_quant.gradients import Gradients, inside, layer_around
+from lance_quant.formats import layout
+from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.loader import load_lance
-from lance_quant.packed import PackedFolder
-from lance_quant.replay import Replay, replay_of
-from lance_quant.stats import ActStats, merge
 from quantized_linear import swap_linears
 
 

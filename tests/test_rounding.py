@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from lance_quant import awq, gptq, rounding
-from lance_quant.codec import Int4, Nvfp4, errors_by_definition, measured_by_definition, quantize_measured
-from lance_quant.sums import totals, weighted_squares
+from lance_quant.cpu import rounding
+from lance_quant.cpu.weighted_sums import totals, weighted_squares
+from lance_quant.formats.base import Int4, Nvfp4, errors_by_definition, measured_by_definition, quantize_measured
+from lance_quant.methods import awq, gptq
 
 CODECS = [Int4(8), Int4(16), Int4(32), Int4(64), Int4(128), Int4(24), Nvfp4(), Nvfp4(slim=True)]
 codecs = pytest.mark.parametrize("codec", CODECS, ids=str)
@@ -107,8 +108,8 @@ def test_strides_change_nothing(codec):
 @codecs
 def test_a_group_gives_the_same_with_and_without_a_compiler(codec, monkeypatch):
     """Both ways through everything that quantizing from statistics does, blocks and totals included."""
-    monkeypatch.setattr("lance_quant.codec._CPU_ROWS", 16)
-    monkeypatch.setattr("lance_quant.codec._CPU_BLOCK", 32 * codec.group_size)
+    monkeypatch.setattr("lance_quant.formats.base._CPU_ROWS", 16)
+    monkeypatch.setattr("lance_quant.formats.base._CPU_BLOCK", 32 * codec.group_size)
     n_in = 6 * width_of(codec)
     group, m2 = [rand(37, n_in) * 0.02, rand(20, n_in, seed=1) * 0.03], rand(n_in, seed=2).exp()
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from examples import make_samples
-from lance_quant.lance import samples, vision
 from lance_quant.lance.config import LATENT_STRIDE, MAX_LATENT_SIZE
+from lance_quant.lance.media import samples, vision
 
 FOLDER = Path(__file__).parent.parent / "examples" / "samples"
 LEAST = {"x2t_image": 32, "x2t_video": 8, "t2i": 64, "t2v": 8, "i2v": 4, "image_edit": 8, "video_edit": 4}

@@ -4,18 +4,20 @@ from conftest import CPU
 from made_up_requests import LAYERS, SRC, TASKS, captures_in, weights_of
 
 import awq_apply
-from lance_quant import awq, gptq, layout, sensitivity
-from lance_quant.calls import Call
-from lance_quant.capture import load
+from lance_quant.calibration import weight_sensitivity
+from lance_quant.calibration.activation_stats import ActStats, merge, model_fingerprint
+from lance_quant.calibration.capture import load
+from lance_quant.calibration.decoder_calls import Call
+from lance_quant.calibration.gradients import layer_around
 from lance_quant.errors import InputError
-from lance_quant.gradients import layer_around
-from lance_quant.packed import PackedFolder
-from lance_quant.stats import ActStats, merge, model_fingerprint
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.formats import layout
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.methods import awq, gptq
+from lance_quant.storage.tensor_file import Checkpoint
 
 
 def effects_of(captured, tasks=TASKS):
-    return sensitivity.effects_of(SRC, captures_in(captured, tasks), CPU)
+    return weight_sensitivity.effects_of(SRC, captures_in(captured, tasks), CPU)
 
 
 @torch.no_grad()
@@ -35,8 +37,8 @@ def outputs(effects, changed):
 def effects(captured):
     """Few tokens, and F of every linear beside them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sensitivity, "PROBES", 16)
-        patch.setattr(sensitivity, "TOKENS", 60)
+        patch.setattr(weight_sensitivity, "PROBES", 16)
+        patch.setattr(weight_sensitivity, "TOKENS", 60)
         made = effects_of(captured)
         made.found = {name: effect for index in reversed(range(LAYERS))
                       for name, effect in made.of_layer(index, weights_of(index)).items()}
@@ -62,7 +64,7 @@ def test_effects_predict_what_an_error_does(effects, layer, expert, kind):
 
 def test_what_is_never_read_has_no_effect(captured, monkeypatch):
     """The last layer's down_proj of the prompt's tokens does nothing where only latents are wanted."""
-    monkeypatch.setattr(sensitivity, "TOKENS", 60)
+    monkeypatch.setattr(weight_sensitivity, "TOKENS", 60)
     effects = effects_of(captured)
     effects._wanted = {place: expert for place, expert in effects._wanted.items() if expert == "gen"}
     last = effects.of_layer(LAYERS - 1, weights_of(LAYERS - 1))
@@ -87,8 +89,8 @@ def test_requests_are_taken_evenly_with_everything_they_read(monkeypatch):
     for row in range(4):
         calls += [call((row,), 0, 5)] + ([call((row,), 5, 3)] if row % 2 else [])
         calls += [call((row,), 8 if row % 2 else 5, 1, gen=True) for _ in range(3)]
-    monkeypatch.setattr(sensitivity, "TOKENS", 30)  # 12 steps of 5 tokens: every second
-    kept, wanted = sensitivity.selected(calls)
+    monkeypatch.setattr(weight_sensitivity, "TOKENS", 30)  # 12 steps of 5 tokens: every second
+    kept, wanted = weight_sensitivity.selected(calls)
     steps = [place for place, expert in wanted.items() if expert == "gen"]
     assert len(steps) == 6 and list(wanted.values()).count("und") == 1
     for place in steps:
@@ -116,7 +118,7 @@ def test_a_budget_with_captures_takes_their_word(captured, tmp_path, monkeypatch
     captures = ["--capture", *map(str, captures_in(captured))]
     merge([ActStats.load(captured / f"{task}.pt") for task in TASKS]).save(captured / "all.pt")
     chosen = {}
-    monkeypatch.setattr(sensitivity, "TOKENS", 60)
+    monkeypatch.setattr(weight_sensitivity, "TOKENS", 60)
     monkeypatch.setattr(gptq, "SWEEPS", 0)  # the choice is the subject here, not the rounding
     for name, flags in (("stats", []), ("captures", captures)):
         awq_apply.main([*rest, "--out", str(tmp_path / name), *flags])
@@ -128,7 +130,7 @@ def test_a_budget_with_captures_takes_their_word(captured, tmp_path, monkeypatch
 
 
 def test_measuring_asks_from_the_last_layer_to_the_first(captured, monkeypatch):
-    monkeypatch.setattr(sensitivity, "TOKENS", 60)
+    monkeypatch.setattr(weight_sensitivity, "TOKENS", 60)
     effects = effects_of(captured)
     with pytest.raises(AssertionError, match="from the last"):
         effects.of_layer(0, weights_of(0))

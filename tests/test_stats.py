@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from lance_quant import layout
+from lance_quant.calibration.activation_stats import (
+    ActStats,
+    Collector,
+    LinearStats,
+    coverage,
+    merge,
+    model_fingerprint,
+)
 from lance_quant.errors import InputError
-from lance_quant.stats import ActStats, Collector, LinearStats, coverage, merge, model_fingerprint
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.formats import layout
+from lance_quant.storage.tensor_file import Checkpoint
 
 GOLDENS = Path(__file__).parent / "goldens"
 PUBLISHED = GOLDENS / "published"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lance_quant.errors import InputError
-from lance_quant.tensorfile import (
+from lance_quant.storage.tensor_file import (
     DTYPES,
     Checkpoint,
     TensorFile,
@@ -56,7 +56,7 @@ def test_what_was_written_is_read_back(tmp_path):
 
 
 def test_pieces_are_the_tensor_and_a_writer_takes_them_in_another_dtype(tmp_path, monkeypatch):
-    monkeypatch.setattr("lance_quant.tensorfile._PIECE", 64)
+    monkeypatch.setattr("lance_quant.storage.tensor_file._PIECE", 64)
     big = torch.randn(10, 7, generator=torch.Generator().manual_seed(0))
     write(tmp_path / "file", {"big": big})
     with TensorFile(tmp_path / "file") as file:
@@ -99,7 +99,7 @@ def test_a_dtype_without_whole_bytes_is_named(tmp_path):
 
 def test_threads_that_read_one_file_get_their_own_bytes(tmp_path, system, monkeypatch):
     """Every tensor is one number, over several pieces; a cursor that two threads moved would mix them."""
-    monkeypatch.setattr("lance_quant.tensorfile._PIECE", 64)
+    monkeypatch.setattr("lance_quant.storage.tensor_file._PIECE", 64)
     tensors = {str(index): torch.full((1000,), float(index)) for index in range(8)}
     write(tmp_path / "file", tensors)
     wrong = []

@@ -10,10 +10,10 @@ import pytest
 from conftest import GOLDENS
 
 import awq_apply
-from lance_quant import convert, quant_report
 from lance_quant.errors import InputError
-from lance_quant.packed import PackedFolder
-from lance_quant.work import Work
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.methods import convert, quant_report
+from lance_quant.storage.resume import Work
 
 ROOT = Path(__file__).parent.parent
 SRC = str(GOLDENS / "checkpoint" / "Lance_3B")

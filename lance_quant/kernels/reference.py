@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lance_quant import int8, kernels
-from lance_quant.codec import Codec, PackedWeight, dequantize_to
+from lance_quant.formats import int8
+from lance_quant.formats.base import Codec, PackedWeight, dequantize_to
+from lance_quant.kernels import dispatch
 
 
 class Reference:
@@ -19,7 +20,7 @@ class Reference:
 
     def linear(self, x: Tensor, q: PackedWeight, codec: Codec, bias: Tensor | None) -> Tensor:
         """See kernels.Kernel."""
-        kernels.count("reference")
+        dispatch.count("reference")
         return F.linear(x, dequantize_to(codec, q, x.dtype), bias)
 
     def int8_refusal(self, n_in: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -27,5 +28,5 @@ class Reference:
 
     def int8_linear(self, x: Tensor, q: int8.Int8Weight) -> Tensor:
         """See kernels.Kernel."""
-        kernels.count("reference int8")
+        dispatch.count("reference int8")
         return int8.linear(x, q)

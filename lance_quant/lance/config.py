@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lance_quant.errors import InputError
-from lance_quant.files import read_json
+from lance_quant.storage.atomic import read_json
 
 LATENT_CHANNELS = 48
 LATENT_STRIDE = 16  # pixels per latent cell, each way

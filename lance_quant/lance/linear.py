@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lance_quant import matmul
+from lance_quant.cpu import matmul
 
 
 class Linear(nn.Linear):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lance_quant.errors import InputError
+from lance_quant.formats.layout import IGNORED, VIT_PREFIX
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance
-from lance_quant.layout import IGNORED, VIT_PREFIX
-from lance_quant.progress import progress
-from lance_quant.tensorfile import Checkpoint, TensorSpec, require_finite
+from lance_quant.lance.progress import progress
+from lance_quant.storage.tensor_file import Checkpoint, TensorSpec, require_finite
 
 _TOO_SMALL_FOR_A_BAR = 1 << 28  # bytes; smaller modules load in about a second
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from lance_quant.formats.layout import SUFFIX
 from lance_quant.lance.mot import Lance
-from lance_quant.layout import SUFFIX
 
 
 def merge_projections(model: Lance) -> int:

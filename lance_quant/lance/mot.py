@@ -19,16 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lance_quant.formats.layout import SUFFIX, Expert
 from lance_quant.lance.cache import CacheRow
-from lance_quant.lance.config import (
-    LATENT_CHANNELS,
-    MAX_LATENT_FRAMES,
-    MAX_LATENT_SIZE,
-    TIME_FREQUENCIES,
-    LanceConfig,
-)
+from lance_quant.lance.config import LATENT_CHANNELS, MAX_LATENT_FRAMES, MAX_LATENT_SIZE, TIME_FREQUENCIES, LanceConfig
 from lance_quant.lance.linear import Linear
-from lance_quant.layout import SUFFIX, Expert
 
 if TYPE_CHECKING:
     from lance_quant.lance.compiled import Compiled

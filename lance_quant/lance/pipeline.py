@@ -11,12 +11,13 @@ from PIL import Image
 from torch import Tensor
 
 from lance_quant.errors import InputError
-from lance_quant.lance import generation, understanding, vision
+from lance_quant.lance import generation, understanding
 from lance_quant.lance.config import LATENT_STRIDE, MAX_LATENT_FRAMES, MAX_LATENT_SIZE, LanceConfig, LancePaths
 from lance_quant.lance.loader import load_lance
+from lance_quant.lance.media import vision
+from lance_quant.lance.media.samples import Kind, Question, open_visual
 from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance
-from lance_quant.lance.samples import Kind, Question, open_visual
 from lance_quant.lance.tokens import (
     CONDITION,
     EDIT_SYSTEM,
@@ -29,7 +30,7 @@ from lance_quant.lance.tokens import (
     pack_generation,
     pack_understanding,
 )
-from lance_quant.tensorfile import Checkpoint
+from lance_quant.storage.tensor_file import Checkpoint
 
 if TYPE_CHECKING:  # importing transformers' models and diffusers takes seconds: only when first used
     from lance_quant.lance.vae import Vae

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from lance_quant.files import read_json
+from lance_quant.formats.layout import VIT_PREFIX
 from lance_quant.lance.loader import Source, fill, require_nothing_on_meta
-from lance_quant.layout import VIT_PREFIX
-from lance_quant.tensorfile import Checkpoint, TensorFile
+from lance_quant.storage.atomic import read_json
+from lance_quant.storage.tensor_file import Checkpoint, TensorFile
 
 
 class Vit(nn.Module):

@@ -1,0 +1,1 @@
+"""What is measured on a model that runs: activation statistics, captured requests, gradients."""

@@ -1,0 +1,158 @@
+"""Recorded calls of the decoder: what one is, which can run as one, and which read what others leave behind.
+
+A request is a chain of calls on cache rows of its own; calls of different requests know nothing of each other.
+"""
+
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lance_quant.formats.layout import Expert
+from lance_quant.lance.mot import Rope, Streams
+
+
+@dataclass
+class Call:
+    """One call of the decoder.
+
+    rows: numbers of the cache rows, unique in a capture
+    lengths: of each row's past when the call was made
+    streams: expert -> [b, t, hidden]; b is 1 where all rows read the same
+    decoded: of a causal call, how many tokens at its end came one by one: those that the tokens of an answer are read
+        off
+    """
+
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    causal: bool
+    streams: Streams
+    rope: Rope
+    decoded: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens per row."""
+        return sum(x.shape[1] for x in self.streams.values())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows together."""
+        return len(self.rows) * self.length
+
+    def continues(self, last: "Call") -> bool:
+        """Whether both are causal, on the same rows, with the tokens of one right behind those of the other."""
+        return (self.causal and last.causal and self.rows == last.rows
+                and all(a == b + last.length for a, b in zip(self.lengths, last.lengths, strict=True)))
+
+    def joined(self, more: "Call") -> "Call":
+        """Itself and a call that continues it, as one."""
+        streams = {expert: torch.cat([x, more.streams[expert]], 1) for expert, x in self.streams.items()}
+        return replace(self, streams=streams, decoded=self.decoded + 1 if more.length == 1 else 0,
+                       rope=tuple(torch.cat(parts, 2) for parts in zip(self.rope, more.rope, strict=True)))
+
+    def beside(self, other: "Call") -> bool:
+        """Whether both can be one call with more rows: the same shapes, and neither reads what the other leaves.
+
+        A row may occur twice: each occurrence overwrites its place behind the same past just before it is read.
+        """
+        past = dict(zip(self.rows, self.lengths, strict=True))
+        return (self.shape() == other.shape()
+                and all(past.get(row, length) == length for row, length in zip(other.rows, other.lengths, strict=True)))
+
+    def shape(self) -> tuple[Hashable, ...]:
+        """What calls must have in common to be stacked."""
+        return self.causal, self.decoded, tuple((expert, x.shape[1]) for expert, x in self.streams.items())
+
+
+def batched(calls: Iterable[Call], most: int) -> list[Call]:
+    """The same in fewer calls: short ones are slow one by one.
+
+    Requests of the same shapes run side by side, and in a request, steps that read the same past.
+
+    Args:
+        most: tokens of a call, and of requests that run side by side; a single one may have more.
+    """
+    alike: dict[Hashable, list[list[Call]]] = {}
+    for request in requests(calls):
+        alike.setdefault(_shape(request), []).append(request)
+    out: list[Call] = []
+    for group in alike.values():
+        each = max(1, most // sum(call.tokens for call in group[0]))
+        for start in range(0, len(group), each):
+            merged: list[Call] = []
+            for call in (stacked(part) for part in zip(*group[start:start + each], strict=True)):
+                if merged and merged[-1].tokens + call.tokens <= most and merged[-1].beside(call):
+                    merged[-1] = stacked([merged[-1], call])
+                else:
+                    merged.append(call)
+            out += merged
+    return out
+
+
+def stacked(calls: Sequence[Call]) -> Call:
+    """Calls of the same shape as one with all their rows."""
+    if len(calls) == 1:
+        return calls[0]
+    return Call(sum((call.rows for call in calls), ()), sum((call.lengths for call in calls), ()), calls[0].causal,
+                {expert: torch.cat([call.streams[expert] for call in calls]) for expert in calls[0].streams},
+                tuple(torch.cat(parts) for parts in zip(*(call.rope for call in calls), strict=True)),
+                calls[0].decoded)
+
+
+def requests(calls: Iterable[Call]) -> list[list[Call]]:
+    """Calls that share cache rows, directly or through others, in the order of their first calls."""
+    of_row: dict[int, list[Call]] = {}
+    out: list[list[Call]] = []
+    for call in calls:
+        known = list({id(of_row[row]): of_row[row] for row in call.rows if row in of_row}.values())
+        request = known[0] if known else []
+        if not known:
+            out.append(request)
+        for other in known[1:]:  # two rows that were read for themselves so far
+            out = [part for part in out if part is not other]
+            request += other
+            of_row.update({row: request for row, found in of_row.items() if found is other})
+        request.append(call)
+        of_row.update(dict.fromkeys(call.rows, request))
+    return out
+
+
+def _shape(request: Sequence[Call]) -> Hashable:
+    """Equal for requests that can run side by side."""
+    names: dict[int, int] = {}  # rows by their first appearance
+    return tuple((call.shape(), call.lengths, tuple(names.setdefault(row, len(names)) for row in call.rows))
+                 for call in request)
+
+
+def with_outputs(calls: Sequence[Call]) -> dict[int, Expert]:
+    """Places of the calls that something comes out of, and the expert that gives it: of calls that no later one reads,
+    latents, and tokens that an answer is read off."""
+    out: dict[int, Expert] = {}
+    read: dict[int, int] = {}  # row -> the longest past that a later call reads
+    for place in reversed(range(len(calls))):
+        call = calls[place]
+        if not _is_read(call, read) and ("gen" in call.streams or call.decoded):
+            out[place] = "gen" if "gen" in call.streams else "und"
+        _note(call, read)
+    return dict(sorted(out.items()))
+
+
+def with_what_they_read(calls: Sequence[Call], wanted: Collection[int]) -> list[int]:
+    """Places of some calls and of all that these read, in order."""
+    kept: list[int] = []
+    read: dict[int, int] = {}
+    for place in reversed(range(len(calls))):
+        if place in wanted or _is_read(calls[place], read):
+            kept.append(place)
+            _note(calls[place], read)
+    return kept[::-1]
+
+
+def _is_read(call: Call, read: dict[int, int]) -> bool:
+    return any(read.get(row, 0) > length for row, length in zip(call.rows, call.lengths, strict=True))
+
+
+def _note(call: Call, read: dict[int, int]) -> None:
+    for row, length in zip(call.rows, call.lengths, strict=True):
+        read[row] = max(length, read.get(row, 0))

@@ -1,0 +1,220 @@
+"""Arguments of the scripts that run the model, and the objects they mean. Flags keep the published spelling."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lance_quant.calibration.activation_stats import model_fingerprint
+from lance_quant.cli import script
+from lance_quant.distributed import Team
+from lance_quant.errors import InputError
+from lance_quant.inference.tasks import Settings
+from lance_quant.kernels import dispatch
+from lance_quant.lance.compiled import compile_steps
+from lance_quant.lance.config import LATENT_STRIDE, LancePaths
+from lance_quant.lance.generation import Sampling
+from lance_quant.lance.loader import TorchFile
+from lance_quant.lance.media.samples import TASKS, TIMED
+from lance_quant.lance.media.vision import RESOLUTIONS
+from lance_quant.lance.mot import Lance
+from lance_quant.lance.pipeline import OFFLOADS, Pipeline, latent_grid
+from lance_quant.lance.understanding import GREEDY, MAX_NEW_TOKENS, Choice
+from lance_quant.storage.tensor_file import Checkpoint, TensorFile, TensorSpec, file_size
+
+_NUM_FRAMES = 50  # the official default
+_LARGEST_FRAME = 2352  # latent cells of the largest official bucket
+_DEFAULTS = {field.name: field.default for field in fields(Sampling)}
+
+
+def add_model(to: argparse.ArgumentParser) -> None:
+    """--model_path, --vit_path, --vae_path, --device, --dtype, --offload."""
+    to.add_argument("--model_path", type=Path, required=True,
+                    help="Lance folder: llm_config.json, tokenizer files and the float checkpoint")
+    to.add_argument("--vit_path", type=Path, help="Qwen2.5-VL-ViT folder; default: beside the Lance folder")
+    to.add_argument("--vae_path", type=Path, help="Wan2.2_VAE.pth; default: beside the Lance folder")
+    script.add_device(to)
+    to.add_argument("--offload", choices=OFFLOADS, default="none",
+                    help="where ViT and VAE are while not in use: none, on the device; cpu, in host memory; vae_vit, "
+                         "on disk only, loaded anew each time")
+
+
+def add_task(to: argparse.ArgumentParser, steps_flag: str = "--validation_num_timesteps",
+             more: Sequence[str] = ()) -> None:
+    """What to run and how; `steps_flag` is the name of the number of denoising steps, `more` what else --task takes."""
+    to.add_argument("--task", choices=[*TASKS, *more], required=True, help="what to run")
+    to.add_argument("--example_json", type=Path, required=True, help="sample file in the official example format")
+    to.add_argument("--limit", type=int, help="take only this many samples")
+    to.add_argument("--resolution", choices=RESOLUTIONS,
+                    help="preset for input pictures and clips; default: image_768res for x2t_image and image_edit, "
+                         "video_480p for i2v, x2t_video and video_edit")
+    to.add_argument("--video_height", type=int, default=768, help="height of what t2i and t2v make, floored to 16")
+    to.add_argument("--video_width", type=int, default=768, help="width of what t2i and t2v make, floored to 16")
+    to.add_argument("--num_frames", type=int,
+                    help=f"frames of what t2v and i2v make, at most 121, floored to 4 k + 1; default: {_NUM_FRAMES}")
+    to.add_argument(steps_flag, dest="num_timesteps", type=int, default=_DEFAULTS["num_timesteps"],
+                    help="denoising steps")
+    to.set_defaults(steps_flag=steps_flag.removeprefix("--"))
+    to.add_argument("--validation_timestep_shift", type=float, default=_DEFAULTS["timestep_shift"],
+                    help="how far the schedule leans towards noise")
+    to.add_argument("--cfg_scale", type=float, default=_DEFAULTS["cfg_scale"],
+                    help="guidance strength; 1 turns guidance off")
+    to.add_argument("--seed", type=int, default=_DEFAULTS["seed"],
+                    help="of the noise, and of drawn answers; all samples share it")
+    _add_sampling(to)
+    to.add_argument("--sequential_guidance", action="store_true",
+                    help="run the two passes of guidance one after the other: less memory, same result")
+    to.add_argument("--vae_tiling", action="store_true",
+                    help="let the VAE go through large frames in overlapping tiles: half the memory at 768 x 768 for "
+                         "twice the time, and not quite the same pixels")
+    to.add_argument("--fix_quirks", action="store_true",
+                    help="repair the official code's bugs instead of reproducing them (README, Quirks)")
+
+
+def _add_sampling(to: argparse.ArgumentParser) -> None:
+    """What the official scripts do not offer; the defaults are what they do."""
+    to.add_argument("--cfg_interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                    default=[_DEFAULTS["cfg_low"], _DEFAULTS["cfg_high"]], help="guidance is on where LOW < t <= HIGH")
+    to.add_argument("--cfg_renorm", choices=["global", "channel", "none"], default=_DEFAULTS["cfg_renorm"],
+                    help="how a guided velocity is scaled back to the conditional one's length")
+    to.add_argument("--solver", choices=["euler", "ab2"], default=_DEFAULTS["solver"],
+                    help="ab2: second-order Adams-Bashforth, at the same cost per step (benchmarks/solvers.py)")
+    to.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer")
+    to.add_argument("--temperature", type=float, default=GREEDY.temperature,
+                    help="draw answers with this temperature; 0 takes the likeliest token")
+    to.add_argument("--top_p", type=float, default=GREEDY.top_p,
+                    help="draw from the likeliest tokens that together have this probability")
+
+
+def add_compile(to: argparse.ArgumentParser) -> None:
+    """--compile."""
+    to.add_argument("--compile", action="store_true",
+                    help="compile the decoding and denoising steps: faster from the second step on, after up to a few "
+                         "minutes of warm-up that run.json keeps apart; needs a C++ compiler (CPU) or triton (CUDA)")
+
+
+def add_stream(to: argparse.ArgumentParser) -> None:
+    """--stream."""
+    to.add_argument("--stream", action="store_true", help="show answers on the terminal (stderr) while they come")
+
+
+def add_kernel(to: argparse.ArgumentParser) -> None:
+    """--kernel."""
+    to.add_argument("--kernel", choices=dispatch.CHOICES, default="auto",
+                    help="what computes packed linears; auto: native (C) on CPUs with AVX2, on CUDA triton, or for "
+                         "INT4 comfy_kitchen where it is installed and faster, else the slow reference. nvfp4_w4a4: "
+                         "for NVFP4 on Blackwell, activations rounded to 4 bits as well, which costs quality (README, "
+                         "Packed linears). run.json says which ran")
+
+
+def stream_of(args: argparse.Namespace, team: Team) -> Callable[[str], None] | None:
+    """What --stream means: where answers go while they come, None for nowhere."""
+    if args.stream and team.size > 1:
+        raise InputError(f"--stream shows one answer after the other, and {team.size} processes give several at once: "
+                         "leave it out, or start one process")
+    return script.show if args.stream else None
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The run's settings; InputError for a value out of range."""
+    _warn_of_idle_flags(args)
+    rules = ((args.steps_flag, args.num_timesteps, 1), ("max_new_tokens", args.max_new_tokens, 1),
+             ("limit", args.limit, 1), ("seed", args.seed, 0), ("cfg_scale", args.cfg_scale, 0),
+             ("validation_timestep_shift", args.validation_timestep_shift, 1e-6),
+             ("temperature", args.temperature, 0))
+    for name, value, lowest in rules:
+        if value is not None and not lowest <= value < 2**63:
+            raise InputError(f"--{name} {value} must be at least {lowest} and below 2**63")
+    if not 0 < args.top_p <= 1:
+        raise InputError(f"--top_p {args.top_p} must be above 0 and at most 1")
+    low, high = args.cfg_interval
+    if not 0 <= low <= high <= 1:
+        raise InputError(f"--cfg_interval {low} {high} must be two numbers from 0 to 1, the lower first")
+    sampling = Sampling(num_timesteps=args.num_timesteps, timestep_shift=args.validation_timestep_shift,
+                        cfg_scale=args.cfg_scale, seed=args.seed, batch_guidance=not args.sequential_guidance,
+                        cfg_low=low, cfg_high=high, cfg_renorm=args.cfg_renorm, solver=args.solver)
+    return Settings(task=args.task, resolution=args.resolution or TASKS[args.task].resolution,
+                    height=args.video_height, width=args.video_width, num_frames=_checked_size(args),
+                    sampling=sampling, max_new_tokens=args.max_new_tokens,
+                    choice=Choice(args.temperature, args.top_p, args.seed), fix_quirks=args.fix_quirks,
+                    vae_tiling=args.vae_tiling)
+
+
+# Flags that say nothing to tasks which make text, and to tasks which make pictures or clips.
+_DRAWING = {"num_timesteps": "num_timesteps", "validation_timestep_shift": "timestep_shift", "cfg_scale": "cfg_scale",
+            "cfg_renorm": "cfg_renorm", "solver": "solver"}
+
+
+def _warn_of_idle_flags(args: argparse.Namespace) -> None:
+    """Say so where a flag was changed that the task does not use."""
+    if TASKS[args.task].makes == "text":
+        idle = [name for name, field_name in _DRAWING.items() if getattr(args, name) != _DEFAULTS[field_name]]
+    else:
+        idle = [name for name, value in (("max_new_tokens", MAX_NEW_TOKENS), ("temperature", GREEDY.temperature),
+                                         ("top_p", GREEDY.top_p)) if getattr(args, name) != value]
+    if idle:
+        script.log.warning("of no effect on %s: %s", args.task, ", ".join(f"--{name}" for name in idle))
+
+
+def _checked_size(args: argparse.Namespace) -> int:
+    """Check the size of what is made and say how it is rounded; the number of frames."""
+    num_frames = _NUM_FRAMES if args.num_frames is None else args.num_frames
+    if args.task not in TIMED:
+        if args.num_frames is not None:
+            script.log.warning("--num_frames has no effect on %s", args.task)
+        num_frames = 1
+    if TASKS[args.task].takes is None:
+        frames, rows, columns = latent_grid(args.video_height, args.video_width, num_frames)
+        if (rows * 16, columns * 16) != (args.video_height, args.video_width):
+            script.log.warning("size %d x %d is floored to %d x %d: sides are multiples of 16", args.video_height,
+                            args.video_width, rows * 16, columns * 16)
+        if rows * columns > _LARGEST_FRAME:
+            script.log.warning("%d x %d is larger than anything that Lance was trained on (768 x 768, or as much in "
+                            "another shape)", rows * 16, columns * 16)
+    else:
+        frames, _, _ = latent_grid(LATENT_STRIDE, LATENT_STRIDE, num_frames)
+    if 4 * frames - 3 != num_frames:
+        script.log.warning("%d frames are floored to %d: one more than a multiple of 4", num_frames, 4 * frames - 3)
+    return num_frames
+
+
+def paths_of(args: argparse.Namespace, decodes: bool = True) -> LancePaths:
+    """The model's paths, with the parts that the task needs checked for; `decodes`: latents become pixels."""
+    paths, task = LancePaths.find(args.model_path, args.vit_path, args.vae_path), TASKS[args.task]
+    looks = task.takes is not None and args.task != "i2v"  # i2v's picture goes through the VAE only
+    if looks and not (paths.vit / "config.json").is_file():
+        raise InputError(f"ViT not found: {paths.vit}/config.json; give its folder with --vit_path")
+    if looks and (paths.vit / "vit.safetensors").is_file():  # absent is fine where the checkpoint has its own
+        TensorFile(paths.vit / "vit.safetensors").close()
+    if task.makes != "text" and (decodes or task.takes is not None):
+        TorchFile(script.require_file(paths.vae, "VAE (give it with --vae_path)"))
+    return paths
+
+
+def load(args: argparse.Namespace, paths: LancePaths, checkpoint: Path | None = None,
+         prepare: Callable[[Lance], object] | None = None, merged: bool = False) -> Pipeline:
+    """The pipeline that the model and device arguments mean, from `checkpoint` or the float weights."""
+    device = script.device_of(args.device)
+    return Pipeline.load(paths, device, script.dtype_of(args.dtype, device), checkpoint, prepare,
+                         fix_quirks=args.fix_quirks, offload=args.offload, vae_tiling=args.vae_tiling, merged=merged)
+
+
+def load_to_run(args: argparse.Namespace, paths: LancePaths, checkpoint: Path | None = None,
+                prepare: Callable[[Lance], object] | None = None) -> Pipeline:
+    """As `load`, made fast: projections merged and, with --compile, steps compiled. No linear can be watched in it."""
+    pipeline = load(args, paths, checkpoint, prepare, merged=True)
+    if args.compile:
+        compile_steps(pipeline.model)
+    return pipeline
+
+
+def float_facts(model_path: Path) -> dict[str, Any]:
+    """What run.json says of float weights: path, bytes on disk, bits per weight of the decoder's linears."""
+    with Checkpoint(model_path) as source:
+        spec: TensorSpec = next(spec for name, spec in source.specs.items() if name.endswith(".q_proj.weight"))
+        return {"path": str(source.path), "format": str(spec.dtype).removeprefix("torch."),
+                "bytes": file_size(source.specs), "fingerprint": model_fingerprint(source),
+                "bits_per_weight": float(torch.finfo(spec.dtype).bits)}

@@ -1,0 +1,1 @@
+"""C and float32 products that quantizers and kernels stand on."""

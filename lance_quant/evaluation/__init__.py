@@ -1,0 +1,1 @@
+"""How far a quantized run is from its baseline."""

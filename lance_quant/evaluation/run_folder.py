@@ -1,0 +1,293 @@
+"""The results folder of a run, and reading one back as a baseline.
+
+    prompt.json           generation: {file made: prompt}; understanding: {visual: raw answer with special tokens}
+    result.json           understanding: [{"image" or "video", "question", "answer", "key", "reference"}, ...]
+    000000.png, .mp4 ...  pictures, clips
+    latents.safetensors   with --save_latents, generation: KEY.latent, and KEY.x, KEY.velocity, KEY.t of every step
+    logits.safetensors    with --save_latents, understanding: KEY.ids, KEY.logprobs of every answer token
+    run.json              settings, model, device, versions, seconds and peak memory per stage
+"""
+
+import contextlib
+import functools
+import logging
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lance_quant import __version__
+from lance_quant.distributed import ALONE, Team
+from lance_quant.errors import InputError
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.inference.memory import peak_memory, reset_peak_memory
+from lance_quant.inference.tasks import Answered, Drawn, Settings, answer_all, draw_all, force_all
+from lance_quant.kernels import dispatch
+from lance_quant.lance.media.samples import TASKS, Prompt, Question
+from lance_quant.lance.media.video import read_video, write_video
+from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.progress import progress
+from lance_quant.storage.atomic import read_json, write_json
+from lance_quant.storage.tensor_file import TensorFile, write_tensors
+
+log = logging.getLogger("lance_quant")
+
+FORMAT = 1
+LATENTS, LOGITS = "latents.safetensors", "logits.safetensors"
+
+
+@dataclass
+class RunRecord:
+    """What run.json says beside the settings: where the time went and what it ran on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    model: dict[str, Any]
+    arguments: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    kernels_before: Counter[str] = field(default_factory=lambda: Counter(dispatch.calls))
+    compiled: dict[str, float] | None = None  # seconds of warming up each compiled step; None: nothing was compiled
+    processes: int = 1
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure the block's wall time and peak memory as those of a stage."""
+        reset_peak_memory(self.device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.perf_counter() - start
+            self.peaks[name] = peak_memory(self.device)
+
+    def pool(self, team: Team) -> None:
+        """Take the highest peaks among the processes of a team for one's own. The leader's times hold its waiting."""
+        self.processes = team.size
+        everyones = team.everyone(self.peaks)
+        self.peaks = {name: _highest(peaks[name] for peaks in everyones) for name in self.peaks}
+
+    def as_json(self, settings: Settings, samples: list[Question] | list[Prompt]) -> dict[str, Any]:
+        """The content of run.json."""
+        return {
+            "format": FORMAT,
+            "settings": settings.as_json(),
+            "samples": [describe(sample) for sample in samples],
+            "model": self.model,
+            "device": device_name(self.device),
+            "processes": self.processes,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "kernels": dict(dispatch.calls - self.kernels_before),  # of packed linears: path -> calls
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "compile_seconds": self.compiled and {name: round(value, 3) for name, value in self.compiled.items()},
+            "peak_memory_bytes": _highest(self.peaks.values()),
+            "peak_memory_bytes_by_stage": self.peaks,
+            "versions": versions(),
+            "arguments": self.arguments,
+        }
+
+
+def describe(sample: Question | Prompt) -> dict[str, str]:
+    """A sample as run.json lists it; runs on different samples do not compare."""
+    if isinstance(sample, Prompt):
+        source = {} if sample.visual is None else {"source": sample.visual.name}
+        return {"key": sample.key, "prompt": sample.text, **source}
+    return {"key": sample.key, sample.kind: sample.visual.name, "system": sample.system, "question": sample.question}
+
+
+def versions() -> dict[str, str]:
+    """Versions that a figure depends on."""
+    packages = ("transformers", "diffusers")
+    return {"lance_quant": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
+            **{name: metadata.version(name) for name in packages}}
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware's name: of the GPU, or of the CPU with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()} ({device.type}, {torch.get_num_threads()} threads)"
+
+
+def _processor() -> str:
+    """The CPU's name; Linux has it in /proc only."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _highest(peaks: Iterable[Mapping[str, int | None]]) -> dict[str, int | None]:
+    """The largest figure of each kind; None for a kind that is unknown anywhere."""
+    peaks = list(peaks)
+    return {kind: None if any(peak[kind] is None for peak in peaks) else max(peak[kind] for peak in peaks)
+            for kind in peaks[0]}
+
+
+def run_task(pipeline: Pipeline, samples: list[Question] | list[Prompt], settings: Settings, record: RunRecord,
+             folder: Path, keep_trace: bool, on_text: Callable[[str], None] | None = None, team: Team = ALONE) -> None:
+    """Run a task over its samples and write the results folder (an existing, empty one).
+
+    Args:
+        on_text: see answer_all.
+        team: shares the samples; its leader's folder gets everything, the others' what they made themselves.
+    """
+    own = team.share(samples)
+    if settings.kind.makes == "text":
+        with record.stage("run"):
+            answered = list(answer_all(pipeline, own, settings, on_text))
+            write_answers(team.collect(answered, len(samples)), folder)
+        if keep_trace:
+            with record.stage("trace"):
+                traces = list(_answer_traces(answered, force_all(pipeline, answered, settings)))
+                save_traces(folder / LOGITS, team.collect(traces, len(samples)))
+    else:
+        with record.stage("run"):
+            drawn = list(draw_all(pipeline, own, settings, keep_trace))
+            write_json(folder / "prompt.json", {made(prompt, settings): prompt.text for prompt in samples})
+            if keep_trace:
+                save_traces(folder / LATENTS, team.collect(map(_trace, drawn), len(samples)))
+        with record.stage("decode"), pipeline.using("vae"):
+            for one in progress(drawn, desc="decode", unit=settings.kind.makes):
+                _write_frames(pipeline.decode_frames(one.latent), folder / made(one.prompt, settings))
+            team.bring(folder, [made(prompt, settings) for prompt in own], len(samples))
+    record.pool(team)
+    record.compiled = pipeline.model.compiled and pipeline.model.compiled.seconds
+    write_json(folder / "run.json", record.as_json(settings, samples))
+
+
+def save_traces(path: Path, traces: Iterable[Mapping[str, Tensor]]) -> None:
+    """A safetensors file of these tensors."""
+    write_tensors(path, {name: tensor for trace in traces for name, tensor in trace.items()})
+
+
+def made(prompt: Prompt, settings: Settings) -> str:
+    """Name of the file that a request makes."""
+    return f"{prompt.key}.{'mp4' if settings.kind.makes == 'video' else 'png'}"
+
+
+def open_made(path: Path) -> list[Image.Image]:
+    """The frames of a file that a request made; one of a picture."""
+    return read_video(path, every=True) if path.suffix == ".mp4" else [Image.open(path)]
+
+
+def _write_frames(frames: list[Image.Image], path: Path) -> None:
+    if path.suffix == ".mp4":
+        write_video(path, frames)
+    else:
+        frames[0].save(path)
+
+
+def write_answers(answered: Iterable[Answered], folder: Path) -> None:
+    """result.json and prompt.json of an understanding run."""
+    rows, raw = [], {}
+    for one in answered:
+        question = one.question
+        rows.append({question.kind: str(question.visual), "question": question.question, "answer": one.answer.text,
+                     "key": question.key, "reference": question.reference})
+        # The official file is keyed by visual; a second question about one visual gets its sample's key added.
+        name = question.visual.name
+        raw[name if name not in raw else f"{name}#{question.key}"] = one.answer.raw
+    write_json(folder / "result.json", rows)
+    write_json(folder / "prompt.json", raw)
+
+
+def _answer_traces(answered: list[Answered], logprobs: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
+    for (question, answer), forced in zip(answered, logprobs, strict=True):
+        yield {f"{question.key}.ids": torch.tensor(answer.ids), f"{question.key}.logprobs": forced}
+
+
+def _trace(drawn: Drawn) -> dict[str, Tensor]:
+    key, steps = drawn.prompt.key, drawn.steps
+    return {f"{key}.latent": drawn.latent.float().cpu(), f"{key}.x": torch.stack([step.x for step in steps]).float(),
+            f"{key}.velocity": torch.stack([step.velocity for step in steps]).float(),
+            f"{key}.t": torch.tensor([step.t for step in steps])}
+
+
+def drop_traces(folder: Path) -> None:
+    """Remove what --save_latents keeps from the results folders below `folder`."""
+    for name in (LATENTS, LOGITS):
+        for trace in folder.glob(f"*/{name}"):
+            trace.unlink()
+
+
+class Results:
+    """A finished results folder, opened as a baseline.
+
+    Raises:
+        InputError: it is no results folder of this version.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.run = read_json(self.folder / "run.json", "run.json of a results folder")
+        found = self.run.get("format") if isinstance(self.run, dict) else None
+        if found != FORMAT or not {"settings", "samples", "model", "dtype"} <= self.run.keys():
+            raise InputError(f"{folder}/run.json is none that this version wrote (format {found}, not {FORMAT}, or "
+                             "incomplete); make the baseline again with run_baseline.py")
+        self.text = TASKS[self.run["settings"]["task"]].makes == "text"
+
+    @functools.cached_property
+    def trace(self) -> TensorFile:
+        """What --save_latents kept; InputError if the run kept nothing."""
+        path = self.folder / (LOGITS if self.text else LATENTS)
+        if not path.is_file():
+            raise InputError(f"{self.folder} cannot be compared with: it has no {path.name}; make it again with "
+                             "run_baseline.py --save_latents, or leave --baseline out")
+        return TensorFile(path)
+
+    def require_same(self, settings: Settings, samples: list[Question] | list[Prompt], dtype: torch.dtype) -> None:
+        """Raise InputError unless the folder was made with these settings, samples and dtype, and is complete.
+
+        The dtype belongs to it: it rounds the noise, which must be the same bit for bit.
+        """
+        _ = self.trace
+        asked = {**settings.as_json(), "dtype": str(dtype).removeprefix("torch.")}
+        there = {**self.run["settings"], "dtype": self.run["dtype"]}
+        differing = [f"{name} {there.get(name)!r} there and {value!r} here" for name, value in asked.items()
+                     if there.get(name) != value]
+        if differing:
+            raise InputError(f"baseline {self.folder} was made with other settings: {'; '.join(differing)}")
+        if self.run["samples"] != [describe(sample) for sample in samples]:
+            raise InputError(f"baseline {self.folder} was made from other samples; use its --example_json and --limit")
+        files = ["result.json"] if self.text else [made(sample, settings) for sample in samples]
+        gone = [name for name in files if not (self.folder / name).is_file()]
+        if gone:
+            raise InputError(f"baseline {self.folder} lacks {len(gone)} of its files, first {gone[:5]}; make it again")
+
+    def answers(self) -> dict[str, str]:
+        """Sample key -> answer, of an x2t run."""
+        return {row["key"]: row["answer"] for row in read_json(self.folder / "result.json", "result.json")}
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the trace: Windows moves and removes no file that is open."""
+        if "trace" in self.__dict__:
+            self.trace.close()
+            del self.trace
+
+
+def require_source(packed: PackedFolder, fingerprint: str | None, what: str) -> None:
+    """Raise InputError if a packed folder was made from other weights than these; warn where one of them is silent.
+
+    Published folders do not say what they were made from.
+
+    Args:
+        fingerprint: of the float weights that `what` names (stats.model_fingerprint), None if unknown.
+    """
+    source = packed.meta.get("source_fingerprint")
+    if source is None or fingerprint is None:
+        log.warning("%s does not say which weights it was made from; make sure that %s has the same", packed.path, what)
+    elif source != fingerprint:
+        raise InputError(f"{packed.path} was made from other weights (fingerprint {source[:12]}) than {what} "
+                         f"({fingerprint[:12]})")

@@ -1,0 +1,273 @@
+"""Packed folders: one safetensors file and one meta JSON, in the layout that Reza2kn/lance-quant published.
+
+    awq_state_dict.safetensors   + awq_meta.json     INT4:  NAME.qweight, NAME.scales, NAME.zeros
+    nvfp4_state_dict.safetensors + nvfp4_meta.json   NVFP4: NAME.qweight, NAME.scales_bf16, NAME.scales_fp8
+                                                     slim:  NAME.qweight, NAME.scales_e4m3
+
+NAME.weight is absent for every linear that the meta lists under `per_weight`; all other tensors are those of the float
+checkpoint in bfloat16, with the norms already divided. Group sizes may differ; linears that a budget left in bfloat16
+are listed under `kept_bf16`, and an 8-bit head and embedding (int8.py) under `head_weights`.
+
+Published folders are read as they are; ours have more meta fields, which old readers ignore. A folder is checked when
+it is opened, from headers alone: what the meta lists and what the file holds must agree exactly.
+"""
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lance_quant.errors import InputError
+from lance_quant.formats import int8, layout, nvfp4
+from lance_quant.formats.base import Codec, Int4, Nvfp4, PackedWeight
+from lance_quant.storage import atomic
+from lance_quant.storage.resume import Work
+from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size
+
+SUFFIXES = ("qweight", "scales", "zeros", "scales_bf16", "scales_fp8", "scales_e4m3")
+KEPT = "kept_bf16"  # the meta's table of linears that a budget left in bfloat16
+
+
+class LinearSpec(NamedTuple):
+    """A packed linear, from the meta alone.
+
+    shape: (out, in)
+    group_size: inputs per scale
+    scheme: how it was made, as in the meta
+    global_scale: NVFP4's power of two; None for INT4 and published files
+    """
+
+    shape: tuple[int, int]
+    group_size: int
+    scheme: str
+    global_scale: float | None
+
+
+class PackedFolder:
+    """A packed folder, open for reading.
+
+    format: "int4" or "nvfp4"
+    slim: True for NVFP4 without the duplicate scales
+    meta: the meta JSON
+    linears: module name -> LinearSpec
+    kept: module name -> (out, in) of linears that a budget left in bfloat16
+    head: module name -> (out, in) of an 8-bit head and embedding, see int8.py
+    checkpoint: all tensors of the file by name
+
+    Raises:
+        InputError: no meta file, or meta and tensors disagree; the first five disagreements are named.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.format = _format_of(self.path)
+        base = Int4 if self.format == "int4" else Nvfp4
+        self.meta: dict[str, Any] = atomic.read_json(self.path / base.meta_file, "packed meta")
+        self.slim = _is_slim(self.meta, self.path)
+        self.linears = {name.removesuffix(".weight"): _linear_spec(name, entry, self.format, self.slim)
+                        for name, entry in _per_weight(self.meta, self.path).items()}
+        self.kept = _kept(self.meta, self.path)
+        self.head = int8.shapes_of(self.meta, str(self.path))
+        self.checkpoint = Checkpoint(self.path / base.state_file)
+        try:
+            self._require_agreement()
+        except InputError:
+            self.checkpoint.close()
+            raise
+
+    def codec(self, linear: str) -> Codec:
+        """The format of one linear (group sizes may differ)."""
+        return Int4(self.linears[linear].group_size) if self.format == "int4" else Nvfp4(self.slim)
+
+    def read_weight(self, linear: str, device: torch.device | str = "cpu") -> PackedWeight:
+        """The packed weight of a linear, on `device`."""
+        codec, spec = self.codec(linear), self.linears[linear]
+        tensors = {suffix: self.checkpoint.read(f"{linear}.{suffix}", device=device)
+                   for suffix in codec.specs(spec.shape) if suffix != "scales_fp8"}
+        return codec.weight(tensors, {"global_scale": spec.global_scale})
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight: scales, zero points and what a budget left in bfloat16 included."""
+        return bits_per_weight(self.checkpoint.specs,
+                               {**{name: spec.shape for name, spec in self.linears.items()}, **self.kept})
+
+    def facts(self) -> dict[str, Any]:
+        """What a run records of its weights: path, format, bytes of the file, bits per quantized weight."""
+        return {"path": str(self.checkpoint.path), "format": self.format,
+                "bytes": file_size(self.checkpoint.specs), "bits_per_weight": self.bits_per_weight}
+
+    def _require_agreement(self) -> None:
+        specs, wrong = self.checkpoint.specs, []
+        expected = {f"{name}.{suffix}": spec for name, linear in self.linears.items()
+                    for suffix, spec in self.codec(name).specs(linear.shape).items()}
+        expected |= {f"{name}.{suffix}": spec for name, shape in self.head.items()
+                     for suffix, spec in int8.specs(shape).items()}
+        expected |= {f"{name}.weight": TensorSpec(torch.bfloat16, shape) for name, shape in self.kept.items()}
+        for name, spec in expected.items():
+            if name not in specs:
+                wrong.append(f"{name} is missing")
+            elif specs[name] != spec:
+                wrong.append(f"{name} is {_text(specs[name])}, not {_text(spec)}")
+        for name in specs:
+            base, _, last = name.rpartition(".")
+            if last in (*SUFFIXES, *int8.SUFFIXES) and name not in expected:
+                wrong.append(f"{name} belongs to no listed linear")
+            elif name not in expected and (base in self.head or base in self.linears and not _is_bias(
+                    last, specs[name], self.linears[base])):
+                wrong.append(f"{name} beside a packed weight")
+        if wrong:
+            raise InputError(f"{self.path}: meta and tensors disagree in {len(wrong)} places, first: "
+                             f"{'; '.join(wrong[:5])}")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> "PackedFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _format_of(path: Path) -> str:
+    for codec in (Int4, Nvfp4):
+        if (path / codec.meta_file).is_file():
+            return codec.name
+    raise InputError(f"no packed model in {path}: neither {Int4.meta_file} nor {Nvfp4.meta_file} is there")
+
+
+def _is_slim(meta: Any, path: Path) -> bool:
+    kind = meta.get("layout", "published") if isinstance(meta, dict) else None
+    if kind not in ("published", "slim"):
+        raise InputError(f"{path}: layout {kind!r} is unknown to this version; update lance-quant")
+    return kind == "slim"
+
+
+def _per_weight(meta: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    listed = meta.get("per_weight")
+    if not isinstance(listed, dict) or not listed:
+        raise InputError(f"{path}: the meta lists no weights (per_weight)")
+    return listed
+
+
+def _kept(meta: Mapping[str, Any], path: Path) -> dict[str, tuple[int, int]]:
+    listed = meta.get(KEPT, {})
+    shapes = {name: entry.get("shape") if isinstance(entry, dict) else None for name, entry in listed.items()} \
+        if isinstance(listed, dict) else {KEPT: None}
+    for name, shape in shapes.items():
+        if not name.endswith(".weight") or name in meta["per_weight"] or not isinstance(shape, list) \
+                or len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+            raise InputError(f"{path}: meta entry {name!r} in {KEPT} is not that of a linear in bfloat16")
+    return {name.removesuffix(".weight"): tuple(shape) for name, shape in shapes.items()}
+
+
+def _linear_spec(name: str, entry: Any, kind: str, slim: bool) -> LinearSpec:
+    if not isinstance(entry, dict) or not name.endswith(".weight"):
+        raise InputError(f"meta entry {name!r} is not that of a weight")
+    shape, size = entry.get("shape"), entry.get("group_size" if kind == "int4" else "block_size")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise InputError(f"meta of {name}: shape {shape!r} is not [out, in]")
+    if kind == "int4" and entry.get("n_bit") != 4:
+        raise InputError(f"meta of {name}: n_bit {entry.get('n_bit')!r}; only 4 bits are supported")
+    if not isinstance(size, int) or size < 1 or (kind == "nvfp4" and size != nvfp4.BLOCK):
+        raise InputError(f"meta of {name}: group or block size {size!r} is not supported")
+    (Int4(size) if kind == "int4" else Nvfp4()).require_fits(name, shape)
+    scale = entry.get("global_scale")
+    if (slim or scale is not None) and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise InputError(f"meta of {name}: global_scale {scale!r} is not a positive number")
+    return LinearSpec((shape[0], shape[1]), size, str(entry.get("scheme")), scale)
+
+
+def _is_bias(last: str, spec: TensorSpec, linear: LinearSpec) -> bool:
+    return last == "bias" and spec.shape == linear.shape[:1] and spec.dtype.is_floating_point
+
+
+def _text(spec: TensorSpec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
+
+
+@dataclass
+class PackedWriter:
+    """Where a conversion puts its tensors and its meta; see `new_folder`."""
+
+    tensors: TensorFileWriter
+    meta: dict[str, Any]
+    texts: dict[str, str] = field(default_factory=dict)  # further files by name
+
+
+@contextmanager
+def new_folder(path: Path, codec: Codec, specs: Mapping[str, TensorSpec],
+               work: Work | None = None) -> Iterator[PackedWriter]:
+    """Create a packed folder, whole or not at all; `specs` says what its file will hold.
+
+    Args:
+        work: keeps what is written if the block fails, and tells which tensors an earlier run wrote; without it an
+            unfinished folder is removed.
+
+    Raises:
+        InputError: `path` exists, or its disk has less free space than the file needs.
+    """
+    atomic.require_free(path)
+    done = [] if work is None else [name for layer in work.layers for name in layer["tensors"]]
+    if not done:
+        require_space(path, file_size(specs))
+    with atomic.whole_folder(path) if work is None else nullcontext(work.folder) as folder:
+        with TensorFileWriter(folder / codec.state_file, specs, done) as tensors:
+            writer = PackedWriter(tensors, {})
+            yield writer
+        for name, text in writer.texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        atomic.write_json(folder / codec.meta_file, writer.meta)
+    if work is not None:
+        work.publish(path)
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raise InputError if the disk of `path`, which need not exist yet, has fewer than `needed` bytes free."""
+    there = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise InputError(f"{path} needs {needed / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free")
+
+
+def bits_per_weight(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Stored bits per quantized weight; `shapes` are those of the decoder's linears, in bfloat16 or not."""
+    kept = {f"{name}.weight" for name in shapes}
+    stored = sum(spec.nbytes for name, spec in specs.items() if name.rpartition(".")[2] in SUFFIXES or name in kept)
+    return 8 * stored / sum(math.prod(shape) for shape in shapes.values())
+
+
+def table(specs: Mapping[str, TensorSpec]) -> str:
+    """Number of tensors and bytes by kind: packed ones by linear, others by where they belong."""
+    count = Counter(map(_kind, specs))
+    size = sizes(specs)
+    width = max(map(len, count))
+    lines = [f"{kind:<{width}}  {count[kind]:>7}  {size[kind]:>14}" for kind in count]
+    return "\n".join([f"{'kind':<{width}}  tensors           bytes", *lines])
+
+
+def sizes(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Bytes by kind, see `table`."""
+    out: Counter[str] = Counter()
+    for name, spec in specs.items():
+        out[_kind(name)] += spec.nbytes
+    return dict(out)
+
+
+def _kind(name: str) -> str:
+    base, _, last = name.rpartition(".")
+    if last in SUFFIXES:
+        return f"{layout.kind_of(base)} packed"
+    if last == "weight" and layout.kind_of(base) in layout.KINDS:
+        return f"{layout.kind_of(base)} bfloat16"
+    if name.startswith(layout.LAYERS):
+        return "layer norms and biases"
+    return base.removeprefix(layout.LLM_PREFIX) if name.startswith(layout.LLM_PREFIX) else name.split(".")[0]

@@ -1,0 +1,1 @@
+"""Running a loaded model over the samples of a task."""

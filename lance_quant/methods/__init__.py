@@ -1,0 +1,1 @@
+"""How weights are quantized: fusions, AWQ, GPTQ, bit allocation, and the conversion of a checkpoint."""

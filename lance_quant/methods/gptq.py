@@ -1,0 +1,366 @@
+"""GPTQ: rounding a weight column by column, each column's error made good by those that are still to come.
+
+Nearest rounding minimises |What - W|; what matters is |(What - W) x| on the inputs that occur, and those are
+correlated. With H = sum x x^T the error of one column can be compensated by the others (GPTQ, arXiv:2210.17323). Here:
+
+- Static groups: every group's grid is searched on the original weight, so that columns can be rounded in the order of
+  falling E[x^2] and the file needs no permutation.
+- Afterwards every code is revisited, others fixed (coordinate descent), and every step is refitted by least squares.
+- In a model whose earlier layers are packed already, the inputs xq differ from the float model's x, and so does the
+  residual stream rq from r, to which o_proj and down_proj add. The target is then moved towards what makes the outputs
+  agree: W* = W + f (sum (W (x - xq) + r - rq) xq^T)(H + lam I)^-1, and H is that of xq.
+- Tokens count by what an error there does (relevance.py), in H and in the target.
+- Tokens are held back from H. Where nearest rounding is better on them, it is kept.
+
+Measured on trained linears (36 of all-MiniLM-L6-v2, output error of the whole model, docs/experiments.md).
+What goes column by column runs in C where it can (rounding.py), to the same bits.
+Weights are [in, out] here: a step of the loop then works on rows, which are contiguous. Suffixes: i in, o out.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lance_quant.cpu import cholesky, matmul, rounding
+from lance_quant.formats.base import Codec, Grid, block_threads, map_blocks, map_threads, nearest_levels
+
+BLOCK = 128  # columns per step: what is behind a block is corrected once per block, by a matrix product
+OUTPUTS = 512  # that a worker rounds at a time
+SWEEPS = 2  # of coordinate descent; two more gain 2 %
+FEW_TOKENS = 2048  # below, the Gram matrix is noisy and a stronger damping is better
+# Noisy? -> fraction of the mean diagonal that is added to it. Noisy as well: tokens that count differently, since few
+# make up most of the sums.
+DAMPING = {False: 0.01, True: 0.1}
+ASYMMETRY = 0.75  # f; a trained two-expert model loses 9 % at 0.5 and 2 % at 1
+ASYMMETRY_DAMPING = 0.05  # lam / mean diagonal
+HELD_BACK = 2048  # most tokens that are kept for the comparison with nearest rounding
+_RUN, _EVERY = 16, 8  # one in 8 runs of 16 consecutive tokens is held back, or fewer
+_TRIANGLE = 1024  # rows of a Gram matrix that are summed at once
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of the inputs of a linear.
+
+    Tokens count in every sum and mean, some more than others, see Sums.
+
+    gram: float32 [in, in], sum of xq xq^T over the tokens, xq the input in the model packed so far
+    n_tokens: tokens in the sums
+    counted: as how many they count together
+    held: float32 [t, in], inputs xq of tokens that are not in the sums, times the root of what each counts; t may be 0
+    held_float: float32 [t, in], the float model's inputs of the same tokens, likewise
+    cross: float32 [in, in], sum of (x - xq) xq^T, x the same token's input in the float model; None where they agree
+    pull: float32 [in, out], sum of xq (W (x - xq) + r - rq)^T for the one linear that reads these inputs; then no cross
+    held_missing: float32 [t, out], r - rq of the held-back tokens, likewise, with `pull`
+    weighed: whether they count differently
+    """
+
+    gram: Tensor
+    n_tokens: int
+    counted: float
+    held: Tensor
+    held_float: Tensor
+    cross: Tensor | None = None
+    pull: Tensor | None = None
+    held_missing: Tensor | None = None
+    weighed: bool = False
+
+    @property
+    def mean_square(self) -> Tensor:
+        """[in] mean of xq^2."""
+        return self.gram.diagonal() / (self.counted or 1.0)
+
+    @property
+    def damping(self) -> float:
+        """Fraction of the mean diagonal that makes the Gram matrix safe to invert."""
+        return DAMPING[self.weighed or self.n_tokens < FEW_TOKENS]
+
+
+class Sums:
+    """Collects Moments from activations that arrive piece by piece.
+
+    Args:
+        width: of the inputs.
+        device: where the sums are kept.
+        paired: whether float inputs differ from those of the packed model.
+        weight: float32 [out, in] of a linear that alone reads these inputs and adds to the residual stream; None where
+            several read them.
+        counts: float32 [tokens] as how many each token counts, in the order in which they will arrive; None: as one.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu", paired: bool = True,
+                 weight: Tensor | None = None, counts: Tensor | None = None):
+        self._gram = torch.zeros(width, width, device=device)
+        self._weight = weight if paired else None
+        self._cross = torch.zeros(width, width, device=device) if paired and weight is None else None
+        self._pull = None if self._weight is None else torch.zeros(width, len(weight), device=device)
+        self._held: list[tuple[Tensor, ...]] = []
+        self._counts = None if counts is None else counts.to(device)
+        self._seen = self._kept = 0
+        self._counted = 0.0
+
+    @torch.no_grad()
+    def add(self, packed: Tensor, exact: Tensor, missing: Tensor | None = None) -> None:
+        """Add tokens, float32.
+
+        Args:
+            packed, exact: [t, in] their inputs in the packed and in the float model.
+            missing: [t, out] the residual stream of the float model less that of the packed one; needed with `weight`.
+        """
+        held = self._is_held(torch.arange(self._seen, self._seen + len(packed), device=packed.device))
+        parts = (packed, exact) if self._weight is None else (packed, exact, missing)
+        counts = None if self._counts is None else self._counts[self._seen:self._seen + len(packed)]
+        if counts is not None:
+            parts = tuple(part * counts.sqrt()[:, None] for part in parts)
+        self._seen += len(packed)
+        if held.any():
+            self._held.append(tuple(part[held] for part in parts))
+            parts = tuple(part[~held] for part in parts)
+            counts = None if counts is None else counts[~held]
+        packed, exact, *rest = parts
+        self._kept += len(packed)
+        self._counted += len(packed) if counts is None else float(counts.sum())
+        for start in range(0, len(self._gram), _TRIANGLE):  # what lies below the diagonal follows by symmetry
+            self._gram[start:start + _TRIANGLE, start:].addmm_(packed[:, start:start + _TRIANGLE].t(),
+                                                               packed[:, start:])
+        if self._weight is not None:
+            self._pull.addmm_(packed.t(), torch.addmm(rest[0], exact - packed, self._weight.t()))
+        elif self._cross is not None:
+            self._cross.addmm_((exact - packed).t(), packed)
+
+    def _is_held(self, place: Tensor) -> Tensor:
+        """Runs that follow no period, as requests of one length would, of all tokens if their number is known."""
+        every = _EVERY if self._counts is None else max(_EVERY, len(self._counts) // HELD_BACK)
+        mixed = (place // _RUN + 2) * 0x9E3779B1 % (1 << 32)  # then as MurmurHash3 ends; the first 15 runs stay
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            mixed = (mixed ^ (mixed >> shift)) * factor % (1 << 32)
+        return (mixed < (1 << 32) // every) & (place < HELD_BACK * every)
+
+    def moments(self) -> Moments:
+        """What was collected. The sums are handed over: nothing can be added afterwards."""
+        assert self._counts is None or self._seen == len(self._counts), "a count for every token"
+        for start in range(0, len(self._gram), _TRIANGLE):
+            end = start + _TRIANGLE
+            self._gram[end:, start:end] = self._gram[start:end, end:].t()
+            square = self._gram[start:end, start:end]
+            square.copy_(torch.triu(square) + torch.triu(square, 1).t())
+        held = [torch.cat(parts) for parts in zip(*self._held, strict=True)]
+        if not held:
+            held = [self._gram.new_empty(0, len(self._gram))] * 2
+        return Moments(self._gram, self._kept, self._counted, held[0], held[1], self._cross, self._pull,
+                       held[2] if held[2:] else None, self._weighed())
+
+    def _weighed(self) -> bool:
+        return self._counts is not None and bool((self._counts != self._counts[:1]).any())
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight on its grid.
+
+    values: float32 [in, out], levels of `grid`
+    method: "gptq" or "nearest"
+    reason: why it is not gptq, else None
+    before, after: squared error of the output, relative, of nearest rounding and as chosen, on held-back tokens; with
+        what the residual stream lacks where that is known. None where none were held back
+    """
+
+    values: Tensor
+    grid: Grid
+    method: str
+    reason: str | None
+    before: float | None = None
+    after: float | None = None
+
+
+@torch.no_grad()
+def round_weight(w_io: Tensor, moments: Moments, codec: Codec, context: float | None) -> Rounded:
+    """Round a weight [in, out] for the inputs that `moments` describes; see the module docstring.
+
+    Args:
+        w_io: float32 [in, out], finite.
+        moments: of the inputs.
+        codec, context: the format, see Codec.
+    """
+    importance = moments.mean_square.clamp(min=1e-8 * float(moments.mean_square.max()))
+    if not torch.isfinite(moments.gram).all() or moments.n_tokens == 0 or not importance.max() > 0:
+        grid = codec.grid(w_io, torch.ones_like(importance), context)
+        return Rounded(nearest_levels(codec, w_io, grid), grid, "nearest", "no usable Gram matrix")
+    plain = _grid(w_io, importance, codec, context)
+    nearest = nearest_levels(codec, w_io, plain)
+    before = _held_error(w_io, nearest, moments)
+    target = aim(w_io, moments)
+    order = torch.argsort(moments.gram.diagonal(), descending=True)
+    factor = None if target is None else inverse_factor(moments.gram, moments.damping, order)
+    if factor is None:
+        return Rounded(nearest, plain, "nearest", "singular Gram matrix", before, before)
+    grid = _grid(target, importance, codec, context)
+    values = propagate(target, order, factor, grid, codec)
+    del factor  # as large as the Gram matrix, 0.5 GB for a real down_proj
+    values, grid = descend(target, values, grid, moments, codec, context)
+    after = _held_error(w_io, values, moments)
+    if after is not None and not after <= before:
+        return Rounded(nearest, plain, "nearest", "better on held-back tokens", before, before)
+    return Rounded(values, grid, "gptq", None, before, after)
+
+
+def _grid(w_io: Tensor, importance: Tensor, codec: Codec, context: float | None) -> Grid:
+    """Codec.grid, some outputs at a time: that fits a cache."""
+    parts = map_blocks(lambda block: codec.grid(w_io[:, block.rows].contiguous(), importance, context), [w_io.t()])
+    step, zero = ([getattr(part, key) for part in parts] for key in ("step", "zero"))
+    return Grid(torch.cat(step, 1), None if zero[0] is None else torch.cat(zero, 1))
+
+
+def _held_error(w_io: Tensor, back_io: Tensor, moments: Moments) -> float | None:
+    """Relative to the linear's own output, whatever the residual stream lacks already."""
+    if not len(moments.held):
+        return None
+    wanted = moments.held_float @ w_io
+    signal = float(wanted.square().sum())
+    if moments.held_missing is not None:
+        wanted += moments.held_missing
+    return float((moments.held @ back_io - wanted).square_().sum()) / signal if signal > 0 else None
+
+
+def aim(w_io: Tensor, moments: Moments) -> Tensor | None:
+    """W* of the module docstring [in, out]; `w_io` itself where the inputs agree, None where H is singular."""
+    if moments.cross is None and moments.pull is None:
+        return w_io
+    factor = moments.gram.clone()
+    factor.diagonal().add_(ASYMMETRY_DAMPING * float(factor.diagonal().mean()))
+    if not cholesky.cholesky_(factor):
+        return None
+    moved = matmul.linear(moments.cross.t(), w_io.t()) if moments.pull is None else moments.pull.clone()
+    cholesky.solve_lower_(factor, moved)
+    cholesky.solve_lower_(factor, moved, transposed=True)
+    return moved.mul_(ASYMMETRY).add_(w_io)
+
+
+def inverse_factor(gram: Tensor, damping: float, order: Tensor) -> Tensor | None:
+    """Upper Cholesky factor of the inverse of a damped Gram matrix [in, in], or None if there is none.
+
+    Channels that were never seen get a unit diagonal: they are rounded to the nearest level and correct nothing.
+
+    Args:
+        order: [in] of rows and columns.
+    """
+    # H^-1 = U^T U with U = R^-1 where H = R R^T and R is upper triangular: the lower factor of H in reverse, turned.
+    order = order.flip(0)
+    factor = gram[order[:, None], order]  # the only matrix of this size that is made here
+    diagonal = factor.diagonal()
+    diagonal[diagonal <= 0] = float(diagonal.mean())
+    diagonal.add_(damping * float(diagonal.mean()))
+    if not cholesky.cholesky_(factor):
+        return None
+    cholesky.invert_lower_(factor)
+    cholesky.turn_(factor)
+    return factor if torch.isfinite(factor).all() else None
+
+
+def propagate(w_io: Tensor, order: Tensor, factor: Tensor, grid: Grid, codec: Codec) -> Tensor:
+    """The GPTQ loop: levels [in, out] for a weight [in, out].
+
+    Args:
+        order: [in] in which columns are rounded.
+        factor: [in, in] of inverse_factor, for the Gram matrix in that order.
+        grid: static grids of the weight's groups.
+    """
+    left, out = w_io[order], torch.empty_like(w_io)
+    groups, in_c = order // codec.group_size, codec.runs_in_c(w_io.t())
+    for start in range(0, len(order), BLOCK):
+        end = min(start + BLOCK, len(order))
+        block, own = left[start:end], factor[start:end, start:end].contiguous()
+        errors = torch.empty_like(block)
+        if in_c:
+            grids = rounding.Grids(grid.step, grid.zero, groups[start:end])
+            map_threads(partial(rounding.propagate, block, errors, own, grids), _some_outputs(block.shape[1]))
+        else:
+            _propagate_block(block, errors, own, grid.at(groups[start:end]), codec)
+        left[end:] -= matmul.linear(factor[start:end, end:].t(), errors.t())
+    out[order] = left
+    return out
+
+
+def _some_outputs(n_out: int) -> list[slice]:
+    return [slice(first, min(first + OUTPUTS, n_out)) for first in range(0, n_out, OUTPUTS)]
+
+
+def _propagate_block(block: Tensor, errors: Tensor, factor: Tensor, grid: Grid, codec: Codec) -> None:
+    """Round the rows of a block [n, out] in order, each one's error, handed on to the next; in place, errors too.
+
+    Args:
+        factor: [n, n] of those rows.
+        grid: of every row.
+    """
+    diagonal = factor.diagonal().tolist()
+    for row in range(len(block)):
+        level = codec.nearest(block[row], grid.at(row))
+        torch.sub(block[row], level, out=errors[row])
+        errors[row] /= diagonal[row]
+        block[row] = level
+        # Not addr_, which rounds once where the processor can; rounding.c does this.
+        block[row + 1:] -= factor[row, row + 1:, None] * errors[row]
+
+
+def descend(target: Tensor, values: Tensor, grid: Grid, moments: Moments, codec: Codec,
+            context: float | None) -> tuple[Tensor, Grid]:
+    """Revisit every code and every step SWEEPS times, each time taking what is best while all others are fixed.
+
+    Args:
+        target: [in, out] weight that is approximated.
+        values: [in, out] levels of `grid`.
+
+    Returns:
+        Levels and grid; tr (values - target)^T H (values - target), H damped, never rises.
+    """
+    gram, values, step = moments.gram, values.clone(), grid.step.clone()
+    damping = moments.damping * float(gram.diagonal().mean())
+    grid, size = Grid(step, grid.zero), codec.group_size
+    span, off = size * max(1, BLOCK // size), values - target
+    for _ in range(SWEEPS):
+        for start in range(0, len(target), span):
+            end = min(start + span, len(target))
+            gradient = matmul.linear(gram[start:end], off.t()).add_(off[start:end], alpha=damping)
+            local = gram[start:end, start:end].clone()
+            local.diagonal().add_(damping)
+            _revisit(values[start:end], gradient, local, start, grid, codec)
+            with block_threads():  # threads would wait for one another after each of these short operations
+                for group in range(start // size, end // size):
+                    rows = slice(group * size - start, (group + 1) * size - start)
+                    _refit(values[start:end][rows], gradient, local, rows, grid.at(group).step, codec, context)
+            torch.sub(values[start:end], target[start:end], out=off[start:end])
+    return values, grid
+
+
+def _revisit(values: Tensor, gradient: Tensor, local: Tensor, start: int, grid: Grid, codec: Codec) -> None:
+    """One sweep over the codes of some columns; `values` and `gradient` [n, out] are updated in place."""
+    groups = torch.arange(start, start + len(values)) // codec.group_size
+    if codec.runs_in_c(values.t()):
+        grids = rounding.Grids(grid.step, grid.zero, groups)
+        map_threads(partial(rounding.revisit, values, gradient, local, grids), _some_outputs(values.shape[1]))
+        return
+    diagonal = local.diagonal().tolist()
+    for row in range(len(values)):
+        best = codec.nearest(values[row] - gradient[row] / diagonal[row], grid.at(int(groups[row])))
+        moved = best - values[row]
+        values[row] = best
+        gradient += local[row, :, None] * moved  # as in _propagate_block
+
+
+def _refit(values: Tensor, gradient: Tensor, local: Tensor, rows: slice, step: Tensor, codec: Codec,
+           context: float | None) -> None:
+    """Least-squares steps [out] of one group, codes fixed, where that is better after rounding; all in place."""
+    units = values / step
+    curve = (units * (local[rows, rows] @ units)).sum(0)
+    slope = (gradient[rows] * units).sum(0)
+    wanted = step - slope / curve.clamp(min=torch.finfo(curve.dtype).tiny)
+    # Beyond a factor of two the codes would no longer be nearest to anything; an unused group has no curvature.
+    sane = (curve > 0) & (wanted > 0.5 * step) & (wanted < 2 * step)
+    new = torch.where(sane, codec.storable(torch.where(sane, wanted, step), context), step)
+    change = new - step
+    change = torch.where(change * (2 * slope + change * curve) < 0, change, 0)
+    gradient.addmm_(local[:, rows], units * change)
+    step.add_(change)
+    values.copy_(units * step)
