@@ -23,7 +23,7 @@ from torch import Tensor
 from apple.decoder import DecoderConfig
 from apple.mlx_codec import MlxCodec, codec_of
 from apple.mlx_codes import Format
-from lance_quant.calibration import capture, token_weights
+from lance_quant.calibration import capture, gram, token_weights
 from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.calibration.decoder_calls import Call
 from lance_quant.calibration.gradients import norm_around
@@ -32,6 +32,7 @@ from lance_quant.calibration.token_weights import Relevance
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.base import quantize_searched
+from lance_quant.formats.weights import Weights
 from lance_quant.methods import awq, fuse, gptq, layer
 from lance_quant.storage.tensor_file import Checkpoint
 
@@ -116,7 +117,7 @@ def fitted_tensors(source: Checkpoint, folder: Path, fmt: Format, known: Calibra
     yield from _ends(source, codec, known, device, config.rms_norm_eps, record)
 
 
-def layer_weights(source: Checkpoint, index: int, device: torch.device) -> layer.Weights:
+def layer_weights(source: Checkpoint, index: int, device: torch.device) -> Weights:
     """Lance's name -> float32 tensor, of one layer of an extracted folder."""
     return {layout.LLM_PREFIX + name: source.read(name, torch.float32, device) for name in source.specs
             if name.startswith(f"model.layers.{index}.")}
@@ -130,7 +131,7 @@ def _require_model(source: Checkpoint, known: Calibration, layers: int) -> None:
     known.stats.require_model(known.fingerprint, widths)
 
 
-def layer_tensors(index: int, weights: layer.Weights, codec: MlxCodec, known: Calibration,
+def layer_tensors(index: int, weights: Weights, codec: MlxCodec, known: Calibration,
                   record: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Name in the MLX file -> tensor, for all of one layer.
 
@@ -153,7 +154,7 @@ def layer_tensors(index: int, weights: layer.Weights, codec: MlxCodec, known: Ca
             yield name.removeprefix(layout.LLM_PREFIX), tensor.cpu()
 
 
-def _shift_layer(index: int, weights: layer.Weights) -> None:
+def _shift_layer(index: int, weights: Weights) -> None:
     groups = {group.place: group for group in layout.groups(index) if group.expert == "und"}
     for place, kind in (("attn_out", "v_proj"), ("mlp_out", "up_proj")):
         _shift_fed(weights, groups[place].linears[0], layout.linear(index, "und", kind))
@@ -225,10 +226,10 @@ def head_tensors(head: Tensor, norm: Tensor, codec: MlxCodec, replay: Replay | N
                     "gram_tokens": 0 if moments is None else moments.n_tokens}
 
 
-def _head_moments(replay: Replay, norm: Tensor, eps: float) -> gptq.Moments:
+def _head_moments(replay: Replay, norm: Tensor, eps: float) -> gram.GramStats:
     """Of the head's inputs at text tokens; nothing is read off a picture's."""
     layer = norm_around(norm, eps)
-    sums = gptq.Sums(len(norm), norm.device)
+    sums = gram.GramAccumulator(len(norm), norm.device)
     for exact, packed in replay.hidden():
         if exact.causal:
             sums.add(*(layer(call.streams["und"].to(norm.device)).flatten(0, -2) for call in (packed, exact)))

@@ -39,9 +39,9 @@ from lance_quant.evaluation.metrics import step_errors, token_divergence
 from lance_quant.formats import layout
 from lance_quant.formats.base import Int4
 from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.formats.weights import Weights
 from lance_quant.lance.pipeline import Pipeline
 from lance_quant.methods import bit_allocation, convert
-from lance_quant.methods.layer import Weights
 from lance_quant.storage.tensor_file import Checkpoint
 
 

@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lance_quant.calibration import gram
 from lance_quant.cli import script
 from lance_quant.formats.base import Codec, Int4, Nvfp4
 from lance_quant.methods import awq, gptq, published
@@ -121,7 +122,7 @@ def round_ours(site: tuple[str, ...], weights: list[Tensor], packed: Tensor, exa
     m2 = exact.square().mean(0)
     column = awq.search(weights, torch.ones_like(m2), m2, codec).folded.column
     context = codec.context(max(float((w * column).abs().max()) for w in weights))
-    sums = gptq.Sums(len(m2))
+    sums = gram.GramAccumulator(len(m2))
     sums.add(packed / column, exact / column)
     moments = sums.moments()
     return [gptq.round_weight((w * column).t().contiguous(), moments, codec, context).values.t() / column

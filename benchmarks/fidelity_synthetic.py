@@ -39,11 +39,11 @@ from lance_quant.cli import script
 from lance_quant.formats import layout
 from lance_quant.formats.base import Codec, Int4, Nvfp4
 from lance_quant.formats.layout import EXPERTS
+from lance_quant.formats.weights import Weights
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Layer, Rotary
 from lance_quant.methods import convert, layer
-from lance_quant.methods.layer import Weights
 
 CPU = torch.device("cpu")
 GROUP = 64  # inputs per group in the published ratios

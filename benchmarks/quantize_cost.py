@@ -38,6 +38,7 @@ from lance_quant.calibration.layer_inputs import Replay
 from lance_quant.cli import script
 from lance_quant.formats import layout
 from lance_quant.formats.base import Codec, Int4, Nvfp4
+from lance_quant.formats.weights import Weights
 from lance_quant.lance.config import LATENT_CHANNELS, LanceConfig
 from lance_quant.lance.linear import Linear
 from lance_quant.lance.mot import Layer, RMSNorm
@@ -80,7 +81,7 @@ class Timed(Replay):
         return result
 
 
-def timed_replay(config: LanceConfig, weights: layer.Weights, tokens: int, device: torch.device) -> Timed:
+def timed_replay(config: LanceConfig, weights: Weights, tokens: int, device: torch.device) -> Timed:
     """Of made-up requests to a model of this one layer."""
     norm, velocity = RMSNorm(config.hidden_size, config.rms_norm_eps), Linear(config.hidden_size, LATENT_CHANNELS)
     torch.nn.init.ones_(norm.weight)
@@ -88,7 +89,7 @@ def timed_replay(config: LanceConfig, weights: layer.Weights, tokens: int, devic
     torch.nn.init.zeros_(velocity.bias)
     ends = {"gen": torch.nn.Sequential(norm, velocity).requires_grad_(False)}
 
-    def read(_: int) -> layer.Weights:
+    def read(_: int) -> Weights:
         return {name: w.clone() for name, w in weights.items()}  # a real one is read beside the layer in hand
 
     def weigh(calls: Sequence[Call]) -> token_weights.Relevance:
@@ -106,7 +107,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def made_up_layer(config: LanceConfig, device: torch.device) -> layer.Weights:
+def made_up_layer(config: LanceConfig, device: torch.device) -> Weights:
     """A layer of Gaussian weights."""
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -118,7 +119,7 @@ def made_up_layer(config: LanceConfig, device: torch.device) -> layer.Weights:
     return weights
 
 
-def made_up_stats(config: LanceConfig, weights: layer.Weights) -> ActStats:
+def made_up_stats(config: LanceConfig, weights: Weights) -> ActStats:
     """Statistics with lognormal channels: what they hold does not change what a search costs."""
     generator = torch.Generator().manual_seed(1)
     linears = {}

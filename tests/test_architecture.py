@@ -8,8 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "lance_quant").rglob("*.py"))
 SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
-RUNTIME = sorted((ROOT / "lance_quant" / "lance").rglob("*.py"))
 QUANTIZER = sorted((ROOT / "lance_quant" / "methods").glob("*.py"))
+# The rooms of lance_quant/, from the ground up: a module imports from its own room and from those below it.
+FLOORS = ("errors", "storage", "distributed", "cpu", "formats", "lance", "kernels", "calibration", "methods",
+          "inference", "evaluation", "cli", "official")
+MOST_ROOMS, MOST_MODULES = 14, 16
 LIMIT = 45
 by_name = {"ids": lambda path: str(path.relative_to(ROOT))}
 
@@ -39,12 +42,48 @@ def test_the_package_never_imports_a_root_script(path):
     assert not {name.split(".")[0] for name in imported(path)} & roots
 
 
-@pytest.mark.parametrize("path", RUNTIME, **by_name)
-def test_the_runtime_stands_on_the_foundations_only(path):
-    allowed = ("lance_quant.formats.layout", "lance_quant.errors", "lance_quant.storage", "lance_quant.cpu",
-               "lance_quant.lance")
-    ours = {name for name in imported(path) if name.startswith("lance_quant.")}
-    assert not [name for name in ours if not name.startswith(allowed) and name != "lance_quant.formats"]
+def module(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path): path for path in PACKAGE}
+
+
+def needed(path):
+    """Modules of the package that a file imports, lazily and for type checking too."""
+    named = imported(path) & MODULES.keys() - {module(path)}
+    return {name for name in named if not any(other.startswith(f"{name}.") for other in named)}
+
+
+def room(name):
+    return name.split(".")[1]
+
+
+def test_rooms_are_few_and_small():
+    assert {room(name) for name in MODULES if "." in name} == set(FLOORS) and len(FLOORS) <= MOST_ROOMS
+    for folder in {path.parent for path in PACKAGE} - {ROOT / "lance_quant"}:
+        assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MOST_MODULES, folder
+
+
+@pytest.mark.parametrize("path", [path for path in PACKAGE if module(path) != "lance_quant"], **by_name)
+def test_imports_point_down(path):
+    if path.name == "int8.py":
+        pytest.xfail("the 8-bit layers still live beside their format")
+    floor = FLOORS.index(room(module(path)))
+    assert not [name for name in needed(path) if "." in name and FLOORS.index(room(name)) > floor]
+
+
+@pytest.mark.xfail(reason="8-bit layers and kernels, decoder and compiled steps still know one another")
+def test_no_module_needs_itself():
+    """No cycle, lazy imports and those for type checking included."""
+    graph = {name: needed(path) for name, path in MODULES.items()}
+    while True:
+        ready = [name for name, below in graph.items() if not below & graph.keys()]
+        if not ready:
+            break
+        for name in ready:
+            del graph[name]
+    assert sorted(graph) == []
 
 
 def bound_by_import(path):

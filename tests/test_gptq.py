@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from lance_quant.calibration import gram
 from lance_quant.formats.base import Int4, Nvfp4, nearest_levels
 from lance_quant.methods import gptq
 
@@ -29,7 +30,7 @@ def context_of(codec, w):
 
 
 def moments_of(x, exact=None):
-    sums = gptq.Sums(x.shape[1], paired=exact is not None)
+    sums = gram.GramAccumulator(x.shape[1], paired=exact is not None)
     sums.add(x, x if exact is None else exact)
     return sums.moments()
 
@@ -123,7 +124,7 @@ def drifted():
 
 def test_one_linears_sums_say_what_the_general_ones_say():
     exact, packed, _ = drifted()
-    sums = gptq.Sums(IN, weight=weight().t())
+    sums = gram.GramAccumulator(IN, weight=weight().t())
     sums.add(packed, exact, torch.zeros(len(exact), OUT))
     torch.testing.assert_close(gptq.aim(weight(), sums.moments()), gptq.aim(weight(), moments_of(packed, exact)),
                                rtol=1e-4, atol=1e-6)
@@ -135,7 +136,7 @@ def test_the_target_makes_up_for_what_the_residual_stream_lacks(codec):
     exact, packed, missing = drifted()
     w, left = weight(), {}
     for name, known in (("output", torch.zeros_like(missing)), ("stream", missing)):
-        sums = gptq.Sums(IN, weight=w.t())
+        sums = gram.GramAccumulator(IN, weight=w.t())
         sums.add(packed, exact, known)
         values = gptq.round_weight(w, sums.moments(), codec, context_of(codec, w)).values
         left[name] = float((exact @ w + missing - packed @ values).square().sum())
@@ -144,16 +145,16 @@ def test_the_target_makes_up_for_what_the_residual_stream_lacks(codec):
 
 def test_a_token_that_counts_twice_is_there_twice():
     """As many tokens as are in front of the first that is held back, so that all are in the sums."""
-    assert not gptq.Sums(1)._is_held(torch.arange(64)).any()
+    assert not gram.GramAccumulator(1)._is_held(torch.arange(64)).any()
     exact, packed, missing = (part[:64] for part in drifted())
     counts = torch.ones(52)
     counts[40:] = 2.0
     twice = [torch.cat([part[:52], part[40:52]]) for part in (packed, exact, missing)]
     for weight_ in (None, weight().t()):
-        sums = gptq.Sums(IN, weight=weight_, counts=counts)
+        sums = gram.GramAccumulator(IN, weight=weight_, counts=counts)
         for piece in (slice(0, 30), slice(30, 45), slice(45, 52)):  # they need not end where counts change
             sums.add(packed[piece], exact[piece], missing[piece])
-        repeated = gptq.Sums(IN, weight=weight_)
+        repeated = gram.GramAccumulator(IN, weight=weight_)
         repeated.add(*twice)
         found, wanted = sums.moments(), repeated.moments()
         assert (found.n_tokens, found.counted, wanted.counted) == (52, 64, 64)
@@ -171,7 +172,7 @@ def test_a_token_that_counts_more_is_met_more_closely(codec):
     for louder in (slice(0, 2048), slice(2048, 4096)):
         counts = torch.full((4096,), 0.02)
         counts[louder] = 1.98
-        sums = gptq.Sums(IN, counts=counts)
+        sums = gram.GramAccumulator(IN, counts=counts)
         sums.add(x, x)
         values = gptq.round_weight(w, sums.moments(), codec, context_of(codec, w)).values
         errors.append([float((x[half] @ (values - w)).square().sum()) for half in (slice(0, 2048), slice(2048, 4096))])
@@ -182,8 +183,8 @@ def test_a_token_that_counts_more_is_met_more_closely(codec):
 def test_tokens_are_held_back_evenly_and_at_no_period(tokens, counted):
     """One in eight, or HELD_BACK of all if they are known to be more; every quarter of the tokens, and every place in
     requests of 128, 256 or 2304 tokens, gives its share."""
-    held = gptq.Sums(1, counts=torch.ones(tokens) if counted else None)._is_held(torch.arange(tokens))
-    share = min(1 / 8, gptq.HELD_BACK / tokens)
+    held = gram.GramAccumulator(1, counts=torch.ones(tokens) if counted else None)._is_held(torch.arange(tokens))
+    share = min(1 / 8, gram.HELD_BACK / tokens)
     assert float(held.float().mean()) == pytest.approx(share, rel=0.2)  # 32 and 128 runs, as if drawn: 1 in 6, 1 in 11
     assert (held.view(4, -1).float().mean(1) > 0.4 * share).all()
     for length in (128, 256, 2304):
@@ -194,7 +195,7 @@ def test_tokens_are_held_back_evenly_and_at_no_period(tokens, counted):
 def test_held_back_tokens_are_judged_by_what_they_count():
     exact, packed, _ = drifted()
     counts = torch.linspace(0, 2, len(exact))
-    sums = gptq.Sums(IN, counts=counts)
+    sums = gram.GramAccumulator(IN, counts=counts)
     sums.add(packed, exact)
     moments = sums.moments()
     done = gptq.round_weight(weight(), moments, Int4(32), None)
@@ -206,7 +207,7 @@ def test_held_back_tokens_are_judged_by_what_they_count():
 
 def test_held_back_tokens_judge_the_stream_as_well():
     exact, packed, missing = drifted()
-    sums = gptq.Sums(IN, weight=weight().t())
+    sums = gram.GramAccumulator(IN, weight=weight().t())
     sums.add(packed, exact, missing)
     moments = sums.moments()
     assert len(moments.held_missing) == len(moments.held) == len(moments.held_float)
@@ -220,10 +221,10 @@ def test_a_gram_matrix_is_summed_by_halves(monkeypatch):
     """Blocks of rows right of the diagonal, mirrored: symmetric to the bit, whatever the block."""
     x = rand(500, IN)
     for rows in (1024, 32, 7):
-        monkeypatch.setattr(gptq, "_TRIANGLE", rows)
+        monkeypatch.setattr(gram, "_TRIANGLE", rows)
         moments = moments_of(x)
         assert torch.equal(moments.gram, moments.gram.t())
-        kept = x[~gptq.Sums(1)._is_held(torch.arange(500))]
+        kept = x[~gram.GramAccumulator(1)._is_held(torch.arange(500))]
         torch.testing.assert_close(moments.gram, kept.t() @ kept, rtol=1e-4, atol=1e-3)
 
 
@@ -300,17 +301,17 @@ def test_a_zero_weight_stays_zero(codec):
 def test_one_run_of_tokens_in_eight_is_held_back_and_never_counted_twice():
     x = rand(2048, 8)
     moments = moments_of(x)
-    held = gptq.Sums(1)._is_held(torch.arange(2048))
+    held = gram.GramAccumulator(1)._is_held(torch.arange(2048))
     assert torch.equal(moments.held, x[held]) and moments.n_tokens == int((~held).sum())
     assert (held.view(-1, 16).all(1) == held.view(-1, 16).any(1)).all(), "runs of 16"
     assert 0.08 < held.float().mean() < 0.17
     whole = x.t() @ x
     torch.testing.assert_close(moments.gram + moments.held.t() @ moments.held, whole, rtol=1e-4, atol=1e-3)
-    assert len(moments_of(rand(40000, 2)).held) == pytest.approx(gptq.HELD_BACK, rel=0.1)
+    assert len(moments_of(rand(40000, 2)).held) == pytest.approx(gram.HELD_BACK, rel=0.1)
 
 
 def test_tokens_may_arrive_in_any_pieces():
-    x, sums = rand(1500, 8), gptq.Sums(8)
+    x, sums = rand(1500, 8), gram.GramAccumulator(8)
     for piece in x.split(77):
         sums.add(piece, piece)
     assert torch.equal(sums.moments().held, moments_of(x, x).held)
@@ -320,6 +321,6 @@ def test_tokens_may_arrive_in_any_pieces():
 def test_few_tokens_are_damped_more():
     assert moments_of(rand(500, 4)).damping == 0.1 and moments_of(rand(9000, 4)).damping == 0.01
     for counts, damping in ((torch.ones(9000), 0.01), (torch.linspace(0.5, 1.5, 9000), 0.1)):  # few may make up most
-        sums = gptq.Sums(4, counts=counts)
+        sums = gram.GramAccumulator(4, counts=counts)
         sums.add(rand(9000, 4), rand(9000, 4))
         assert sums.moments().damping == damping

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lance_quant.calibration import gram
 from lance_quant.cpu import rounding
 from lance_quant.cpu.weighted_sums import totals, weighted_squares
 from lance_quant.formats.base import Int4, Nvfp4, errors_by_definition, measured_by_definition, quantize_measured
@@ -135,7 +136,7 @@ def test_gptq_gives_the_same_with_and_without_a_compiler(codec, n_out, monkeypat
     """More columns than gptq.BLOCK, more outputs than gptq.OUTPUTS; two threads and one."""
     n_in = width_of(codec)
     x = rand(3 * n_in, n_in) @ rand(n_in, n_in, seed=1)
-    moments = gptq.Moments(x.t() @ x, len(x), len(x), x[:0], x[:0])
+    moments = gram.GramStats(x.t() @ x, len(x), len(x), x[:0], x[:0])
     w_io = rand(n_in, n_out, seed=2) * 0.02
     w_io[:, n_out // 2] = 0
     before = torch.get_num_threads()

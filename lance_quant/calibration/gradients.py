@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from lance_quant.calibration.decoder_calls import Call, requests
 from lance_quant.formats import layout
 from lance_quant.formats.layout import SUFFIX, Expert
+from lance_quant.formats.weights import Weights
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Layer, RMSNorm, Streams
-from lance_quant.methods.layer import Weights
 from lance_quant.storage.tensor_file import Checkpoint
 
 Ends = Mapping[Expert, nn.Module]  # what turns an expert's last hidden states into what comes out

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lance_quant.calibration import token_weights
+from lance_quant.calibration import gram, token_weights
 from lance_quant.calibration.capture import load_of
 from lance_quant.calibration.decoder_calls import Call, batched
 from lance_quant.calibration.gradients import inside, layer_around
@@ -24,11 +24,10 @@ from lance_quant.calibration.token_weights import Relevance
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.layout import SUFFIX, Expert
+from lance_quant.formats.weights import Weights
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Layer, Streams
-from lance_quant.methods import gptq
-from lance_quant.methods.layer import Weights
 from lance_quant.storage.atomic import whole_file
 from lance_quant.storage.tensor_file import Checkpoint, TensorFile, write_tensors
 
@@ -59,10 +58,10 @@ class Replay:
         for call in calls:
             for row, length in zip(call.rows, call.lengths, strict=True):
                 self._ends[row] = max(self._ends.get(row, 0), length + call.length)
-        self._found: dict[str, list[gptq.Moments]] = {}
+        self._found: dict[str, list[gram.GramStats]] = {}
 
     @torch.no_grad()
-    def moments(self, group: layout.Group, target: Weights, current: Weights) -> list[gptq.Moments] | None:
+    def moments(self, group: layout.Group, target: Weights, current: Weights) -> list[gram.GramStats] | None:
         """See ours.Activations; places come in the order of ours.PLACES. Where attention was run, both experts are
         measured at once; elsewhere one at a time, since a Gram matrix of down_proj is as large as a layer."""
         assert group.place.startswith("mlp") or not self._attended, "the attention of this layer is behind us"
@@ -79,7 +78,7 @@ class Replay:
         return self._found.pop(group.name)
 
     def _measure(self, groups: Sequence[layout.Group], target: Weights,
-                 current: Weights) -> dict[str, list[gptq.Moments]]:
+                 current: Weights) -> dict[str, list[gram.GramStats]]:
         # What is packed so far shows in the inputs only behind the first packed linear of the model.
         paired = any(a is not b for a, b in zip(self._exact, self._packed, strict=True)) \
             or any(current[name] is not target[name] for name in target)
@@ -91,13 +90,13 @@ class Replay:
         found = {part: part.moments() for part in dict.fromkeys(part for parts in sums.values() for part in parts)}
         return {name: [found[part] for part in parts] for name, parts in sums.items()}
 
-    def _sums(self, group: layout.Group, paired: bool, target: Weights) -> list[gptq.Sums]:
+    def _sums(self, group: layout.Group, paired: bool, target: Weights) -> list[gram.GramAccumulator]:
         """One for each linear; the same one where tokens count the same."""
         weight = target[f"{group.linears[0]}.weight"]
         fed = weight if group.norm is None else None
         if self._counts() is None:
-            return [gptq.Sums(weight.shape[1], self._device, paired, fed)] * len(group.linears)
-        return [gptq.Sums(weight.shape[1], self._device, paired, fed, self._counts()[name])
+            return [gram.GramAccumulator(weight.shape[1], self._device, paired, fed)] * len(group.linears)
+        return [gram.GramAccumulator(weight.shape[1], self._device, paired, fed, self._counts()[name])
                 for name in group.linears]
 
     def _counts(self) -> Relevance | None:

@@ -21,10 +21,10 @@ from lance_quant.calibration.decoder_calls import Call, with_outputs, with_what_
 from lance_quant.calibration.gradients import Ends, Gradients, Use, ends_of, inside, layers_of
 from lance_quant.formats import layout
 from lance_quant.formats.layout import Expert
+from lance_quant.formats.weights import Weights
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Layer
 from lance_quant.lance.progress import progress
-from lance_quant.methods.layer import Weights
 from lance_quant.storage.tensor_file import Checkpoint
 
 log = logging.getLogger("lance_quant")

@@ -17,9 +17,9 @@ from lance_quant.calibration.gradients import Gradients, Use, ends_of, inside, l
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.layout import Expert
+from lance_quant.formats.weights import Weights
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Layer
-from lance_quant.methods.layer import Weights
 from lance_quant.storage.tensor_file import Checkpoint
 
 PROBES = 4  # draws of r; the sum over a weight's elements averages as well

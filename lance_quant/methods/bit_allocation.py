@@ -22,8 +22,9 @@ from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.base import Int4, quantize_measured
+from lance_quant.formats.weights import Weights
 from lance_quant.methods import awq
-from lance_quant.methods.layer import Weights, scale_layer
+from lance_quant.methods.layer import scale_layer
 
 SIZES = (128, 64, 32)  # group sizes that are tried, cheapest first
 BF16_BITS = 16

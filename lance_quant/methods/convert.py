@@ -26,8 +26,9 @@ from lance_quant.calibration.activation_stats import ActStats, model_fingerprint
 from lance_quant.errors import InputError
 from lance_quant.formats import int8, layout, packed_folder
 from lance_quant.formats.base import Codec, Int4, block_threads
+from lance_quant.formats.weights import Weights
 from lance_quant.methods import bit_allocation, published, quant_report
-from lance_quant.methods.layer import BF16_ENTRY, Activations, Choices, Quantized, Weights, quantize_layer
+from lance_quant.methods.layer import BF16_ENTRY, Activations, Choices, Quantized, quantize_layer
 from lance_quant.storage.atomic import require_free, size_text
 from lance_quant.storage.resume import Work
 from lance_quant.storage.tensor_file import Checkpoint, TensorSpec, file_size, require_finite

@@ -23,137 +23,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lance_quant.calibration.gram import GramStats
 from lance_quant.cpu import cholesky, matmul, rounding
 from lance_quant.formats.base import Codec, Grid, block_threads, map_blocks, map_threads, nearest_levels
 
 BLOCK = 128  # columns per step: what is behind a block is corrected once per block, by a matrix product
 OUTPUTS = 512  # that a worker rounds at a time
 SWEEPS = 2  # of coordinate descent; two more gain 2 %
-FEW_TOKENS = 2048  # below, the Gram matrix is noisy and a stronger damping is better
-# Noisy? -> fraction of the mean diagonal that is added to it. Noisy as well: tokens that count differently, since few
-# make up most of the sums.
-DAMPING = {False: 0.01, True: 0.1}
 ASYMMETRY = 0.75  # f; a trained two-expert model loses 9 % at 0.5 and 2 % at 1
 ASYMMETRY_DAMPING = 0.05  # lam / mean diagonal
-HELD_BACK = 2048  # most tokens that are kept for the comparison with nearest rounding
-_RUN, _EVERY = 16, 8  # one in 8 runs of 16 consecutive tokens is held back, or fewer
-_TRIANGLE = 1024  # rows of a Gram matrix that are summed at once
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What is known of the inputs of a linear.
-
-    Tokens count in every sum and mean, some more than others, see Sums.
-
-    gram: float32 [in, in], sum of xq xq^T over the tokens, xq the input in the model packed so far
-    n_tokens: tokens in the sums
-    counted: as how many they count together
-    held: float32 [t, in], inputs xq of tokens that are not in the sums, times the root of what each counts; t may be 0
-    held_float: float32 [t, in], the float model's inputs of the same tokens, likewise
-    cross: float32 [in, in], sum of (x - xq) xq^T, x the same token's input in the float model; None where they agree
-    pull: float32 [in, out], sum of xq (W (x - xq) + r - rq)^T for the one linear that reads these inputs; then no cross
-    held_missing: float32 [t, out], r - rq of the held-back tokens, likewise, with `pull`
-    weighed: whether they count differently
-    """
-
-    gram: Tensor
-    n_tokens: int
-    counted: float
-    held: Tensor
-    held_float: Tensor
-    cross: Tensor | None = None
-    pull: Tensor | None = None
-    held_missing: Tensor | None = None
-    weighed: bool = False
-
-    @property
-    def mean_square(self) -> Tensor:
-        """[in] mean of xq^2."""
-        return self.gram.diagonal() / (self.counted or 1.0)
-
-    @property
-    def damping(self) -> float:
-        """Fraction of the mean diagonal that makes the Gram matrix safe to invert."""
-        return DAMPING[self.weighed or self.n_tokens < FEW_TOKENS]
-
-
-class Sums:
-    """Collects Moments from activations that arrive piece by piece.
-
-    Args:
-        width: of the inputs.
-        device: where the sums are kept.
-        paired: whether float inputs differ from those of the packed model.
-        weight: float32 [out, in] of a linear that alone reads these inputs and adds to the residual stream; None where
-            several read them.
-        counts: float32 [tokens] as how many each token counts, in the order in which they will arrive; None: as one.
-    """
-
-    def __init__(self, width: int, device: torch.device | str = "cpu", paired: bool = True,
-                 weight: Tensor | None = None, counts: Tensor | None = None):
-        self._gram = torch.zeros(width, width, device=device)
-        self._weight = weight if paired else None
-        self._cross = torch.zeros(width, width, device=device) if paired and weight is None else None
-        self._pull = None if self._weight is None else torch.zeros(width, len(weight), device=device)
-        self._held: list[tuple[Tensor, ...]] = []
-        self._counts = None if counts is None else counts.to(device)
-        self._seen = self._kept = 0
-        self._counted = 0.0
-
-    @torch.no_grad()
-    def add(self, packed: Tensor, exact: Tensor, missing: Tensor | None = None) -> None:
-        """Add tokens, float32.
-
-        Args:
-            packed, exact: [t, in] their inputs in the packed and in the float model.
-            missing: [t, out] the residual stream of the float model less that of the packed one; needed with `weight`.
-        """
-        held = self._is_held(torch.arange(self._seen, self._seen + len(packed), device=packed.device))
-        parts = (packed, exact) if self._weight is None else (packed, exact, missing)
-        counts = None if self._counts is None else self._counts[self._seen:self._seen + len(packed)]
-        if counts is not None:
-            parts = tuple(part * counts.sqrt()[:, None] for part in parts)
-        self._seen += len(packed)
-        if held.any():
-            self._held.append(tuple(part[held] for part in parts))
-            parts = tuple(part[~held] for part in parts)
-            counts = None if counts is None else counts[~held]
-        packed, exact, *rest = parts
-        self._kept += len(packed)
-        self._counted += len(packed) if counts is None else float(counts.sum())
-        for start in range(0, len(self._gram), _TRIANGLE):  # what lies below the diagonal follows by symmetry
-            self._gram[start:start + _TRIANGLE, start:].addmm_(packed[:, start:start + _TRIANGLE].t(),
-                                                               packed[:, start:])
-        if self._weight is not None:
-            self._pull.addmm_(packed.t(), torch.addmm(rest[0], exact - packed, self._weight.t()))
-        elif self._cross is not None:
-            self._cross.addmm_((exact - packed).t(), packed)
-
-    def _is_held(self, place: Tensor) -> Tensor:
-        """Runs that follow no period, as requests of one length would, of all tokens if their number is known."""
-        every = _EVERY if self._counts is None else max(_EVERY, len(self._counts) // HELD_BACK)
-        mixed = (place // _RUN + 2) * 0x9E3779B1 % (1 << 32)  # then as MurmurHash3 ends; the first 15 runs stay
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-            mixed = (mixed ^ (mixed >> shift)) * factor % (1 << 32)
-        return (mixed < (1 << 32) // every) & (place < HELD_BACK * every)
-
-    def moments(self) -> Moments:
-        """What was collected. The sums are handed over: nothing can be added afterwards."""
-        assert self._counts is None or self._seen == len(self._counts), "a count for every token"
-        for start in range(0, len(self._gram), _TRIANGLE):
-            end = start + _TRIANGLE
-            self._gram[end:, start:end] = self._gram[start:end, end:].t()
-            square = self._gram[start:end, start:end]
-            square.copy_(torch.triu(square) + torch.triu(square, 1).t())
-        held = [torch.cat(parts) for parts in zip(*self._held, strict=True)]
-        if not held:
-            held = [self._gram.new_empty(0, len(self._gram))] * 2
-        return Moments(self._gram, self._kept, self._counted, held[0], held[1], self._cross, self._pull,
-                       held[2] if held[2:] else None, self._weighed())
-
-    def _weighed(self) -> bool:
-        return self._counts is not None and bool((self._counts != self._counts[:1]).any())
 
 
 @dataclass(frozen=True)
@@ -176,7 +54,7 @@ class Rounded:
 
 
 @torch.no_grad()
-def round_weight(w_io: Tensor, moments: Moments, codec: Codec, context: float | None) -> Rounded:
+def round_weight(w_io: Tensor, moments: GramStats, codec: Codec, context: float | None) -> Rounded:
     """Round a weight [in, out] for the inputs that `moments` describes; see the module docstring.
 
     Args:
@@ -213,7 +91,7 @@ def _grid(w_io: Tensor, importance: Tensor, codec: Codec, context: float | None)
     return Grid(torch.cat(step, 1), None if zero[0] is None else torch.cat(zero, 1))
 
 
-def _held_error(w_io: Tensor, back_io: Tensor, moments: Moments) -> float | None:
+def _held_error(w_io: Tensor, back_io: Tensor, moments: GramStats) -> float | None:
     """Relative to the linear's own output, whatever the residual stream lacks already."""
     if not len(moments.held):
         return None
@@ -224,7 +102,7 @@ def _held_error(w_io: Tensor, back_io: Tensor, moments: Moments) -> float | None
     return float((moments.held @ back_io - wanted).square_().sum()) / signal if signal > 0 else None
 
 
-def aim(w_io: Tensor, moments: Moments) -> Tensor | None:
+def aim(w_io: Tensor, moments: GramStats) -> Tensor | None:
     """W* of the module docstring [in, out]; `w_io` itself where the inputs agree, None where H is singular."""
     if moments.cross is None and moments.pull is None:
         return w_io
@@ -304,7 +182,7 @@ def _propagate_block(block: Tensor, errors: Tensor, factor: Tensor, grid: Grid, 
         block[row + 1:] -= factor[row, row + 1:, None] * errors[row]
 
 
-def descend(target: Tensor, values: Tensor, grid: Grid, moments: Moments, codec: Codec,
+def descend(target: Tensor, values: Tensor, grid: Grid, moments: GramStats, codec: Codec,
             context: float | None) -> tuple[Tensor, Grid]:
     """Revisit every code and every step SWEEPS times, each time taking what is best while all others are fixed.
 

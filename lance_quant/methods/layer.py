@@ -20,16 +20,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lance_quant.calibration import gram
 from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.base import Codec, Kind, PackedWeight, quantize_measured, quantize_scaled
+from lance_quant.formats.weights import Weights
 from lance_quant.methods import awq, fuse, gptq
 
 log = logging.getLogger("lance_quant")
 
 PLACES = ("attn_in", "attn_out", "mlp_in", "mlp_out")  # as data flows
-Weights = dict[str, Tensor]  # every tensor of one layer by its full name, float32
 Choices = Mapping[str, Codec | None]  # linears that have a format of their own; None: bfloat16
 BF16_ENTRY = {"n_bit": 16, "scheme": "bfloat16"}
 
@@ -42,7 +43,7 @@ class Activations(Protocol):
 
     facts: Sequence[Mapping[str, Any]]
 
-    def moments(self, group: layout.Group, target: Weights, current: Weights) -> Sequence[gptq.Moments] | None:
+    def moments(self, group: layout.Group, target: Weights, current: Weights) -> Sequence[gram.GramStats] | None:
         """Of the inputs of each of a group's linears, which differ in how much a token counts; None where no token
         reaches them.
 
@@ -268,7 +269,7 @@ def _unscaled(layer: _Layer, group: layout.Group) -> _Scaled:
     return _Scaled(wmax, before=awq.relative_errors(weights, [one], one, layer.codec, wmax)[0])
 
 
-def _round_group(layer: _Layer, group: layout.Group, moments: Sequence[gptq.Moments] | None,
+def _round_group(layer: _Layer, group: layout.Group, moments: Sequence[gram.GramStats] | None,
                  current: Weights | None) -> Quantized:
     scaled, codecs = layer.scaled[group.name], [layer.choices.get(name, layer.codec) for name in group.linears]
     weights = [layer.weight(name) for name in group.linears]
@@ -317,7 +318,7 @@ class _Rounded(NamedTuple):
         return self.q.float() if self.codec is None else self.codec.dequantize(self.q)
 
 
-def _round(weights: Sequence[Tensor], m2: Tensor | None, moments: Sequence[gptq.Moments] | None, codec: Codec,
+def _round(weights: Sequence[Tensor], m2: Tensor | None, moments: Sequence[gram.GramStats] | None, codec: Codec,
            context: float | None) -> list[_Rounded]:
     """Linears of a group that get the same format."""
     if moments is not None:
@@ -337,7 +338,7 @@ def _outlier_ratio(m2: Tensor) -> float:
     return float((m2.max() / m2.median().clamp(min=torch.finfo(m2.dtype).tiny)).sqrt())
 
 
-def _with_gptq(w: Tensor, moments: gptq.Moments, codec: Codec,
+def _with_gptq(w: Tensor, moments: gram.GramStats, codec: Codec,
                context: float | None) -> tuple[PackedWeight, dict[str, Any]]:
     done = gptq.round_weight(w.t().contiguous(), moments, codec, context)
     details: dict[str, Any] = {"rounding": done.method, "gram_tokens": moments.n_tokens}
