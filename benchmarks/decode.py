@@ -37,6 +37,7 @@ from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance
+from lance_quant.lance.steps import Steps
 from lance_quant.lance.tokens import TEMPLATE, Packed, Split, mrope_positions
 from lance_quant.lance.understanding import Decoding
 
@@ -104,19 +105,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def ours(name: str, model: Lance, args: argparse.Namespace, compiled: bool) -> Row:
     """Our loop; a compiled model can also run as if it were not."""
     room = args.past + args.tokens
-    kept = model.compiled, [layer.compiled for layer in model.language_model.model.layers]
+    steps = model.steps if compiled else Steps()
 
     def make(capacity: int, longest: int) -> Decoding:
         return Decoding(model, model.config.vocab_size, capacity, longest)
 
     def run(count: int) -> float:
-        for layer, pair in zip(model.language_model.model.layers, kept[1], strict=True):
-            layer.compiled = pair if compiled else None
-        if compiled:
-            decoding, step = kept[0].decoding(make, room, args.tokens, "benchmark")
-        else:
-            decoding = make(room, args.tokens)
-            step = decoding.step
+        model.steps = steps
+        decoding, step = steps.loop(make, room, args.tokens, "benchmark")
         decoding.start(prompt(args.past), torch.empty(0), count, seed=0)
         start = now(args, model)
         for _ in range(count):
@@ -201,7 +197,7 @@ def headless(rows: list[Row]) -> list[Row]:
     """Take the layers away: what is left of a token is the same for every way but for the head's dtype."""
     for row in rows:
         row.model.language_model.model.layers = nn.ModuleList()
-        row.model.compiled = None
+        row.model.steps = Steps()
     return rows
 
 

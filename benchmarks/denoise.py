@@ -39,6 +39,7 @@ from lance_quant.lance.generation import Denoiser, Sampling
 from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance, Layer, Rope, _rotate
 from lance_quant.lance.pipeline import latent_grid
+from lance_quant.lance.steps import Steps
 from lance_quant.lance.tokens import PROMPT, TARGET, TEMPLATE, Grid, Packed, Split, Visual, mrope_positions
 
 _TEXT = (52, 28, 5)  # tokens of system, prompt and tail in an ordinary t2i request
@@ -77,13 +78,10 @@ def request(grid: Grid) -> Packed:
 def ours(name: str, model: Lance, packed: Packed, batched: bool = True, compiled: bool = False) -> Row:
     """Our step, through the runtime's own denoiser; a compiled model can also run as if it were not."""
     denoiser = Denoiser(model, packed, Sampling(batch_guidance=batched))
-    layers, kept = model.language_model.model.layers, model.compiled
-    pairs = [layer.compiled for layer in layers]
+    steps = model.steps if compiled else Steps()
 
     def step(x: Tensor) -> Tensor:
-        model.compiled = kept if compiled else None
-        for layer, pair in zip(model.language_model.model.layers, pairs, strict=False):
-            layer.compiled = pair if compiled else None
+        model.steps = steps
         return denoiser.velocity(x, _TIME)
 
     return Row(name, model, step)

@@ -73,7 +73,7 @@ def test_imports_point_down(path):
     assert not [name for name in needed(path) if "." in name and FLOORS.index(room(name)) > floor]
 
 
-@pytest.mark.xfail(reason="8-bit layers and kernels, decoder and compiled steps still know one another")
+@pytest.mark.xfail(reason="8-bit layers and kernels still know one another")
 def test_no_module_needs_itself():
     """No cycle, lazy imports and those for type checking included."""
     graph = {name: needed(path) for name, path in MODULES.items()}

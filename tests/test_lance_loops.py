@@ -146,7 +146,6 @@ def test_calibration_sees_no_token_behind_an_end(pipeline, questions, monkeypatc
                                choice=understanding.GREEDY)
     rows, _ = calls_of(pipeline, lambda: tasks.run_watched(pipeline, questions[1:2], settings, [0], lambda _: None))
     assert len(rows) == 64 + 3  # system text, picture, question
-    assert not pipeline.model.watched
 
 
 @pytest.fixture
@@ -174,7 +173,7 @@ def test_a_compiled_answer_is_the_official_one_and_compiles_once(paths, x2t, que
             answer = pipeline.answer(*ask(pipeline, questions, sample))
             assert answer.ids == x2t["f32"].meta["generated_ids"][sample]
     assert len(traced) == 2
-    assert "compiling the decoding step" in caplog.text and list(pipeline.model.compiled.seconds) == [
+    assert "compiling the decoding step" in caplog.text and list(pipeline.model.steps.seconds) == [
         "decoding step, 512 tokens"]
 
 
@@ -185,7 +184,7 @@ def test_compiled_denoising_is_the_official_one_and_compiles_once_per_shape(path
     for sample in (0, 1):  # prompts of different lengths
         latent = pipeline.sample(pipeline.denoiser(prompts[sample].text, *SIZE, SIX), SIX)
         assert relative(latent, t2i["f32"].tensors[f"s{sample}.latent.0.0"]) < CLOSE
-    assert len(traced) == 2 and list(pipeline.model.compiled.seconds) == ["denoising step, 2 x 48 latents"]
+    assert len(traced) == 2 and list(pipeline.model.steps.seconds) == ["denoising step, 2 x 48 latents"]
 
 
 @pytest.mark.parametrize("kernel", ["auto", "reference"])

@@ -160,7 +160,7 @@ def run_task(pipeline: Pipeline, samples: list[Question] | list[Prompt], setting
                 _write_frames(pipeline.decode_frames(one.latent), folder / made(one.prompt, settings))
             team.bring(folder, [made(prompt, settings) for prompt in own], len(samples))
     record.pool(team)
-    record.compiled = pipeline.model.compiled and pipeline.model.compiled.seconds
+    record.compiled = pipeline.model.steps.seconds
     write_json(folder / "run.json", record.as_json(settings, samples))
 
 

@@ -76,12 +76,17 @@ class Drawn(NamedTuple):
 
 
 def answer_all(pipeline: Pipeline, questions: list[Question], settings: Settings,
-               on_text: Callable[[str], None] | None = None) -> Iterator[Answered]:
-    """Answer every question; `on_text` gets questions and answers while they come, instead of a bar."""
+               on_text: Callable[[str], None] | None = None, look_every: int | None = None) -> Iterator[Answered]:
+    """Answer every question; `on_text` gets questions and answers while they come, instead of a bar.
+
+    Args:
+        look_every: as in understanding.answer.
+    """
     for question in progress(questions, desc="answer", unit="question", disable=on_text is not None):
         packed, vit_tokens = pipeline.ask(question, settings.resolution)
         with _shown(pipeline, question, settings, on_text) as on_token:
-            answer = pipeline.answer(packed, vit_tokens, settings.max_new_tokens, on_token, settings.choice)
+            answer = pipeline.answer(packed, vit_tokens, settings.max_new_tokens, on_token, settings.choice,
+                                     look_every)
         yield Answered(question, answer)
 
 
@@ -137,14 +142,13 @@ def draw_all(pipeline: Pipeline, prompts: list[Prompt], settings: Settings,
 def run_watched(pipeline: Pipeline, samples: Sequence[Question] | Sequence[Prompt], settings: Settings,
                 numbers: Sequence[int], begin: Callable[[int], None]) -> None:
     """Run a task for what hooks see of it; `begin` gets each sample's number before it runs."""
-    done = (answer_all if settings.kind.makes == "text" else draw_all)(pipeline, samples, settings)
-    pipeline.model.watched = True
-    try:
-        for number in numbers:
-            begin(number)
-            next(done)
-    finally:
-        pipeline.model.watched = False
+    if settings.kind.makes == "text":
+        done = answer_all(pipeline, samples, settings, look_every=1)  # hooks must see no token behind an end
+    else:
+        done = draw_all(pipeline, samples, settings)
+    for number in numbers:
+        begin(number)
+        next(done)
     deque(done, maxlen=0)  # ends the bar
 
 

@@ -7,5 +7,5 @@
     understanding   greedy answers                  loader   files -> modules, one tensor at a time
     generation      rectified flow, guidance        samples  the seven tasks, the official example files
     pipeline        all of it together              merge    q/k/v and gate/up as one matmul each
-    compiled        compiled steps, CUDA graphs
+    steps           steps that recur, eager         compiled compiled steps, CUDA graphs
 """

@@ -10,14 +10,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from lance_quant.lance.mot import Lance
-
-if TYPE_CHECKING:
-    from lance_quant.lance.understanding import Decoding
+from lance_quant.lance.steps import LayerParts, Loop, Steps
 
 log = logging.getLogger("lance_quant")
 
@@ -37,7 +35,7 @@ def compile_steps(model: Lance) -> bool:
     for module in model.modules():
         if hasattr(module, "settle"):  # packed linears choose a kernel when they first run, which cannot be compiled
             module.settle()
-    model.compiled = Compiled(model)
+    model.steps = CompiledSteps(model)
     return True
 
 
@@ -45,15 +43,15 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
     return x * 2 + 1
 
 
-class Compiled:
-    """The compiled steps of one model; `seconds` is what the first of each kind took, which compiles."""
+class CompiledSteps(Steps):
+    """The compiled steps of one model, and the last decoding loop, kept warm for the next request."""
 
     def __init__(self, model: Lance):
         self.seconds: dict[str, float] = {}
-        self._model = model
-        self._kept: tuple[Hashable, Decoding, Callable[[], None]] | None = None
-        for layer in model.language_model.model.layers:
-            layer.compiled = torch.compile(layer.before), torch.compile(layer.after)
+        self.layers = [LayerParts(torch.compile(layer.before), torch.compile(layer.after))
+                       for layer in model.language_model.model.layers]
+        self._device = model.device
+        self._kept: tuple[Hashable, Any, Callable[[], None]] | None = None
 
     @contextlib.contextmanager
     def first(self, what: str) -> Iterator[None]:
@@ -64,28 +62,23 @@ class Compiled:
         log.info("compiling the %s ...", what)
         start = time.perf_counter()
         yield
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self.seconds[what] = time.perf_counter() - start
         log.info("compiled the %s in %.1f s", what, self.seconds[what])
 
-    def decoding(self, make: Callable[[int, int], "Decoding"], room: int, longest: int,
-                 kind: Hashable) -> tuple["Decoding", Callable[[], None]]:
-        """A decoding with room for a request, and its step, warm. The last one is kept for the next request.
-
-        Args:
-            make: makes one of a capacity and a longest answer.
-            kind: what else it depends on.
-        """
+    def loop(self, make: Callable[[int, int], Loop], room: int, longest: int,
+             kind: Hashable) -> tuple[Loop, Callable[[], None]]:
+        """As Steps.loop, with its step compiled and warm."""
         capacity, longest = (-(-size // _ROOM) * _ROOM for size in (room, longest))
-        key, device = (capacity, longest, kind), self._model.device
+        key = (capacity, longest, kind)
         if self._kept is None or self._kept[0] != key:
             self._kept = None  # its memory first
-            decoding = make(capacity, longest)
+            made = make(capacity, longest)
             with self.first(f"decoding step, {capacity} tokens"):
-                step = _graph(decoding.step, device) if device.type == "cuda" else decoding.step
+                step = _graph(made.step, self._device) if self._device.type == "cuda" else made.step
                 step()  # it is not started: what it decodes means nothing
-            self._kept = key, decoding, step
+            self._kept = key, made, step
         return self._kept[1:]
 
 

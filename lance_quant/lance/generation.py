@@ -5,7 +5,6 @@ tokens and <|vision_end|> through the model, conditionally and, while guidance i
 prompt), and moves x_t along the guided velocity, which points from data to noise.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -150,9 +149,10 @@ class Denoiser:
              steady: bool = False) -> Tensor:
         """One call on a visual: final hidden states [b, n, hidden] of its latent tokens."""
         streams: Streams = {"und": frame.expand(len(rows), -1, -1), "gen": latents.expand(len(rows), -1, -1)}
-        if steady and self._model.compiled is not None:  # as every layer but the first gets them: one compilation less
+        parts = self._model.steps.layers if steady else None
+        if parts is not None:  # as every layer but the first gets them: one compilation less
             streams = {expert: x.contiguous() for expert, x in streams.items()}
-        return self._model.language_model.model(streams, rope, rows, causal=False, steady=steady)["gen"]
+        return self._model.language_model.model(streams, rope, rows, False, parts)["gen"]
 
     def noise(self, seed: int) -> Tensor:
         """x_T [n, 48] on the CPU: a seed's noise, with the given first frame in its place.
@@ -176,7 +176,7 @@ class Denoiser:
     def _run(self, latents: Tensor, batch: slice) -> Tensor:
         rows, rope = self._rows[batch], tuple(part[batch] for part in self._rope)
         what = f"denoising step, {len(rows)} x {len(latents)} latents"
-        with contextlib.nullcontext() if self._model.compiled is None else self._model.compiled.first(what):
+        with self._model.steps.first(what):
             return self._model.llm2vae(self._see(self._frame, latents, rope, rows, steady=True))
 
     def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:

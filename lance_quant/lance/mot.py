@@ -12,8 +12,7 @@ Letters in shapes: b cache row, t token, h head (or hidden), d head_dim.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +22,7 @@ from lance_quant.formats.layout import SUFFIX, Expert
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LATENT_CHANNELS, MAX_LATENT_FRAMES, MAX_LATENT_SIZE, TIME_FREQUENCIES, LanceConfig
 from lance_quant.lance.linear import Linear
-
-if TYPE_CHECKING:
-    from lance_quant.lance.compiled import Compiled
+from lance_quant.lance.steps import LayerParts, Steps
 
 Streams = dict[Expert, Tensor]  # expert -> [b, t, features]; "gen" absent where a call has no latent tokens
 Rope = tuple[Tensor, Tensor]  # cos and sin, [b, 1, t, d], tokens in stream order
@@ -162,7 +159,7 @@ class Layer(nn.Module):
     """One pre-norm decoder layer with both experts.
 
     `before` and `after` are all of it but the attention. They depend on the shapes of the call alone, not on its past,
-    so that one compilation of them (compiled.py) serves every layer and every step; `steady` calls take that.
+    so that one compilation of them serves every layer and every step.
     """
 
     def __init__(self, config: LanceConfig):
@@ -172,7 +169,6 @@ class Layer(nn.Module):
             self.add_module(f"mlp{suffix}", MLP(config))
             self.add_module(f"input_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
             self.add_module(f"post_attention_layernorm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
-        self.compiled: tuple[Callable, Callable] | None = None  # of `before` and `after`
 
     def _each(self, part: str, streams: Streams) -> Streams:
         return {expert: getattr(self, part + SUFFIX[expert])(x) for expert, x in streams.items()}
@@ -189,8 +185,9 @@ class Layer(nn.Module):
         return {expert: x + fed[expert] for expert, x in streams.items()}
 
     def forward(self, streams: Streams, rope: Rope, rows: Sequence[CacheRow], layer: int, causal: bool,
-                steady: bool = False) -> Streams:
-        before, after = self.compiled if steady and self.compiled else (self.before, self.after)
+                parts: LayerParts | None = None) -> Streams:
+        """Run the layer, of number `layer`, or `parts` in the place of its own `before` and `after`."""
+        before, after = parts or (self.before, self.after)
         return after(streams, _attend(*before(streams, rope), rows, layer, causal))
 
 
@@ -206,18 +203,19 @@ class Decoder(nn.Module):
             self.add_module(f"norm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))
 
     def forward(self, streams: Streams, rope: Rope, rows: Sequence[CacheRow], causal: bool,
-                steady: bool = False) -> Streams:
+                parts: Sequence[LayerParts] | None = None) -> Streams:
         """Run one call; its keys and values lie behind each row's past until `CacheRow.commit`.
 
         Args:
             streams: expert -> [b, t, hidden]; a causal call has the "und" stream only.
             rope: for all tokens, in stream order.
             rows: the b cache rows; their lengths may differ.
-            steady: the call comes again and again in the same shape, so that compiling it pays.
+            parts: per layer, what runs around its attention (Steps.layers, for a call that comes again and again in
+                the same shape, so that compiling it pays); None: the layer's own.
         """
         assert not (causal and "gen" in streams), "latent tokens attend to one another in both directions"
         for index, layer in enumerate(self.layers):
-            streams = layer(streams, rope, rows, index, causal, steady)
+            streams = layer(streams, rope, rows, index, causal, parts and parts[index])
         return {expert: getattr(self, f"norm{SUFFIX[expert]}")(x) for expert, x in streams.items()}
 
 
@@ -282,16 +280,13 @@ class Lance(nn.Module):
     """Everything that the file model.safetensors holds for the language model and its latent interface.
 
     `dtype` is the compute dtype: it is said here and never read from a weight, which may be packed.
-    `compiled` is set by compiled.compile_steps. `watched` says that hooks measure what runs, so that nothing may run in
-    vain.
+    `steps` says how steps that recur are run; compiled.compile_steps replaces it, nothing else does.
     """
-
-    compiled: "Compiled | None" = None
-    watched = False
 
     def __init__(self, config: LanceConfig, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.config, self.dtype, self.device = config, dtype, device
+        self.steps = Steps()
         self.language_model = LanguageModel(config)
         self.time_embedder = TimestepEmbedder(config.hidden_size)
         self.vae2llm = Linear(LATENT_CHANNELS, config.hidden_size)

@@ -164,9 +164,10 @@ class Pipeline:
 
     def answer(self, packed: Packed, vit_tokens: Tensor, max_new_tokens: int = understanding.MAX_NEW_TOKENS,
                on_token: Callable[[int], None] | None = None,
-               choice: understanding.Choice = understanding.GREEDY) -> Answer:
-        """Answer a request made by `ask`."""
-        ids = understanding.answer(self.model, self.tokenizer, packed, vit_tokens, max_new_tokens, on_token, choice)
+               choice: understanding.Choice = understanding.GREEDY, look_every: int | None = None) -> Answer:
+        """Answer a request made by `ask`; the arguments are understanding.answer's."""
+        ids = understanding.answer(self.model, self.tokenizer, packed, vit_tokens, max_new_tokens, on_token, choice,
+                                   look_every)
         return Answer(ids, self.tokenizer.decode(ids))
 
     def forced_logprobs(self, packed: Packed, vit_tokens: Tensor, answer_ids: list[int]) -> Tensor:

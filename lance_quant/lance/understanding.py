@@ -86,7 +86,7 @@ class Decoding:
         rope = tuple(table.index_select(2, self._index) for table in self._rope)
         self._row.next_at(self._place)
         streams = {"und": model.embed(self._token)[None]}
-        hidden = model.language_model.model(streams, rope, [self._row], causal=True, steady=True)["und"]
+        hidden = model.language_model.model(streams, rope, [self._row], True, model.steps.layers)["und"]
         logits = _logits(model, hidden[0], self._valid)[0]
         self._token.copy_(self._choice.pick(logits, self._chances.index_select(0, self._index)))
         self.ids.index_copy_(0, self._index, self._token)
@@ -103,26 +103,24 @@ def _tokens_per_look(device: torch.device) -> int:
 
 def answer(model: Lance, tokenizer: LanceTokenizer, prompt: Packed, vit_tokens: Tensor,
            max_new_tokens: int = MAX_NEW_TOKENS, on_token: Callable[[int], None] | None = None,
-           choice: Choice = GREEDY) -> list[int]:
+           choice: Choice = GREEDY, look_every: int | None = None) -> list[int]:
     """Answer ids, the closing <|im_end|> included if it came within the limit. Only <|im_end|> stops.
 
     Args:
         prompt: from tokens.pack_understanding.
         vit_tokens: [pads of the prompt, hidden].
         on_token: called with every new id; an exception that it raises ends the request.
+        look_every: tokens after which the end is looked for; None: as suits the device. 1: nothing runs in vain, for
+            those who measure what runs.
     """
     room = len(prompt.ids) + max_new_tokens
 
     def make(capacity: int, longest: int) -> Decoding:
         return Decoding(model, len(tokenizer), capacity, longest, choice)
 
-    if model.compiled is None:
-        decoding = make(room, max_new_tokens)
-        step = decoding.step
-    else:
-        decoding, step = model.compiled.decoding(make, room, max_new_tokens, (choice.temperature, choice.top_p))
+    decoding, step = model.steps.loop(make, room, max_new_tokens, (choice.temperature, choice.top_p))
     decoding.start(prompt, vit_tokens, max_new_tokens, choice.seed)
-    each = 1 if model.watched else _tokens_per_look(model.device)
+    each = look_every or _tokens_per_look(model.device)
     ids: list[int] = []
     while len(ids) < max_new_tokens:
         count = min(each, max_new_tokens - len(ids))
