@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what an MLX folder's rounding changes in Lance's answers, pictures included, without MLX or a Mac.
 
-    python apple/compare_mlx.py --model_path downloads/Lance_3B --example_json questions.json --mlx_dir A B
+    python -m apple.compare_mlx --model_path downloads/Lance_3B --example_json questions.json --mlx_dir A B
 
 The folder's weights are dequantized into the understanding expert of our own runtime, which reads the pictures as
 Lance does (MLX's text models cannot). The float model answers; both models then give a distribution in front of every

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Convert an extracted understanding path to Core ML in 4 bits, with a stateful cache, on a Mac or on Linux.
 
-    python apple/export_coreml.py --src Lance_3B-und --out Lance_3B-und-CoreML-4bit
-    python apple/export_coreml.py --src Lance_3B-und --out Lance_3B-und-CoreML-palettized-4bit --storage float16
+    python -m apple.export_coreml --src Lance_3B-und --out Lance_3B-und-CoreML-4bit
+    python -m apple.export_coreml --src Lance_3B-und --out Lance_3B-und-CoreML-palettized-4bit --storage float16
 
 Every matrix becomes 4-bit indices into palettes of 16 values per 32 rows (apple/palette.py). The network is cut into
 packages, converted one after the other, because the converter holds every weight several times over: the embedding,

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Quantize an extracted understanding path to a folder that mlx-lm runs, with or without MLX.
 
-    python apple/export_mlx.py --src Lance_3B-und --format 4bit --out Lance_3B-und-MLX-4bit
-    python apple/export_mlx.py --src Lance_3B-und --format 4bit --stats all.pt --capture x2t.safetensors --out Better
+    python -m apple.export_mlx --src Lance_3B-und --format 4bit --out Lance_3B-und-MLX-4bit
+    python -m apple.export_mlx --src Lance_3B-und --format 4bit --stats all.pt --capture x2t.safetensors --out Better
     mlx_lm.generate --model Lance_3B-und-MLX-4bit --prompt "Why is the sky blue?"
 
 Without options the tensors are those of `mlx_lm.convert -q`, bit for bit, row by row: its own conversion to nvfp4 or

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Extract Lance's understanding path as a Hugging Face folder that transformers and mlx-lm load unmodified.
 
-    python apple/extract_und.py --src downloads/Lance_3B --out Lance_3B-und
+    python -m apple.extract_und --src downloads/Lance_3B --out Lance_3B-und
 
 The folder says `glm4_moe` with every layer dense: the one standard architecture that has what this path has (biased
 q/k/v, a norm per query and key head before a full rotation, a separate head), so its logits are Lance's own.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what calibration gains in MLX's three 4-bit formats, at the same size, on lance-nano.
 
-    python apple/measure_nano.py
+    python -m apple.measure_nano
 
 For every seed: --n questions for calibration, as seen in training, and --n held-out ones for the measurement, with
 pictures. Every format is written as MLX rounds (plain), with activation statistics, and with statistics and captured

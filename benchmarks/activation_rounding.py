@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What rounding activations to NVFP4 costs in quality, beside what rounding weights has cost already, on lance-nano.
 
-    python benchmarks/activation_rounding.py
-    python benchmarks/activation_rounding.py --variant like_lance      # or outliers
+    python -m benchmarks.activation_rounding
+    python -m benchmarks.activation_rounding --variant like_lance      # or outliers
 
 Reads   lance_nano/checkpoint (or --model_path)
 Writes  nothing that stays; prints a table in Markdown and, as the last line, JSON
@@ -21,9 +21,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import fidelity_nano
 import torch
 
+from benchmarks import fidelity_nano
 from lance_nano import evaluate, export, outliers
 from lance_quant.cli import script
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measure what awq_apply.py and nvfp4_apply.py need on a checkpoint of real shapes, beside the published search.
 
-    python benchmarks/apply_full_size.py --work runs/apply --layers 2
-    python benchmarks/apply_full_size.py --work runs/apply --layers 36 --formats int4
+    python -m benchmarks.apply_full_size --work runs/apply --layers 2
+    python -m benchmarks.apply_full_size --work runs/apply --layers 36 --formats int4
 
 Reads   nothing; the checkpoint is made (synthetic_lance.py): 1.9 GB plus 0.63 GB per layer and copy
 Writes  WORK, removed at the end; a table in Markdown on stdout, and the result as JSON as the last line
@@ -29,12 +29,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import synthetic_lance
 import torch
 from torch import Tensor
 
 import awq_apply
 import nvfp4_apply
+from benchmarks import synthetic_lance
 from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.cli import script
 from lance_quant.formats import layout

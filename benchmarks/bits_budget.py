@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Where the bits go: INT4 with one group size, against a budget of the same size, on lance-nano.
 
-    python benchmarks/bits_budget.py --seeds 0 1 2
+    python -m benchmarks.bits_budget --seeds 0 1 2
 
 Reads   lance_nano/checkpoint (or --model_path)
 Writes  nothing that stays; prints a table in Markdown and, as the last line on stdout, JSON: per variant its bits per
@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fidelity_nano import CPU, MODEL, TASKS, Baseline, baseline_of, calibrate, prompts_of, sampling_of
 
+from benchmarks.fidelity_nano import CPU, MODEL, TASKS, Baseline, baseline_of, calibrate, prompts_of, sampling_of
 from lance_nano import evaluate
 from lance_nano.scenes import SIZE
 from lance_quant.calibration import weight_sensitivity

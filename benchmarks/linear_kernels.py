@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Time packed linears beside float ones and beside the published way of computing them.
 
-    OMP_NUM_THREADS=1 python benchmarks/linear_kernels.py
-    python benchmarks/linear_kernels.py --device cuda --dtype bfloat16
-    OMP_NUM_THREADS=1 python benchmarks/linear_kernels.py --paths --rows 8 12 16 24 32 48 64 --formats int4
+    OMP_NUM_THREADS=1 python -m benchmarks.linear_kernels
+    python -m benchmarks.linear_kernels --device cuda --dtype bfloat16
+    OMP_NUM_THREADS=1 python -m benchmarks.linear_kernels --paths --rows 8 12 16 24 32 48 64 --formats int4
 
 Reads   nothing; weights are random
 Writes  nothing; a table on stderr, and the last line on stdout is the result as JSON: per cell the milliseconds of

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Measure the host memory that loading a model needs beside the model itself.
 
-    python benchmarks/synthetic_lance.py --out runs/synthetic
-    python benchmarks/loader_memory.py --model_path runs/synthetic/Lance_3B --dtype bfloat16
-    python benchmarks/loader_memory.py --model_path runs/synthetic/Lance_3B --awq_dir runs/int4 --dtype bfloat16
+    python -m benchmarks.synthetic_lance --out runs/synthetic
+    python -m benchmarks.loader_memory --model_path runs/synthetic/Lance_3B --dtype bfloat16
+    python -m benchmarks.loader_memory --model_path runs/synthetic/Lance_3B --awq_dir runs/int4 --dtype bfloat16
 
 Reads   a model folder, and a packed folder if given
 Writes  nothing; the last line on stdout is the result as JSON, all sizes in bytes: `model`, what the loaded tensors

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What 4 bits do to a trained Lance: the open questions, each answered on lance-nano with n scenes per seed.
 
-    python benchmarks/nano_experiments.py tasks        # calibrate on x2t only, or on x2t and t2i?
-    python benchmarks/nano_experiments.py group_size   # 128, 64 or 32 inputs per scale?
-    python benchmarks/nano_experiments.py steps        # does the error compound over denoising steps?
-    python benchmarks/nano_experiments.py timesteps    # calibrate on 2 timesteps or on all?
+    python -m benchmarks.nano_experiments tasks        # calibrate on x2t only, or on x2t and t2i?
+    python -m benchmarks.nano_experiments group_size   # 128, 64 or 32 inputs per scale?
+    python -m benchmarks.nano_experiments steps        # does the error compound over denoising steps?
+    python -m benchmarks.nano_experiments timesteps    # calibrate on 2 timesteps or on all?
 
 Several questions may be asked at once: what they have in common is measured once.
 

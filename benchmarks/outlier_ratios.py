@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Report how uneven a checkpoint's weights and activations are, beside what was published of Lance-3B.
 
-    python benchmarks/outlier_ratios.py --model_path lance_nano/checkpoint/Lance_nano
-    python benchmarks/outlier_ratios.py --model_path downloads/Lance_3B --stats stats.pt
+    python -m benchmarks.outlier_ratios --model_path lance_nano/checkpoint/Lance_nano
+    python -m benchmarks.outlier_ratios --model_path downloads/Lance_3B --stats stats.pt
 
 Reads   a float checkpoint, one linear at a time; statistics of awq_calibrate_single.py or awq_merge_stats.py if given
 Writes  nothing; prints two tables in Markdown and, as the last line, JSON
@@ -24,8 +24,8 @@ import statistics
 from pathlib import Path
 
 import torch
-from fidelity_synthetic import DEPTHS, GROUP, group_ratio
 
+from benchmarks.fidelity_synthetic import DEPTHS, GROUP, group_ratio
 from lance_quant.calibration.activation_stats import ActStats, model_fingerprint
 from lance_quant.cli import script
 from lance_quant.formats import layout

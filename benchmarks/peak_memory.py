@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measure the peak memory of a question and of a picture: real shapes, random weights made in place, every format.
 
-    python benchmarks/peak_memory.py --formats int4 --tasks x2t --layers 36 --head_bits 8  # on the CPU: 7 GB, minutes
-    python benchmarks/peak_memory.py                                              # 2 of 36 layers, 36 computed
-    python benchmarks/peak_memory.py --device cuda --layers 36 --vae
-    python benchmarks/peak_memory.py --device meta --layers 36 --vae              # computed, in seconds
+    python -m benchmarks.peak_memory --formats int4 --tasks x2t --layers 36 --head_bits 8  # on the CPU: 7 GB, minutes
+    python -m benchmarks.peak_memory                                              # 2 of 36 layers, 36 computed
+    python -m benchmarks.peak_memory --device cuda --layers 36 --vae
+    python -m benchmarks.peak_memory --device meta --layers 36 --vae              # computed, in seconds
 
 Reads   nothing; weights are made in place
 Writes  nothing; the last line on stdout is the result as JSON, all sizes in bytes
@@ -37,13 +37,21 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from denoise import request
-from random_lance import FORMATS, REAL_LAYERS, compute_dtype, random_lance, random_values, real_config, weight_bytes
-from synthetic_lance import PRESETS, vit_tower
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.denoise import request
+from benchmarks.random_lance import (
+    FORMATS,
+    REAL_LAYERS,
+    compute_dtype,
+    random_lance,
+    random_values,
+    real_config,
+    weight_bytes,
+)
+from benchmarks.synthetic_lance import PRESETS, vit_tower
 from lance_quant.cli import script
 from lance_quant.evaluation.run_folder import device_name, versions
 from lance_quant.formats.base import Codec, PackedWeight
@@ -182,7 +190,8 @@ def here(args: argparse.Namespace, task: str, form: str, offload: str) -> dict[s
 
 def in_child(args: argparse.Namespace, task: str, form: str, offload: str) -> dict[str, object]:
     """What `measure` returns in a new process."""
-    command = [sys.executable, __file__, "--inside", "--tasks", task, "--formats", form, "--offload", offload]
+    command = [sys.executable, "-m", "benchmarks.peak_memory", "--inside", "--tasks", task, "--formats", form,
+               "--offload", offload]
     for name in ("head_bits", "layers", "height", "width", "threads", "device", "dtype"):
         command += [f"--{name}", str(getattr(args, name))]
     command += [f"--{name}" for name in ("sequential_guidance", "vae", "vae_tiling") if getattr(args, name)]

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measure what quantizing costs: seconds and peak memory of one layer at Lance's real shapes, method by method.
 
-    OMP_NUM_THREADS=1 python benchmarks/quantize_cost.py --tokens 8192
-    python benchmarks/quantize_cost.py --device cuda --tokens 65536
+    OMP_NUM_THREADS=1 python -m benchmarks.quantize_cost --tokens 8192
+    python -m benchmarks.quantize_cost --device cuda --tokens 65536
 
 Reads   nothing; weights and tokens are made up
 Writes  nothing; prints a table in Markdown and, as the last line, JSON: by method `seconds` of wall clock,
@@ -28,9 +28,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import fidelity_synthetic
 import torch
 
+from benchmarks import fidelity_synthetic
 from lance_quant.calibration import token_weights
 from lance_quant.calibration.activation_stats import ActStats, LinearStats
 from lance_quant.calibration.decoder_calls import Call

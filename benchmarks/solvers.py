@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compare the solvers by how far few steps land from many: relative error of the final latents, mean over prompts.
 
-    python benchmarks/solvers.py
-    python benchmarks/solvers.py --model_path lance_nano/checkpoint/Lance_nano --video_height 112 --video_width 112
+    python -m benchmarks.solvers
+    python -m benchmarks.solvers --model_path lance_nano/checkpoint/Lance_nano --video_height 112 --video_width 112
 
 Reads   a model folder (default: the golden checkpoint, whose weights are random) and a t2i sample file
 Writes  nothing; the last line on stdout is the result as JSON. The reference is Euler with --reference steps; guidance,

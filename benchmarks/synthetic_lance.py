@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Write a Lance checkpoint of any size with random weights: real shapes, names and file formats, no real weights.
 
-    python benchmarks/synthetic_lance.py --out runs/synthetic --layers 36            # 24.7 GB, as Lance_3B
-    python benchmarks/synthetic_lance.py --out runs/synthetic --layers 2 --video      # with the ViT inside
-    python benchmarks/synthetic_lance.py --out runs/tiny --preset tiny
+    python -m benchmarks.synthetic_lance --out runs/synthetic --layers 36            # 24.7 GB, as Lance_3B
+    python -m benchmarks.synthetic_lance --out runs/synthetic --layers 2 --video      # with the ViT inside
+    python -m benchmarks.synthetic_lance --out runs/tiny --preset tiny
 
 Reads   nothing
 Writes  OUT/Lance_3B/{llm_config.json,model.safetensors,tokenizer files}, OUT/Qwen2.5-VL-ViT/, OUT/Wan2.2_VAE.pth

@@ -9,6 +9,7 @@ Writes  OUT/calibrate_x2t_image.json, OUT/calibrate_t2i.json: questions and capt
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from PIL import Image
@@ -72,13 +73,18 @@ def write(out: Path, count: int, seed: int) -> None:
         caption_file(folder, "test", [caption.text for caption in held_out_captions(count, seed)])
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the script."""
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = script.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--n", type=int, default=16, help="samples per file")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, questions and captions")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    args = parse_args(argv)
     if args.n < 1:
         raise InputError(f"--n {args.n}: a sample file needs at least one sample")
     write(args.out, args.n, args.seed)

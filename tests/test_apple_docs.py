@@ -17,19 +17,18 @@ SCRIPTS = {"extract_und": extract_und, "export_mlx": export_mlx, "export_coreml"
            "compare_mlx": compare_mlx, "measure_nano": measure_nano}
 TEXTS = [(FOLDER / "README.md").read_text(encoding="utf-8"), *(module.__doc__ for module in SCRIPTS.values())]
 COMMANDS = sorted({line.strip() for text in TEXTS for line in text.splitlines()
-                   if line.strip().startswith("python apple/")})
+                   if line.strip().startswith("python -m apple.")})
 by_name = {"ids": lambda path: path.name}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_documented_command_parses(command):
     words = shlex.split(command)
-    assert (ROOT / words[1]).is_file()
-    SCRIPTS[Path(words[1]).stem].parse_args(words[2:])
+    SCRIPTS[words[2].removeprefix("apple.")].parse_args(words[3:])
 
 
 def test_there_is_a_command_for_every_script():
-    assert {Path(shlex.split(command)[1]).stem for command in COMMANDS} == set(SCRIPTS)
+    assert {shlex.split(command)[2].removeprefix("apple.") for command in COMMANDS} == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

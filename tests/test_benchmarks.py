@@ -1,21 +1,14 @@
 """The benchmarks' own machinery, at sizes that take a second."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CPU
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import apply_full_size
-import loader_memory
-import nano_experiments
-import synthetic_lance
-
 import awq_apply
+from benchmarks import apply_full_size, loader_memory, nano_experiments, synthetic_lance
 from lance_nano.evaluate import Share
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.config import LancePaths

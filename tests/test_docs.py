@@ -1,5 +1,6 @@
 """What the documentation says can be typed, and exists."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -13,16 +14,17 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "lance_nano" / "README.md",
         *sorted((ROOT / "benchmarks").glob("*.md"))]
+STARTED = [path for folder in (".", "benchmarks", "examples", "lance_nano") for path in (ROOT / folder).glob("*.py")]
 SCRIPTS = ["awq_calibrate_single", "awq_merge_stats", "awq_apply", "nvfp4_apply", "run_baseline", "run_quant_eval"]
 
 
 def commands() -> list[str]:
-    """Every command of ours in the documentation's code blocks, and in the scripts' own docstrings."""
+    """Every command of ours in the documentation's code blocks, and in the docstrings of what can be started."""
     texts = [path.read_text(encoding="utf-8") for path in DOCS if path.exists()]
-    texts += [importlib.import_module(name).__doc__ for name in SCRIPTS]
+    texts += [ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in STARTED]
     lines = [line.strip() for text in texts for line in text.replace("\\\n", " ").splitlines()]
-    lines = [re.sub(r"^torchrun --nproc_per_node \d+", "python", line) for line in lines]
-    ours = re.compile(r"python (-m lance_(?:nano|quant)\.\w+|[\w/]+\.py) ")
+    lines = [re.sub(r"^(\w+=\S+ )?(torchrun --nproc_per_node \d+|python)", "python", line) for line in lines]
+    ours = re.compile(r"python (-m (?:lance_nano|lance_quant|benchmarks|apple)\.\w+|[\w/]+\.py)( |$)")
     found = [line for line in lines if ours.match(line) and "…" not in line]
     return sorted({re.sub(r"\s+#.*", "", line) for line in found})
 
@@ -37,8 +39,6 @@ def module_of(command: str) -> object:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # as python does for a script: benchmarks share modules
     spec.loader.exec_module(module)
     return module
 

@@ -3,23 +3,20 @@
 import dataclasses
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import CPU
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import activation_rounding
-import fidelity_nano
-import fidelity_synthetic
-import outlier_ratios
-import quantize_cost
-import synthetic_lance
-
+from benchmarks import (
+    activation_rounding,
+    fidelity_nano,
+    fidelity_synthetic,
+    outlier_ratios,
+    quantize_cost,
+    synthetic_lance,
+)
 from lance_nano import evaluate
 from lance_nano.evaluate import Share
 from lance_quant.calibration.layer_inputs import Replay

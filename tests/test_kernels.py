@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import linear_kernels
 from lance_quant.cpu import compile_c
 from lance_quant.errors import InputError
 from lance_quant.formats.base import Int4, Nvfp4, dequantize_to
@@ -16,9 +17,6 @@ from lance_quant.formats.int4 import Int4Weight
 from lance_quant.formats.nvfp4 import Nvfp4Weight
 from lance_quant.kernels import cpu, dispatch
 from quantized_linear import WQLinearINT4, WQLinearNVFP4, merge_rows
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import linear_kernels  # noqa: E402
 
 CODECS = {"int4-g16": Int4(16), "int4-g32": Int4(32), "int4-g64": Int4(64), "int4-g192": Int4(192),
           "nvfp4": Nvfp4(), "slim": Nvfp4(slim=True)}

@@ -1,21 +1,13 @@
 """The benchmarks of the loops: what they restate computes the same, and their last line is the result."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import CPU, relative
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-import decode
-import denoise
-import peak_memory
-import random_lance
-
+from benchmarks import decode, denoise, peak_memory, random_lance
 from lance_quant.lance.cache import allocate
 from lance_quant.lance.config import LanceConfig
 
