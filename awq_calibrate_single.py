@@ -32,7 +32,7 @@ from lance_quant.formats import layout
 from lance_quant.inference.tasks import Settings, load_samples, run_watched
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.media.samples import TASKS, TIMED
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from lance_quant.storage.tensor_file import Checkpoint
 
 ALL = "all"
@@ -107,7 +107,7 @@ def _capture_path(args: argparse.Namespace, job: Job) -> Path | None:
     return args.capture.with_stem(f"{args.capture.stem}_{job.settings.task}")
 
 
-def _measure(pipeline: Pipeline, job: Job, linears: Sequence[str], fingerprint: str, captured: Path | None,
+def _measure(pipeline: Runtime, job: Job, linears: Sequence[str], fingerprint: str, captured: Path | None,
              team: Team) -> ActStats:
     settings, samples, _ = job
     recording = capture.recording(pipeline.model, captured, settings.task, fingerprint, team)
@@ -116,7 +116,7 @@ def _measure(pipeline: Pipeline, job: Job, linears: Sequence[str], fingerprint: 
     collector.pool(team)
     with team.agreed():
         return collector.stats(settings.task, {
-            "model": fingerprint, "seed": settings.sampling.seed, "settings": settings.as_json(),
+            "model": fingerprint, "seed": settings.seed, "settings": settings.as_json(),
             "samples": [describe(sample)["key"] for sample in samples], "versions": versions()})
 
 

@@ -24,7 +24,7 @@ from lance_quant.evaluation.compare import compare_run, run_entry, section
 from lance_quant.evaluation.run_folder import Results, RunRecord, describe, drop_traces, require_source, run_task
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.inference.tasks import Settings, load_samples
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from lance_quant.storage.atomic import write_json
 from quantized_linear import require_kernel, swap_linears
 
@@ -130,7 +130,7 @@ def _compare(args: argparse.Namespace, settings: Settings, samples: list, packed
 
 
 def _run(args: argparse.Namespace, settings: Settings, samples: list, folder: Path, team: Team,
-         packed: PackedFolder | None = None) -> Pipeline:
+         packed: PackedFolder | None = None) -> Runtime:
     """Run the task with the float weights or with packed ones, into `folder`; return the model."""
     device = script.device_of(args.device)
     dtype = script.dtype_of(args.dtype, device)
@@ -142,7 +142,7 @@ def _run(args: argparse.Namespace, settings: Settings, samples: list, folder: Pa
     with record.stage("load"):
         paths = task_arguments.paths_of(args)
         pipeline = task_arguments.load_to_run(args, paths, packed and packed.checkpoint.path, prepare)
-    keep_trace = packed is None or settings.kind.makes != "text"  # of answers, only the baseline's trace is read
+    keep_trace = packed is None or settings.spec.makes != "text"  # of answers, only the baseline's trace is read
     run_task(pipeline, samples, settings, record, folder, keep_trace, task_arguments.stream_of(args, team), team)
     return pipeline
 

@@ -32,7 +32,7 @@ from lance_quant.formats import layout
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.media import samples
 from lance_quant.lance.media.vision import RESOLUTIONS
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from lance_quant.storage.atomic import read_json
 
 
@@ -64,7 +64,7 @@ def mlx_weights(folder: Path) -> dict[str, Tensor]:
     return out
 
 
-def put_into(pipeline: Pipeline, weights: dict[str, Tensor]) -> None:
+def put_into(pipeline: Runtime, weights: dict[str, Tensor]) -> None:
     """Replace the understanding path of a loaded Lance. InputError if the folder is another model's."""
     language = pipeline.model.language_model
     own = {name: tensor for name, tensor in language.state_dict().items() if layout.expert_of(name) == "und"}
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = script.device_of(args.device)
     paths, dtype = LancePaths.find(args.model_path, args.vit_path), script.dtype_of(args.dtype, device)
-    pipeline = Pipeline.load(paths, device, dtype)
+    pipeline = Runtime.load(paths, device, dtype)
     questions = samples.load("x2t_image", args.example_json)[:args.limit]
     asked = [pipeline.ask(question, args.resolution) for question in questions]
     answers = [pipeline.answer(*request).ids for request in asked]

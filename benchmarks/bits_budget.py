@@ -40,7 +40,7 @@ from lance_quant.formats import layout
 from lance_quant.formats.base import Int4
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.formats.weights import Weights
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from lance_quant.methods import bit_allocation, convert
 from lance_quant.storage.tensor_file import Checkpoint
 
@@ -146,7 +146,7 @@ def measure(seed: int, args: argparse.Namespace) -> dict[str, dict]:
 
 
 @torch.no_grad()
-def distance(pipeline: Pipeline, baseline: Baseline, seed: int, args: argparse.Namespace) -> dict[str, float]:
+def distance(pipeline: Runtime, baseline: Baseline, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """How far a model is from the baseline on the baseline's own tokens and trajectories."""
     prompts = prompts_of(pipeline, baseline.asked)
     kl = [token_divergence(logprobs, pipeline.forced_logprobs(*prompt, ids)).kl

@@ -38,7 +38,7 @@ from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance
 from lance_quant.lance.steps import Steps
-from lance_quant.lance.tokens import TEMPLATE, Packed, Split, mrope_positions
+from lance_quant.lance.tokens import TEMPLATE, Split, TokenSequence, mrope_positions
 from lance_quant.lance.understanding import Decoding
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -141,9 +141,9 @@ def official(name: str, model: Lance, args: argparse.Namespace) -> Row:
     return Row(name, model, run)
 
 
-def prompt(length: int) -> Packed:
+def prompt(length: int) -> TokenSequence:
     """Text of so many made-up tokens."""
-    return Packed(torch.arange(1000, 1000 + length), mrope_positions(length, ()),
+    return TokenSequence(torch.arange(1000, 1000 + length), mrope_positions(length, ()),
                   (Split(length, "causal", TEMPLATE),), ())
 
 

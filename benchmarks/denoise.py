@@ -37,10 +37,10 @@ from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.generation import Denoiser, Sampling
 from lance_quant.lance.merge import merge_projections
-from lance_quant.lance.mot import Lance, Layer, Rope, _rotate
-from lance_quant.lance.pipeline import latent_grid
+from lance_quant.lance.mot import DecoderLayer, Lance, Rope, _rotate
+from lance_quant.lance.runtime import latent_grid
 from lance_quant.lance.steps import Steps
-from lance_quant.lance.tokens import PROMPT, TARGET, TEMPLATE, Grid, Packed, Split, Visual, mrope_positions
+from lance_quant.lance.tokens import PROMPT, TARGET, TEMPLATE, Grid, Split, TokenSequence, Visual, mrope_positions
 
 _TEXT = (52, 28, 5)  # tokens of system, prompt and tail in an ordinary t2i request
 _TIME = 0.9  # a guided timestep
@@ -64,7 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def request(grid: Grid) -> Packed:
+def request(grid: Grid) -> TokenSequence:
     """A t2i request of made-up tokens."""
     head, prompt, tail = _TEXT
     cells = grid[0] * grid[1] * grid[2]
@@ -72,10 +72,10 @@ def request(grid: Grid) -> Packed:
               Split(cells + 2, "noise", TARGET), Split(1, "causal", TEMPLATE))
     length = sum(split.length for split in splits)
     visuals = (Visual(head + prompt + tail + 1, grid),)
-    return Packed(torch.arange(length) % 1000, mrope_positions(length, visuals), splits, visuals)
+    return TokenSequence(torch.arange(length) % 1000, mrope_positions(length, visuals), splits, visuals)
 
 
-def ours(name: str, model: Lance, packed: Packed, batched: bool = True, compiled: bool = False) -> Row:
+def ours(name: str, model: Lance, packed: TokenSequence, batched: bool = True, compiled: bool = False) -> Row:
     """Our step, through the runtime's own denoiser; a compiled model can also run as if it were not."""
     denoiser = Denoiser(model, packed, Sampling(batch_guidance=batched))
     steps = model.steps if compiled else Steps()
@@ -87,7 +87,7 @@ def ours(name: str, model: Lance, packed: Packed, batched: bool = True, compiled
     return Row(name, model, step)
 
 
-def official(name: str, model: Lance, packed: Packed) -> Row:
+def official(name: str, model: Lance, packed: TokenSequence) -> Row:
     """The official way, restated on our layers."""
     denoiser = Denoiser(model, packed, Sampling())
     prefixes = [[(split, bounds) for split, bounds in zip(packed.splits, packed.bounds(), strict=True)
@@ -121,7 +121,7 @@ def official(name: str, model: Lance, packed: Packed) -> Row:
     return Row(name, model, step)
 
 
-def routed_layer(layer: Layer, x_th: Tensor, rope: Rope, row: CacheRow, index: int) -> Tensor:
+def routed_layer(layer: DecoderLayer, x_th: Tensor, rope: Rope, row: CacheRow, index: int) -> Tensor:
     """A layer on one sequence in its own order: <|vision_start|>, latents, <|vision_end|>."""
     attention, count = layer.self_attn, len(x_th)
     where = {"und": torch.tensor([0, count - 1], device=x_th.device),
@@ -146,7 +146,7 @@ def routed_layer(layer: Layer, x_th: Tensor, rope: Rope, row: CacheRow, index: i
     return x_th + routed(layer, "mlp", routed(layer, "post_attention_layernorm", x_th))
 
 
-def rows_of(form: str, args: argparse.Namespace, device: torch.device, packed: Packed) -> list[Row]:
+def rows_of(form: str, args: argparse.Namespace, device: torch.device, packed: TokenSequence) -> list[Row]:
     """The ways of one format. The output head, which denoising does not use, is left out."""
     config = replace(real_config(args.layers), vocab_size=2048)
     dtype = compute_dtype(form, script.dtype_of(args.dtype, device))

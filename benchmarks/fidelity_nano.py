@@ -47,7 +47,7 @@ from lance_nano.scenes import SIZE, Scene
 from lance_quant.calibration import capture
 from lance_quant.calibration.activation_stats import ActStats, Collector, merge, model_fingerprint
 from lance_quant.calibration.layer_inputs import Replay, replay_of
-from lance_quant.cli import script, task_arguments
+from lance_quant.cli import script
 from lance_quant.errors import InputError
 from lance_quant.evaluation.metrics import step_errors, token_divergence
 from lance_quant.formats import layout
@@ -57,7 +57,7 @@ from lance_quant.inference.tasks import Settings, load_samples, run_watched
 from lance_quant.lance.cache import allocate
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling, Step
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.tokens import VIT, mrope_positions
 from lance_quant.methods import convert
 from lance_quant.storage.tensor_file import Checkpoint
@@ -125,26 +125,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def settings_of(task: str, file: Path, seed: int, args: argparse.Namespace) -> Settings:
-    """The settings that the scripts' flags mean."""
-    parser = argparse.ArgumentParser()
-    task_arguments.add_task(parser)
-    flags = {"task": task, "example_json": file, "resolution": RESOLUTION, "video_height": SIZE, "video_width": SIZE,
-             "validation_num_timesteps": args.steps, "seed": seed}
-    return task_arguments.settings_of(parser.parse_args([str(part) for name, value in flags.items()
-                                                   for part in (f"--{name}", value)]))
+def settings_of(task: str, seed: int, args: argparse.Namespace) -> Settings:
+    """The settings of a calibration run at lance-nano's size."""
+    return Settings(task, RESOLUTION, SIZE, SIZE, seed=seed, sampling=sampling_of(args))
 
 
 def calibrate(model: Path, work: Path, seed: int, args: argparse.Namespace) -> ActStats:
     """Statistics of both tasks, and a capture of each in `work`."""
     samples.write(work / "samples", max(args.questions, args.captions), seed)
-    pipeline = Pipeline.load(LancePaths.find(model), CPU, torch.float32)
+    pipeline = Runtime.load(LancePaths.find(model), CPU, torch.float32)
     with Checkpoint(model) as source:
         fingerprint, names = model_fingerprint(source), layout.linears(layout.num_layers(source.specs))
     parts = []
     for task, count in zip(TASKS, (args.questions, args.captions), strict=True):
         file = work / f"samples/calibrate_{task}.json"
-        settings = settings_of(task, file, seed, args)
+        settings = settings_of(task, seed, args)
         wanted = load_samples(file, settings, count)
         with Collector(pipeline.model, names) as collector, \
                 capture.recording(pipeline.model, work / f"{task}.safetensors", task, fingerprint) as begin:
@@ -153,13 +148,13 @@ def calibrate(model: Path, work: Path, seed: int, args: argparse.Namespace) -> A
     return merge(parts)
 
 
-def sampling_of(seed: int, args: argparse.Namespace) -> Sampling:
+def sampling_of(args: argparse.Namespace) -> Sampling:
     """The official sampler with a number of steps."""
-    return Sampling(num_timesteps=args.steps, seed=seed)
+    return Sampling(num_timesteps=args.steps)
 
 
 @torch.no_grad()
-def baseline_of(pipeline: Pipeline, seed: int, args: argparse.Namespace) -> Baseline:
+def baseline_of(pipeline: Runtime, seed: int, args: argparse.Namespace) -> Baseline:
     """The float model on the held-out samples."""
     asked = [*evaluate.held_out_questions(args.n, seed), *evaluate.held_out_descriptions(max(1, args.n // 4), seed)]
     ids, logprobs, texts = [], [], []
@@ -171,21 +166,20 @@ def baseline_of(pipeline: Pipeline, seed: int, args: argparse.Namespace) -> Base
     captions, traces = evaluate.held_out_captions(args.n, seed), []
     for caption in captions[:args.traced]:
         steps: list[Step] = []
-        sampling = sampling_of(seed, args)
-        pipeline.sample(pipeline.denoiser(caption.text, SIZE, SIZE, sampling), sampling, steps.append)
+        pipeline.sample(pipeline.denoiser(caption.text, SIZE, SIZE, sampling_of(args)), seed, steps.append)
         traces.append(steps)
     return Baseline(asked, ids, logprobs, texts, captions, traces)
 
 
-def prompts_of(pipeline: Pipeline, asked: list[tuple[Scene, Question]]) -> list[tuple]:
+def prompts_of(pipeline: Runtime, asked: list[tuple[Scene, Question]]) -> list[tuple]:
     """The runtime's inputs for questions about scenes."""
     with tempfile.TemporaryDirectory() as folder:
         return [pipeline.ask(evaluate.request(scene, question, Path(folder)), RESOLUTION) for scene, question in asked]
 
 
 @torch.no_grad()
-def forced_logprobs(pipeline: Pipeline, prompts: list[tuple], ids: list[list[int]]) -> list[Tensor]:
-    """Pipeline.forced_logprobs of many answers; those with the same lengths of prompt and answer run together."""
+def forced_logprobs(pipeline: Runtime, prompts: list[tuple], ids: list[list[int]]) -> list[Tensor]:
+    """Runtime.forced_logprobs of many answers; those with the same lengths of prompt and answer run together."""
     found: dict[int, Tensor] = {}
     alike = defaultdict(list)
     for index, ((packed, _), answer) in enumerate(zip(prompts, ids, strict=True)):
@@ -199,7 +193,7 @@ def forced_logprobs(pipeline: Pipeline, prompts: list[tuple], ids: list[list[int
     return [found[index] for index in range(len(prompts))]
 
 
-def _hidden(pipeline: Pipeline, prompts: list[tuple], fed: list[list[int]]) -> Tensor:
+def _hidden(pipeline: Runtime, prompts: list[tuple], fed: list[list[int]]) -> Tensor:
     """Final hidden states of the last calls of prompts and more tokens, all of the same lengths."""
     model, (first, _) = pipeline.model, prompts[0]
     x = torch.stack([model.embed(torch.cat([packed.ids, packed.ids.new_tensor(more)]))
@@ -218,16 +212,16 @@ def _hidden(pipeline: Pipeline, prompts: list[tuple], fed: list[list[int]]) -> T
     return hidden
 
 
-def loaded(model: Path, packed: Path | None) -> Pipeline:
+def loaded(model: Path, packed: Path | None) -> Runtime:
     """A model in float32; the weights of a packed folder are unpacked once."""
     if packed is None:
         return evaluate.load(model, None, "cpu", "float32")
     folder = PackedFolder(packed)
     prepare = functools.partial(swap_linears, folder=folder, dtype=torch.float32, device=CPU, mode="cached")
-    return Pipeline.load(LancePaths.find(model), CPU, torch.float32, folder.checkpoint.path, prepare)
+    return Runtime.load(LancePaths.find(model), CPU, torch.float32, folder.checkpoint.path, prepare)
 
 
-def answers_of(pipeline: Pipeline, seed: int, count: int) -> Answers:
+def answers_of(pipeline: Runtime, seed: int, count: int) -> Answers:
     """The float model on `count` short questions and a fourth as many descriptions; others than in its Baseline."""
     asked = [*evaluate.held_out_questions(count, seed + APART),
              *evaluate.held_out_descriptions(max(1, count // 4), seed + APART)]
@@ -236,7 +230,7 @@ def answers_of(pipeline: Pipeline, seed: int, count: int) -> Answers:
     return Answers(count, prompts, ids, forced_logprobs(pipeline, prompts, ids))
 
 
-def divergence(pipeline: Pipeline, answers: Answers) -> list[np.ndarray]:
+def divergence(pipeline: Runtime, answers: Answers) -> list[np.ndarray]:
     """By answer, the KL of every token. Arrays: a tensor takes a file descriptor on its way to another process."""
     found = forced_logprobs(pipeline, answers.prompts, answers.ids)
     return [token_divergence(*pair).kl.numpy() for pair in zip(answers.logprobs, found, strict=True)]
@@ -260,7 +254,7 @@ def pack(model: Path, work: Path, format_: str, method: str, stats: ActStats) ->
 
 
 @torch.no_grad()
-def distance(pipeline: Pipeline, baseline: Baseline, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def distance(pipeline: Runtime, baseline: Baseline, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Rates of a model, and how far it is from the baseline on the baseline's own tokens and trajectories."""
     texts, kl = [], []
     for prompt, ids, logprobs in zip(prompts_of(pipeline, baseline.asked), baseline.ids, baseline.logprobs,
@@ -270,7 +264,7 @@ def distance(pipeline: Pipeline, baseline: Baseline, seed: int, args: argparse.N
     right = [text == question.answer for text, (_, question) in zip(texts, baseline.asked, strict=True)][:args.n]
     errors = []
     for caption, trace in zip(baseline.captions, baseline.traces, strict=False):
-        denoiser = pipeline.denoiser(caption.text, SIZE, SIZE, sampling_of(seed, args))
+        denoiser = pipeline.denoiser(caption.text, SIZE, SIZE, sampling_of(args))
         velocity = torch.stack([denoiser.velocity(step.x, step.t) for step in trace])
         errors.append(step_errors(velocity, torch.stack([step.velocity for step in trace])))
     drawn = [shows(caption.scene, np.asarray(draw(pipeline, caption.text, seed * 1_000_003 + index, args)))
@@ -281,10 +275,9 @@ def distance(pipeline: Pipeline, baseline: Baseline, seed: int, args: argparse.N
             "velocity": [statistics.fmean(step) for step in zip(*errors, strict=True)]}
 
 
-def draw(pipeline: Pipeline, text: str, seed: int, args: argparse.Namespace) -> Any:
+def draw(pipeline: Runtime, text: str, seed: int, args: argparse.Namespace) -> Any:
     """A picture for a caption."""
-    sampling = sampling_of(seed, args)
-    return pipeline.decode(pipeline.sample(pipeline.denoiser(text, SIZE, SIZE, sampling), sampling))
+    return pipeline.decode(pipeline.sample(pipeline.denoiser(text, SIZE, SIZE, sampling_of(args)), seed))
 
 
 def measure(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -300,7 +293,7 @@ def measure(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         pipeline = loaded(model, None)
         baseline, answers = baseline_of(pipeline, seed, args), answers_of(pipeline, seed, args.answers)
 
-        def judged(pipeline: Pipeline) -> dict[str, Any]:
+        def judged(pipeline: Runtime) -> dict[str, Any]:
             kl = divergence(pipeline, answers)
             return distance(pipeline, baseline, seed, args) | {"kl": kl[:answers.short], "kl_long": kl[answers.short:]}
 

@@ -42,7 +42,7 @@ from lance_quant.formats.layout import EXPERTS
 from lance_quant.formats.weights import Weights
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
-from lance_quant.lance.mot import Layer, Rotary
+from lance_quant.lance.mot import DecoderLayer, Rotary
 from lance_quant.methods import convert, layer
 
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ def draw_layer(config: LanceConfig, index: int, depth: Depth, outliers: str, see
     """All tensors of a layer."""
     generator = torch.Generator().manual_seed(1000 * seed + index)
     with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in Layer(config).state_dict().items()}
+        shapes = {name: tuple(value.shape) for name, value in DecoderLayer(config).state_dict().items()}
     weights: Weights = {}
     for name, shape in shapes.items():
         linear = name.removesuffix(".weight")
@@ -188,7 +188,7 @@ def run(config: LanceConfig, index: int, weights: Weights, calls: list[Call],
     """One layer over all calls: its outputs, and inputs [tokens, in] of the watched linears."""
     prefix = f"{layout.LAYERS}.{index}."
     with torch.device("meta"):
-        layer = Layer(config)
+        layer = DecoderLayer(config)
     layer.load_state_dict({name.removeprefix(prefix): w for name, w in weights.items()}, assign=True)
     layer.requires_grad_(False)
     seen: dict[str, list[Tensor]] = {name: [] for name in watched}

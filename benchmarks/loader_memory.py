@@ -22,7 +22,7 @@ from lance_quant.cli import script
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.inference.memory import peak_memory
 from lance_quant.lance.config import LancePaths
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from quantized_linear import swap_linears
 
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device)
     before, start = peak_memory(torch.device("cpu"))["host"], time.perf_counter()
     paths = LancePaths.find(args.model_path)
-    pipeline = Pipeline.load(paths, device, dtype, packed and packed.checkpoint.path, prepare)
+    pipeline = Runtime.load(paths, device, dtype, packed and packed.checkpoint.path, prepare)
     tensors = [*pipeline.model.parameters(), *pipeline.model.buffers()]
     model = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
     rise = peak_memory(torch.device("cpu"))["host"] - before

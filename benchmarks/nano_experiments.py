@@ -41,7 +41,7 @@ from lance_quant.cli import script
 from lance_quant.evaluation.metrics import relative_error, step_errors, token_divergence
 from lance_quant.formats import layout
 from lance_quant.lance.generation import Sampling, Step
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 
 MODEL = Path(__file__).parent.parent / "lance_nano" / "checkpoint" / "Lance_nano"
 TASKS = ("x2t_image", "t2i")
@@ -149,7 +149,7 @@ def calibrated(tasks: tuple[str, ...], steps: int, model: Path, work: Path) -> P
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def load(model: Path, weights: Weights, folder: Path | None) -> Pipeline:
+def load(model: Path, weights: Weights, folder: Path | None) -> Runtime:
     """A model on the CPU."""
     pipeline = evaluate.load(model, folder, "cpu", "float32")
     if weights == "8 bits":
@@ -180,7 +180,7 @@ def measure(model: Path, weights: Weights, folder: Path | None, seed: int, n: in
             "kl": answer_divergence(pipeline, reference, questions[:TRACED]), "velocity": forced, "free": free}
 
 
-def answer_divergence(pipeline: Pipeline, reference: Pipeline, asked: list) -> float:
+def answer_divergence(pipeline: Runtime, reference: Runtime, asked: list) -> float:
     """KL in nats per token, over the reference's own answers."""
     divergences = []
     with tempfile.TemporaryDirectory() as folder:
@@ -193,24 +193,24 @@ def answer_divergence(pipeline: Pipeline, reference: Pipeline, asked: list) -> f
     return torch.cat(divergences).mean().item()
 
 
-def velocity_errors(pipeline: Pipeline, reference: Pipeline, texts: list[str],
+def velocity_errors(pipeline: Runtime, reference: Runtime, texts: list[str],
                     seed: int) -> tuple[list[float], list[float]]:
     """Per step, means over the prompts: velocity error on the reference's trajectory, and the error of x_t when the
     model follows its own."""
-    sampling, forced, free = Sampling(seed=seed), [], []
+    forced, free = [], []
     for text in texts:
-        theirs, ours = trajectory(reference, text, sampling), trajectory(pipeline, text, sampling)
-        denoiser = pipeline.denoiser(text, SIZE, SIZE, sampling)
+        theirs, ours = trajectory(reference, text, seed), trajectory(pipeline, text, seed)
+        denoiser = pipeline.denoiser(text, SIZE, SIZE, Sampling())
         replayed = torch.stack([denoiser.velocity(step.x, step.t) for step in theirs])
         forced.append(step_errors(replayed, torch.stack([step.velocity for step in theirs])))
         free.append([relative_error(mine.x, his.x) for mine, his in zip(ours, theirs, strict=True)])
     return [[statistics.fmean(step) for step in zip(*errors, strict=True)] for errors in (forced, free)]
 
 
-def trajectory(pipeline: Pipeline, text: str, sampling: Sampling) -> list[Step]:
+def trajectory(pipeline: Runtime, text: str, seed: int) -> list[Step]:
     """All steps of a free run."""
     steps: list[Step] = []
-    pipeline.sample(pipeline.denoiser(text, SIZE, SIZE, sampling), sampling, steps.append)
+    pipeline.sample(pipeline.denoiser(text, SIZE, SIZE, Sampling()), seed, steps.append)
     return steps
 
 

@@ -61,8 +61,8 @@ from lance_quant.kernels.triton_w4a16 import TILE_ROWS
 from lance_quant.lance.generation import Denoiser, Sampling
 from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance
-from lance_quant.lance.pipeline import OFFLOADS, latent_grid
-from lance_quant.lance.tokens import TARGET, TEMPLATE, VIT, Packed, Split, Visual, mrope_positions
+from lance_quant.lance.runtime import OFFLOADS, latent_grid
+from lance_quant.lance.tokens import TARGET, TEMPLATE, VIT, Split, TokenSequence, Visual, mrope_positions
 from lance_quant.lance.understanding import Decoding
 
 TASKS = ("x2t", "t2i")
@@ -247,7 +247,7 @@ def question(args: argparse.Namespace, model: Lance, stages: Stages) -> int:
     pads = _MERGED[1] * _MERGED[2]
     visuals = (Visual(before + 1, _MERGED),)
     length = before + pads + 2 + after
-    packed = Packed(torch.arange(1000, 1000 + length), mrope_positions(length, visuals),
+    packed = TokenSequence(torch.arange(1000, 1000 + length), mrope_positions(length, visuals),
                     (Split(before, "causal", TEMPLATE), Split(pads + 2, "full", VIT), Split(after, "causal", TEMPLATE)),
                     visuals)
     with stages.stage("answer"):

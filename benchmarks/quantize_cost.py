@@ -41,7 +41,7 @@ from lance_quant.formats.base import Codec, Int4, Nvfp4
 from lance_quant.formats.weights import Weights
 from lance_quant.lance.config import LATENT_CHANNELS, LanceConfig
 from lance_quant.lance.linear import Linear
-from lance_quant.lance.mot import Layer, RMSNorm
+from lance_quant.lance.mot import DecoderLayer, RMSNorm
 from lance_quant.methods import convert, layer
 
 METHODS = ("rtn", "published", "ours_diagonal", "ours")
@@ -111,7 +111,7 @@ def made_up_layer(config: LanceConfig, device: torch.device) -> Weights:
     """A layer of Gaussian weights."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        layer = Layer(config)
+        layer = DecoderLayer(config)
     weights = {}
     for name, value in layer.state_dict().items():
         w = torch.empty(value.shape, device=device).normal_(std=0.02)

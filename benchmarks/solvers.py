@@ -22,7 +22,7 @@ from lance_quant.evaluation.metrics import relative_error
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.media import samples
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 
 GOLDENS = Path(__file__).parent.parent / "tests" / "goldens"
 SOLVERS = ("euler", "ab2")
@@ -42,13 +42,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def errors(pipeline: Pipeline, prompt: str, args: argparse.Namespace) -> dict[str, list[float]]:
+def errors(pipeline: Runtime, prompt: str, args: argparse.Namespace) -> dict[str, list[float]]:
     """Solver -> relative error of the final latents for every number of steps, of one prompt."""
 
     def latents(solver: str, steps: int) -> torch.Tensor:
         sampling = replace(Sampling(), solver=solver, num_timesteps=steps)
         denoiser = pipeline.denoiser(prompt, args.video_height, args.video_width, sampling)
-        return pipeline.sample(denoiser, sampling)
+        return pipeline.sample(denoiser)
 
     reference = latents("euler", args.reference)
     return {solver: [relative_error(latents(solver, steps), reference) for steps in args.steps] for solver in SOLVERS}
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(argv)
     device = script.device_of(args.device)
-    pipeline = Pipeline.load(LancePaths.find(args.model_path), device, script.dtype_of(args.dtype, device))
+    pipeline = Runtime.load(LancePaths.find(args.model_path), device, script.dtype_of(args.dtype, device))
     prompts = samples.load("t2i", args.example_json)[:args.limit]
     found = [errors(pipeline, prompt.text, args) for prompt in prompts]
     means = {solver: [sum(one[solver][index] for one in found) / len(found) for index in range(len(args.steps))]

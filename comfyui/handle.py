@@ -18,7 +18,7 @@ from .toolkit import PackError
 if TYPE_CHECKING:
     import torch
 
-    from lance_quant.lance.pipeline import Pipeline
+    from lance_quant.lance.runtime import Runtime
     from lance_quant.storage.tensor_file import Checkpoint
 
 Part = str  # "model", "vit" or "vae"
@@ -43,7 +43,7 @@ class LanceModel:
 
     def __init__(self, spec: Spec):
         self.spec = spec
-        self._pipeline: Pipeline | None = None
+        self._pipeline: Runtime | None = None
         self._managed: dict[Part, Any] = {}
 
     @property
@@ -56,7 +56,7 @@ class LanceModel:
         return self.flavor == "lance_nano"
 
     @contextmanager
-    def ready(self, *parts: Part, pixels: int = 0) -> Iterator["Pipeline"]:
+    def ready(self, *parts: Part, pixels: int = 0) -> Iterator["Runtime"]:
         """The pipeline with these parts on their device, for the length of the block.
 
         Args:
@@ -75,7 +75,7 @@ class LanceModel:
             if self.spec.offload == "after_use":
                 host.forget(managed, to_ram=True)
 
-    def load(self) -> "Pipeline":
+    def load(self) -> "Runtime":
         """Read the language model if it is not there."""
         if self._pipeline is None:
             import torch
@@ -89,7 +89,7 @@ class LanceModel:
         host.forget(self._managed.values(), to_ram=False)
         self._managed, self._pipeline = {}, None
 
-    def _part(self, pipeline: "Pipeline", part: Part) -> Any:
+    def _part(self, pipeline: "Runtime", part: Part) -> Any:
         if part not in self._managed:
             self._require(part)
             self._managed[part] = host.managed(getattr(pipeline, part), host.device(self.spec.device))
@@ -128,13 +128,13 @@ def _activations(pixels: int) -> int:
     return (1 << 30) + pixels * 256 * 2 * 6
 
 
-def _load(spec: Spec) -> "Pipeline":
+def _load(spec: Spec) -> "Runtime":
     """Read the language model to where ComfyUI keeps idle weights, with progress and Cancel per tensor."""
     import torch
 
     from lance_quant.lance.config import LanceConfig, LancePaths
     from lance_quant.lance.loader import load_lance
-    from lance_quant.lance.pipeline import Pipeline
+    from lance_quant.lance.runtime import Runtime
 
     choice, target = spec.choice, host.device(spec.device)
     paths = LancePaths.find(choice.config, choice.vit, choice.vae)
@@ -153,7 +153,7 @@ def _load(spec: Spec) -> "Pipeline":
         raise
     progress.reach(len(source.specs))
     source.on_read = host.raise_if_cancelled  # a ViT inside the checkpoint is read later, without a bar
-    return Pipeline(model, source, paths, dtype, fix_quirks=True, vae_tiling=spec.vae_tiling)
+    return Runtime(model, source, paths, dtype, fix_quirks=True, vae_tiling=spec.vae_tiling)
 
 
 def _watched(weights: Path) -> "Checkpoint":

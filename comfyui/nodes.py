@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lance_quant.lance.generation import Denoiser, Sampling
-    from lance_quant.lance.understanding import Choice
+    from lance_quant.lance.understanding import TokenSampling
 
 _NANO_SIDE = 112  # lance-nano's native pictures
 _SIZES = {"image": (768, 768), "video": (848, 480)}  # what size auto means for Lance
@@ -97,11 +97,11 @@ def text_to_image(model: LanceModel, prompt: str, size: str, width: int, height:
                   cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
                   low_memory: bool) -> tuple["Tensor"]:
     """Lance Text to Image."""
-    sampling = _sampling(steps, cfg, seed, timestep_shift, cfg_start, cfg_end, low_memory)
+    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory)
     wide, high = _size(model, size, width, height, "image")
     with model.ready("model") as pipeline:
         denoiser = pipeline.denoiser(_text(prompt, "prompt"), high, wide, sampling)
-        latents = _draw(pipeline, denoiser, sampling, batch)
+        latents = _draw(pipeline, denoiser, seed, batch)
     return (_decode(model, latents),)
 
 
@@ -111,11 +111,11 @@ def text_to_video(model: LanceModel, prompt: str, size: str, width: int, height:
                   low_memory: bool) -> tuple[Any, "Tensor"]:
     """Lance Text to Video."""
     _require_video(model, "Text to Video")
-    sampling = _sampling(steps, cfg, seed, timestep_shift, cfg_start, cfg_end, low_memory)
+    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory)
     wide, high = _size(model, size, width, height, "video")
     with model.ready("model") as pipeline:
         denoiser = pipeline.denoiser(_text(prompt, "prompt"), high, wide, sampling, frames)
-        latents = _draw(pipeline, denoiser, sampling)
+        latents = _draw(pipeline, denoiser, seed)
     return _clip(_decode(model, latents), fps)
 
 
@@ -125,11 +125,11 @@ def image_to_video(model: LanceModel, image: "Tensor", prompt: str, resolution: 
                    low_memory: bool) -> tuple[Any, "Tensor"]:
     """Lance Image to Video."""
     _require_video(model, "Image to Video")
-    sampling = _sampling(steps, cfg, seed, timestep_shift, cfg_start, cfg_end, low_memory)
+    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory)
     preset = _preset(model, resolution, "video")
     with model.ready("vae", "model", pixels=_pixels(preset)) as pipeline:
         denoiser = pipeline.animator(_text(prompt, "prompt"), _pictures(image)[0], preset, frames, sampling)
-        latents = _draw(pipeline, denoiser, sampling)
+        latents = _draw(pipeline, denoiser, seed)
     return _clip(_decode(model, latents), fps)
 
 
@@ -137,13 +137,13 @@ def image_to_video(model: LanceModel, image: "Tensor", prompt: str, resolution: 
 def image_edit(model: LanceModel, image: "Tensor", instruction: str, resolution: str, steps: int, cfg: float, seed: int,
                timestep_shift: float, cfg_start: float, cfg_end: float, low_memory: bool) -> tuple["Tensor"]:
     """Lance Image Edit."""
-    sampling = _sampling(steps, cfg, seed, timestep_shift, cfg_start, cfg_end, low_memory)
+    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory)
     preset, pictures = _preset(model, resolution, "image"), _pictures(image)
     latents, progress = [], host.Progress(steps * len(pictures))
     for picture in pictures:
         with model.ready("vit", "vae", "model", pixels=_pixels(preset)) as pipeline:
             denoiser = pipeline.editor(_text(instruction, "instruction"), [picture], preset, "image", sampling)
-            latents.append(pipeline.sample(denoiser, sampling, progress.step))
+            latents.append(pipeline.sample(denoiser, seed, progress.step))
     return (_decode(model, latents),)
 
 
@@ -153,12 +153,12 @@ def video_edit(model: LanceModel, instruction: str, source_fps: float, max_frame
                low_memory: bool, video: Any = None, frames: "Tensor | None" = None) -> tuple[Any, "Tensor"]:
     """Lance Video Edit."""
     _require_video(model, "Video Edit")
-    sampling = _sampling(steps, cfg, seed, timestep_shift, cfg_start, cfg_end, low_memory)
+    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory)
     watched, audio = _watched(video, frames, source_fps, max_frames)
     preset = _preset(model, resolution, "video")
     with model.ready("vit", "vae", "model", pixels=_pixels(preset)) as pipeline:
         denoiser = pipeline.editor(_text(instruction, "instruction"), watched, preset, "video", sampling)
-        latents = _draw(pipeline, denoiser, sampling)
+        latents = _draw(pipeline, denoiser, seed)
     return _clip(_decode(model, latents), fps, audio)
 
 
@@ -166,10 +166,10 @@ def video_edit(model: LanceModel, instruction: str, source_fps: float, max_frame
 def image_understanding(model: LanceModel, image: "Tensor", question: str, system: str, resolution: str,
                         max_new_tokens: int, temperature: float, top_p: float, seed: int) -> dict[str, Any]:
     """Lance Image Understanding."""
-    from lance_quant.lance.understanding import Choice
+    from lance_quant.lance.understanding import TokenSampling
 
-    preset, choice = _preset(model, resolution, "image"), Choice(temperature, top_p, seed)
-    answers = [_answer(model, [picture], system, question, preset, max_new_tokens, choice)
+    preset, sampling = _preset(model, resolution, "image"), TokenSampling(temperature, top_p)
+    answers = [_answer(model, [picture], system, question, preset, max_new_tokens, sampling, seed)
                for picture in _pictures(image)]
     return {"ui": {"text": answers}, "result": (answers,)}
 
@@ -179,12 +179,12 @@ def video_understanding(model: LanceModel, question: str, system: str, source_fp
                         resolution: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
                         video: Any = None, frames: "Tensor | None" = None) -> dict[str, Any]:
     """Lance Video Understanding."""
-    from lance_quant.lance.understanding import Choice
+    from lance_quant.lance.understanding import TokenSampling
 
     _require_video(model, "Video Understanding")
     watched, _ = _watched(video, frames, source_fps, max_frames)
-    preset, choice = _preset(model, resolution, "video"), Choice(temperature, top_p, seed)
-    answer = _answer(model, watched, system, question, preset, max_new_tokens, choice)
+    preset, sampling = _preset(model, resolution, "video"), TokenSampling(temperature, top_p)
+    answer = _answer(model, watched, system, question, preset, max_new_tokens, sampling, seed)
     return {"ui": {"text": [answer]}, "result": (answer,)}
 
 
@@ -242,11 +242,11 @@ def _automatic() -> str:
     return f"{choice.found.label}; {choice.reason}"
 
 
-def _sampling(steps: int, cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
+def _sampling(steps: int, cfg: float, timestep_shift: float, cfg_start: float, cfg_end: float,
               low_memory: bool) -> "Sampling":
     from lance_quant.lance.generation import Sampling
 
-    return Sampling(num_timesteps=steps, timestep_shift=timestep_shift, cfg_scale=cfg, seed=seed,
+    return Sampling(num_timesteps=steps, timestep_shift=timestep_shift, cfg_scale=cfg,
                     batch_guidance=not low_memory, cfg_low=cfg_start, cfg_high=cfg_end)
 
 
@@ -284,13 +284,11 @@ def _require_video(model: LanceModel, node: str) -> None:
                         "loader's flavor to Lance_3B_Video.")
 
 
-def _draw(pipeline: Any, denoiser: "Denoiser", sampling: "Sampling", count: int = 1) -> list["Tensor"]:
+def _draw(pipeline: Any, denoiser: "Denoiser", seed: int, count: int = 1) -> list["Tensor"]:
     """Latents of `count` seeds in a row; the prompt is read once for all of them."""
-    from dataclasses import replace
-
-    progress = host.Progress(sampling.num_timesteps * count)
-    seeds = [(sampling.seed + index) % (MAX_SEED + 1) for index in range(count)]
-    return [pipeline.sample(denoiser, replace(sampling, seed=seed), progress.step) for seed in seeds]
+    progress = host.Progress(denoiser.sampling.num_timesteps * count)
+    seeds = [(seed + index) % (MAX_SEED + 1) for index in range(count)]
+    return [pipeline.sample(denoiser, each, progress.step) for each in seeds]
 
 
 def _decode(model: LanceModel, latents: Sequence["Tensor"]) -> "Tensor":
@@ -342,14 +340,14 @@ def _watched(video: Any, frames: "Tensor | None", fps: float, most: int) -> tupl
 
 
 def _answer(model: LanceModel, frames: Sequence["Image.Image"], system: str, question: str, preset: str,
-            max_new_tokens: int, choice: "Choice") -> str:
-    from lance_quant.lance.tokens import pack_understanding
+            max_new_tokens: int, sampling: "TokenSampling", seed: int) -> str:
+    from lance_quant.lance.tokens import understanding_sequence
 
     with model.ready("vit") as pipeline:
         tokens, grid = pipeline.look(frames, preset)
     with model.ready("model") as pipeline:
-        packed = pack_understanding(pipeline.tokenizer, system, _text(question, "question"), grid)
+        packed = understanding_sequence(pipeline.tokenizer, system, _text(question, "question"), grid)
         progress = host.Progress(max_new_tokens)
-        answer = pipeline.answer(packed, tokens, max_new_tokens, progress.step, choice)
+        answer = pipeline.answer(packed, tokens, max_new_tokens, progress.step, sampling, seed)
     progress.reach(max_new_tokens)
     return answer.text

@@ -48,7 +48,7 @@ from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.media import samples
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from quantized_linear import swap_linears
 
 RESOLUTION = "image_112res"
@@ -125,33 +125,32 @@ def request(scene: Scene, question: Question, folder: Path) -> samples.Question:
     return samples.Question("0", path, UNDERSTANDING_SYSTEM, question.text, question.answer)
 
 
-def answer(pipeline: Pipeline, scene: Scene, question: Question, folder: Path) -> str:
+def answer(pipeline: Runtime, scene: Scene, question: Question, folder: Path) -> str:
     """The runtime's answer to a question about a scene."""
     packed, vit_tokens = pipeline.ask(request(scene, question, folder), RESOLUTION)
     return pipeline.answer(packed, vit_tokens, MAX_ANSWER_TOKENS).text
 
 
-def draw(pipeline: Pipeline, text: str, seed: int) -> Image.Image:
+def draw(pipeline: Runtime, text: str, seed: int) -> Image.Image:
     """The runtime's picture for a caption, at the official sampler's defaults."""
-    sampling = Sampling(seed=seed)
-    return pipeline.decode(pipeline.sample(pipeline.denoiser(text, SIZE, SIZE, sampling), sampling))
+    return pipeline.decode(pipeline.sample(pipeline.denoiser(text, SIZE, SIZE, Sampling()), seed))
 
 
 def load(
     model_path: Path, awq_dir: Path | None, device_name: str, dtype_name: str, kernel: str = "auto"
-) -> Pipeline:
+) -> Runtime:
     """The runtime on the float weights, or on those of a packed folder."""
     device = script.device_of(device_name)
     dtype = script.dtype_of(dtype_name, device)
     paths = LancePaths.find(model_path)
     if awq_dir is None:
-        return Pipeline.load(paths, device, dtype)
+        return Runtime.load(paths, device, dtype)
     packed = PackedFolder(awq_dir)
     prepare = functools.partial(swap_linears, folder=packed, dtype=dtype, device=device, kernel=kernel)
-    return Pipeline.load(paths, device, dtype, packed.checkpoint.path, prepare)
+    return Runtime.load(paths, device, dtype, packed.checkpoint.path, prepare)
 
 
-def measure_answers(pipeline: Pipeline, asked: list[tuple[Scene, Question]]) -> dict[str, Share]:
+def measure_answers(pipeline: Runtime, asked: list[tuple[Scene, Question]]) -> dict[str, Share]:
     """Exact answers by kind of question."""
     marks = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
@@ -166,7 +165,7 @@ def measure_answers(pipeline: Pipeline, asked: list[tuple[Scene, Question]]) -> 
 
 
 def measure_pictures(
-    pipeline: Pipeline, captions: list[Caption], seed: int, keep: Path | None
+    pipeline: Runtime, captions: list[Caption], seed: int, keep: Path | None
 ) -> tuple[dict[str, Share], Share]:
     """Recognised pictures by kind of caption, and those with places and background right as well."""
     marks, placed = defaultdict(list), 0

@@ -16,7 +16,7 @@ from lance_quant.calibration.activation_stats import Collector, model_fingerprin
 from lance_quant.formats import layout
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.media import samples
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from lance_quant.storage.tensor_file import Checkpoint
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -49,14 +49,14 @@ def paths() -> LancePaths:
 
 
 @pytest.fixture(scope="session")
-def pipelines(paths) -> dict[str, Pipeline]:
+def pipelines(paths) -> dict[str, Runtime]:
     """f32: exact rotary frequencies. f32r: rounded through bfloat16, as the official code runs."""
-    return {"f32": Pipeline.load(paths, CPU, torch.float32),
-            "f32r": Pipeline.load(paths, CPU, torch.float32, rotary_rounding=torch.bfloat16)}
+    return {"f32": Runtime.load(paths, CPU, torch.float32),
+            "f32r": Runtime.load(paths, CPU, torch.float32, rotary_rounding=torch.bfloat16)}
 
 
 @pytest.fixture(scope="session")
-def pipeline(pipelines) -> Pipeline:
+def pipeline(pipelines) -> Runtime:
     return pipelines["f32"]
 
 

@@ -13,7 +13,7 @@ from lance_nano.evaluate import Share
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from lance_quant.methods import published
 from lance_quant.storage.tensor_file import Checkpoint
 
@@ -31,10 +31,10 @@ def test_a_synthetic_model_runs_and_quantizes(synthetic, tmp_path):
                     str(tmp_path / "int4"), "--device", "cpu"])
     with PackedFolder(tmp_path / "int4") as folder:
         assert folder.meta["awq_linears"] + folder.meta["plain_linears"] == 28
-    pipeline = Pipeline.load(LancePaths.find(synthetic / "Lance_3B"), CPU, torch.float32)
+    pipeline = Runtime.load(LancePaths.find(synthetic / "Lance_3B"), CPU, torch.float32)
     assert pipeline.vit.tower.config.depth == 2
     sampling = Sampling(num_timesteps=1)
-    latent = pipeline.sample(pipeline.denoiser("a boat", 32, 32, sampling), sampling)
+    latent = pipeline.sample(pipeline.denoiser("a boat", 32, 32, sampling))
     assert torch.isfinite(latent).all()
 
 

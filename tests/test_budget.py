@@ -19,7 +19,7 @@ from lance_quant.formats.base import Int4
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.cache import allocate
 from lance_quant.lance.config import LancePaths
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from lance_quant.methods import bit_allocation, convert, quant_report
 from lance_quant.methods.bit_allocation import Option
 from lance_quant.storage.tensor_file import Checkpoint
@@ -172,11 +172,11 @@ def test_small_budgets_mix_group_sizes_and_large_ones_keep_bfloat16(tmp_path, mi
 def runs_as_the_weights_it_means(mixed):
     paths, written = LancePaths.find(SRC), load_file(mixed / Int4.state_file)
     with PackedFolder(mixed) as folder:
-        packed = Pipeline.load(paths, CPU, torch.float32, folder.checkpoint.path,
+        packed = Runtime.load(paths, CPU, torch.float32, folder.checkpoint.path,
                                lambda model: swap_linears(model, folder, torch.float32, CPU))
         written |= {f"{name}.weight": folder.codec(name).dequantize(folder.read_weight(name))
                     for name in folder.linears}
-    plain = Pipeline.load(paths, CPU, torch.float32)
+    plain = Runtime.load(paths, CPU, torch.float32)
     plain.model.load_state_dict({name: written[name].float() for name in plain.model.state_dict()})
     ids, outputs = torch.arange(12), []
     for model in (packed.model, plain.model):

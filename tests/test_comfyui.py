@@ -643,7 +643,7 @@ def test_an_installed_copy_needs_nothing_of_the_checkout(comfyui_folder, capsys)
                "spec = importlib.util.spec_from_file_location('pack', sys.argv[1] + '/__init__.py', "
                "submodule_search_locations=[sys.argv[1]]); pack = importlib.util.module_from_spec(spec);"
                "sys.modules['pack'] = pack; spec.loader.exec_module(pack);"
-               "from pack import toolkit; toolkit.require(); import lance_quant.lance.pipeline, quantized_linear;"
+               "from pack import toolkit; toolkit.require(); import lance_quant.lance.runtime, quantized_linear;"
                "assert sys.path == before; print(lance_quant.__file__)")
     done = subprocess.run([sys.executable, "-c", program, str(target)], cwd=comfyui_folder, capture_output=True,
                           text=True, check=True)

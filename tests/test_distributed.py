@@ -26,8 +26,8 @@ from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.distributed import ALONE, joined
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LancePaths
-from lance_quant.lance.pipeline import Pipeline
 from lance_quant.lance.progress import progress
+from lance_quant.lance.runtime import Runtime
 from lance_quant.storage.tensor_file import Checkpoint
 
 SRC = GOLDENS / "checkpoint" / "Lance_3B"
@@ -89,7 +89,7 @@ def comparison(root: Path, out: Path) -> None:
 
 def thinned(root: Path, out: Path) -> None:
     """A capture that is far over its limit."""
-    model = Pipeline.load(LancePaths.find(SRC), CPU, torch.float32).model
+    model = Runtime.load(LancePaths.find(SRC), CPU, torch.float32).model
     with joined("cpu") as team:
         with capture.Recorder(model, LIMIT) as recorder:
             for sample in team.share(range(SAMPLES)):
@@ -118,7 +118,7 @@ def run_scenes(root: Path, out: Path) -> None:
     for name, flags in (("streamed", [*task("x2t_image", root), "--stream", "--save_path_gen", str(out / "never")]),
                         ("missing", missing), ("drawn", drawn)):
         if name == "drawn" and rank == 1:
-            Pipeline.sample = undrawable
+            Runtime.sample = undrawable
         try:
             run_baseline.main(flags)
         except (SystemExit, InputError) as error:

@@ -25,7 +25,7 @@ from lance_quant.inference import memory
 from lance_quant.inference.memory import peak_memory, reset_peak_memory
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from quantized_linear import swap_linears
 
 MODEL = GOLDENS / "checkpoint" / "Lance_3B"
@@ -48,10 +48,10 @@ def work(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantized() -> Pipeline:
+def quantized() -> Runtime:
     with PackedFolder(PACKED) as folder:
         path = folder.checkpoint.path
-        return Pipeline.load(LancePaths.find(MODEL), CPU, torch.float32, path,
+        return Runtime.load(LancePaths.find(MODEL), CPU, torch.float32, path,
                              lambda model: swap_linears(model, folder, torch.float32, CPU))
 
 
@@ -108,7 +108,7 @@ def test_the_float_model_is_at_no_distance_from_itself(work, tmp_path):
         args = arguments.parse_args(task)
         settings = settings_of(args)
         samples = load_samples(args.example_json, settings)
-        pipeline = Pipeline.load(LancePaths.find(MODEL), CPU, torch.float32)
+        pipeline = Runtime.load(LancePaths.find(MODEL), CPU, torch.float32)
         folder = work / f"b_{name}"
         for row in compare_run(pipeline, samples, settings, Results(folder), folder):
             if name == "t2i":
@@ -128,7 +128,7 @@ def test_traces_are_kept_where_asked_and_read(work):
 @pytest.mark.parametrize("change, message", [
     (["--dtype", "bfloat16"], "dtype 'float32' there and 'bfloat16' here"),
     (["--seed", str(2**63)], "must be at least 0 and below"),
-    (["--validation_timestep_shift", "inf"], "must be at least 1e-06 and below"),
+    (["--validation_timestep_shift", "inf"], "must be at least 1e-06 and finite"),
 ])
 def test_what_cannot_be_compared_or_run_is_refused_before_loading(work, tmp_path, change, message):
     with pytest.raises(InputError, match=message):

@@ -6,7 +6,7 @@ import torch
 from lance_quant.formats import layout
 from lance_quant.lance.cache import allocate
 from lance_quant.lance.config import LanceConfig
-from lance_quant.lance.mot import Layer
+from lance_quant.lance.mot import DecoderLayer
 from lance_quant.methods import fuse
 from lance_quant.methods.fuse import fold_norm
 
@@ -56,7 +56,7 @@ def normal(*shape, seed=0):
 
 @pytest.fixture
 def layer():
-    layer = Layer(CONFIG).double()
+    layer = DecoderLayer(CONFIG).double()
     for seed, (name, parameter) in enumerate(layer.named_parameters()):
         value = normal(*parameter.shape, seed=seed)
         parameter.data = value.abs() + 0.5 if "norm" in name else value / parameter.shape[-1] ** 0.5

@@ -17,7 +17,7 @@ from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.kernels import cpu, dispatch
 from lance_quant.kernels.reference import Reference
 from lance_quant.lance.config import LancePaths
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from lance_quant.methods import convert
 from quantized_linear import swap_linears
 
@@ -251,7 +251,7 @@ def test_a_folder_with_an_8_bit_head_loads_like_any_other_and_means_its_codes(fo
     paths = LancePaths.find(SRC)
     with PackedFolder(folder) as packed:
         assert set(packed.head) == {EMBEDDING, HEAD} and packed.bits_per_weight == 4.375
-        pipeline = Pipeline.load(paths, CPU, torch.float32, packed.checkpoint.path,
+        pipeline = Runtime.load(paths, CPU, torch.float32, packed.checkpoint.path,
                                  lambda model: swap_linears(model, packed, torch.float32, CPU, mode))
     model = pipeline.model
     assert isinstance(model.get_submodule(HEAD), int8.Int8Linear)
@@ -264,7 +264,7 @@ def test_a_folder_with_an_8_bit_head_loads_like_any_other_and_means_its_codes(fo
 
 def test_a_kernel_asked_for_by_name_is_the_head_s_too(folder):
     with PackedFolder(folder) as packed:
-        model = Pipeline.load(LancePaths.find(SRC), CPU, torch.float32, packed.checkpoint.path,
+        model = Runtime.load(LancePaths.find(SRC), CPU, torch.float32, packed.checkpoint.path,
                               lambda model: swap_linears(model, packed, torch.float32, CPU, kernel="reference")).model
     assert model.get_submodule(HEAD).kernel().name == "reference"
 

@@ -11,15 +11,15 @@ from lance_quant.lance import generation
 from lance_quant.lance.generation import Given, Sampling
 from lance_quant.lance.media import vision
 from lance_quant.lance.media.samples import TASKS
-from lance_quant.lance.pipeline import Pipeline, latent_grid
+from lance_quant.lance.runtime import Runtime, latent_grid
 from lance_quant.lance.tokens import (
     CONDITION,
     EDIT_SYSTEM,
     TARGET,
     VIDEO_SYSTEM,
     VIT,
-    pack_generation,
-    pack_understanding,
+    generation_sequence,
+    understanding_sequence,
 )
 
 CLOSE = 1e-5  # see test_lance_mot.py
@@ -43,10 +43,10 @@ def packed(pipeline, task, official, fix_quirks=False):
     grids = [(frames, rows // 2, columns // 2) for frames, rows, columns in thw]
     sample, words = official.sample, pipeline.tokenizer
     if task == "x2t_video":
-        return pack_understanding(words, sample.system, sample.question, grids[0])
+        return understanding_sequence(words, sample.system, sample.question, grids[0])
     system = EDIT_SYSTEM.format(sample.named) if task in EDITS else VIDEO_SYSTEM
     sources = list(zip((VIT, CONDITION), grids[:-1], strict=True)) if task in EDITS else []
-    return pack_generation(words, system, sample.text, grids[-1], sources, fix_quirks)
+    return generation_sequence(words, system, sample.text, grids[-1], sources, fix_quirks)
 
 
 @pytest.mark.parametrize("fix_quirks", [False, True])
@@ -145,7 +145,7 @@ def test_drawn_latents_follow_the_official_formula(pipeline, recorded, task):
 
 def test_fixed_quirks_take_the_mean_of_the_source(paths, recorded):
     official = recorded("i2v")
-    repaired = Pipeline.load(paths, CPU, torch.float32, fix_quirks=True)
+    repaired = Runtime.load(paths, CPU, torch.float32, fix_quirks=True)
     mean = official.tensors["s0.vae_mu.0"][0].permute(1, 2, 3, 0)
     assert relative(repaired.encode(frames(repaired, "i2v", official), "video_192p"), mean) < CLOSE
 
@@ -177,7 +177,7 @@ def test_every_step_equals_the_official_one(pipeline, recorded, task, batch_guid
     request = denoiser(pipeline, task, official, sampling)
     steps, passes = [], []
     hook = pipeline.model.llm2vae.register_forward_hook(lambda _, __, out: passes.extend(out))
-    latent = pipeline.sample(request, sampling, steps.append)
+    latent = pipeline.sample(request, on_step=steps.append)
     hook.remove()
     assert len(passes) == sum(f"s0.v.{k}" in tensors for k in range(20)) == 12
     for k, velocity in enumerate(passes):
@@ -192,8 +192,8 @@ def test_every_step_equals_the_official_one(pipeline, recorded, task, batch_guid
 @pytest.mark.parametrize("task", DRAWN)
 def test_bfloat16_stays_within_the_official_spread(paths, recorded, task):
     """The specification gives 0.8 to 1.3e-2 for latents of the tiny model, bf16 against f32; allow twice."""
-    half, official = Pipeline.load(paths, CPU, torch.bfloat16), recorded(task)
-    latent = half.sample(denoiser(half, task, official), SIX)
+    half, official = Runtime.load(paths, CPU, torch.bfloat16), recorded(task)
+    latent = half.sample(denoiser(half, task, official))
     assert latent.dtype == torch.bfloat16
     theirs = official.tensors[max(key for key in official.tensors if key.startswith("s0.latent.0."))]
     moved = slice(1, None) if task == "i2v" else slice(None)
@@ -227,7 +227,7 @@ def test_latent_positions_of_a_second_frame_equal_the_official_ones(pipeline, re
 def test_a_given_first_frame_never_moves(pipeline, recorded):
     official = recorded("i2v")
     request = denoiser(pipeline, "i2v", official)
-    latent = pipeline.sample(request, SIX)
+    latent = pipeline.sample(request)
     assert torch.equal(latent[:1], official.tensors["s0.encoded.0"])
     velocity = request.velocity(torch.randn(request.noise(0).shape, generator=torch.Generator().manual_seed(1)), 0.7)
     cells = latent[0, ..., 0].numel()
@@ -236,7 +236,7 @@ def test_a_given_first_frame_never_moves(pipeline, recorded):
 
 @pytest.mark.parametrize("task", DRAWN)
 def test_whole_requests_differ_from_the_recording_by_their_source_noise_only(pipeline, recorded, task):
-    """Through Pipeline's own entries, with its own draw of the source's noise. t2v has none and is equal."""
+    """Through Runtime's own entries, with its own draw of the source's noise. t2v has none and is equal."""
     official = recorded(task)
     sample = official.sample
     if task == "t2v":
@@ -245,7 +245,7 @@ def test_whole_requests_differ_from_the_recording_by_their_source_noise_only(pip
         request = pipeline.animator(sample.text, frames(pipeline, task, official)[0], resolution(task), NUM_FRAMES, SIX)
     else:
         request = pipeline.editor(sample.text, frames(pipeline, task, official), resolution(task), sample.named, SIX)
-    latent = pipeline.sample(request, SIX)
+    latent = pipeline.sample(request)
     tensors = official.tensors
     theirs = tensors[max(key for key in tensors if key.startswith("s0.latent.0."))]
     assert latent.shape == theirs.shape
@@ -257,8 +257,8 @@ def test_an_instruction_that_is_found_inside_a_visual_is_refused_unless_quirks_a
     sources = [(VIT, (1, 2, 2)), (CONDITION, (1, 2, 2))]
     how = (pipeline.tokenizer, EDIT_SYSTEM.format("image"), "<|vision_end|>", (1, 2, 2), sources)
     with pytest.raises(InputError, match="--fix_quirks"):
-        pack_generation(*how)
-    assert len(pack_generation(*how, fix_quirks=True).splits) == 7
+        generation_sequence(*how)
+    assert len(generation_sequence(*how, fix_quirks=True).splits) == 7
 
 
 @pytest.mark.parametrize("frames, latent", [(1, 1), (4, 1), (5, 2), (50, 13), (121, 31)])

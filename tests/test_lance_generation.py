@@ -8,16 +8,16 @@ from PIL import Image
 
 from lance_quant.errors import InputError
 from lance_quant.lance.generation import Sampling, initial_noise, timesteps
-from lance_quant.lance.pipeline import Pipeline, latent_grid
+from lance_quant.lance.runtime import Runtime, latent_grid
 
 CLOSE = 1e-5  # see test_lance_mot.py
 SIX = Sampling(num_timesteps=6)  # as recorded
 SIZE = (100, 140)  # floored to 96 x 128
 
 
-def draw(pipeline, prompt, sampling=SIX, **how):
+def draw(pipeline, prompt, sampling=SIX, seed=42):
     steps = []
-    latent = pipeline.sample(pipeline.denoiser(prompt.text, *SIZE, sampling), sampling, steps.append, **how)
+    latent = pipeline.sample(pipeline.denoiser(prompt.text, *SIZE, sampling), seed, steps.append)
     return latent, steps
 
 
@@ -66,7 +66,7 @@ def test_decoded_pixels_and_pictures_equal_the_official_ones(pipeline, t2i, gold
 
 def test_bfloat16_stays_within_the_official_spread(paths, t2i, prompts):
     """About 2e-2 is what bfloat16 may cost on the tiny model, whichever code runs it; measured here: 1.6e-2, 1.5e-2."""
-    pipeline = Pipeline.load(paths, torch.device("cpu"), torch.bfloat16)
+    pipeline = Runtime.load(paths, torch.device("cpu"), torch.bfloat16)
     latent, steps = draw(pipeline, prompts[0])
     assert steps[0].x.dtype == latent.dtype == torch.bfloat16
     assert relative(latent, t2i["f32"].tensors["s0.latent.0.0"]) < 2e-2
@@ -87,13 +87,14 @@ def test_guidance_is_on_for_26_of_30_official_steps():
 def test_guidance_and_seed_change_the_picture(pipeline, prompts):
     base, _ = draw(pipeline, prompts[0])
     for other in (Sampling(num_timesteps=6, cfg_scale=1.0), Sampling(num_timesteps=6, cfg_scale=8.0),
-                  Sampling(num_timesteps=6, seed=0), Sampling(num_timesteps=6, timestep_shift=1.0)):
+                  Sampling(num_timesteps=6, timestep_shift=1.0)):
         assert relative(draw(pipeline, prompts[0], other)[0], base) > 1e-2
+    assert relative(draw(pipeline, prompts[0], seed=0)[0], base) > 1e-2
 
 
 def test_seed_zero_is_a_seed_like_any_other(pipeline, prompts):
-    zero = Sampling(num_timesteps=2, seed=0)
-    assert torch.equal(draw(pipeline, prompts[0], zero)[0], draw(pipeline, prompts[0], zero)[0])
+    two = Sampling(num_timesteps=2)
+    assert torch.equal(draw(pipeline, prompts[0], two, seed=0)[0], draw(pipeline, prompts[0], two, seed=0)[0])
 
 
 def test_velocity_does_not_depend_on_what_was_asked_before(pipeline, prompts, t2i):

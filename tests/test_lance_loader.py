@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LanceConfig, LancePaths
 from lance_quant.lance.loader import TorchFile, require_nothing_on_meta
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.vae import load_vae
 from lance_quant.lance.vit import load_vit
 from lance_quant.storage.tensor_file import Checkpoint
@@ -32,7 +32,7 @@ def tensors(model_folder):
 
 
 def load(folder):
-    return Pipeline.load(LancePaths.find(folder), CPU, torch.float32)
+    return Runtime.load(LancePaths.find(folder), CPU, torch.float32)
 
 
 def test_weights_arrive_unchanged_and_nothing_is_left_on_meta(pipeline, tensors):
@@ -43,7 +43,7 @@ def test_weights_arrive_unchanged_and_nothing_is_left_on_meta(pipeline, tensors)
 
 
 def test_bfloat16_is_the_rounded_checkpoint(model_folder, tensors):
-    model = Pipeline.load(LancePaths.find(model_folder), CPU, torch.bfloat16).model
+    model = Runtime.load(LancePaths.find(model_folder), CPU, torch.bfloat16).model
     assert torch.equal(model.state_dict()[Q0], tensors[Q0].bfloat16())
 
 

@@ -19,7 +19,7 @@ from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.merge import merge_projections, stacked
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from lance_quant.methods import convert
 from quantized_linear import swap_linears
 
@@ -30,7 +30,7 @@ SIX = Sampling(num_timesteps=6)
 
 @pytest.fixture(scope="module")
 def merged(paths):
-    return Pipeline.load(paths, CPU, torch.float32, merged=True)
+    return Runtime.load(paths, CPU, torch.float32, merged=True)
 
 
 def ask(pipeline, questions, sample):
@@ -43,7 +43,7 @@ def test_merged_projections_answer_as_officially(merged, x2t, questions, sample)
 
 
 def test_merged_projections_draw_as_officially(merged, t2i, prompts):
-    latent = merged.sample(merged.denoiser(prompts[0].text, *SIZE, SIX), SIX)
+    latent = merged.sample(merged.denoiser(prompts[0].text, *SIZE, SIX))
     assert relative(latent, t2i["f32"].tensors["s0.latent.0.0"]) < CLOSE
 
 
@@ -70,13 +70,13 @@ def test_packed_weights_merge_without_being_unpacked(paths, prompts, tmp_path, n
 
     def loaded(**how):
         folder = PackedFolder(tmp_path / name)
-        return Pipeline.load(paths, CPU, torch.float32, folder.checkpoint.path,
+        return Runtime.load(paths, CPU, torch.float32, folder.checkpoint.path,
                              lambda model: swap_linears(model, folder, torch.float32, CPU, mode), **how)
 
     apart, together = loaded(), loaded(merged=True)
     assert not any(isinstance(module, nn.Linear) and "qkv" in key for key, module in together.model.named_modules())
     two = Sampling(num_timesteps=2)
-    latents = [one.sample(one.denoiser(prompts[0].text, *SIZE, two), two) for one in (apart, together)]
+    latents = [one.sample(one.denoiser(prompts[0].text, *SIZE, two)) for one in (apart, together)]
     assert relative(*latents) < CLOSE
 
 
@@ -105,7 +105,7 @@ def test_a_prompt_is_read_once_for_all_steps_and_seeds(pipeline, prompts):
     rows, denoiser = calls_of(pipeline, lambda: pipeline.denoiser(prompts[0].text, *SIZE, SIX))
     assert rows == [2, 1, 2]  # both rows read the template, the conditional one the prompt
     for seed in (1, 2):
-        rows, _ = calls_of(pipeline, lambda seed=seed: pipeline.sample(denoiser, Sampling(num_timesteps=6, seed=seed)))
+        rows, _ = calls_of(pipeline, lambda seed=seed: pipeline.sample(denoiser, seed))
         assert len(rows) == 6
 
 
@@ -142,8 +142,8 @@ def test_a_limit_below_the_distance_of_two_looks_is_kept(pipeline, x2t, question
 def test_calibration_sees_no_token_behind_an_end(pipeline, questions, monkeypatch):
     """Sample 1 ends after 64 tokens: on a GPU a run decodes up to 7 more before it looks."""
     monkeypatch.setattr(understanding, "_tokens_per_look", lambda device: 300)
-    settings = SimpleNamespace(kind=SimpleNamespace(makes="text"), resolution="image_256res", max_new_tokens=256,
-                               choice=understanding.GREEDY)
+    settings = SimpleNamespace(spec=SimpleNamespace(makes="text"), resolution="image_256res", max_new_tokens=256,
+                               token_sampling=understanding.GREEDY, seed=42)
     rows, _ = calls_of(pipeline, lambda: tasks.run_watched(pipeline, questions[1:2], settings, [0], lambda _: None))
     assert len(rows) == 64 + 3  # system text, picture, question
 
@@ -165,7 +165,7 @@ def traced(monkeypatch):
 
 def test_a_compiled_answer_is_the_official_one_and_compiles_once(paths, x2t, questions, traced, caplog):
     """One graph before the attention and one after it, for all layers, tokens and questions."""
-    pipeline = Pipeline.load(paths, CPU, torch.float32, merged=True)
+    pipeline = Runtime.load(paths, CPU, torch.float32, merged=True)
     with caplog.at_level(logging.INFO, "lance_quant"):
         assert compile_steps(pipeline.model)
         traced.clear()  # the probe's
@@ -178,11 +178,11 @@ def test_a_compiled_answer_is_the_official_one_and_compiles_once(paths, x2t, que
 
 
 def test_compiled_denoising_is_the_official_one_and_compiles_once_per_shape(paths, t2i, prompts, traced):
-    pipeline = Pipeline.load(paths, CPU, torch.float32)
+    pipeline = Runtime.load(paths, CPU, torch.float32)
     assert compile_steps(pipeline.model)
     traced.clear()
     for sample in (0, 1):  # prompts of different lengths
-        latent = pipeline.sample(pipeline.denoiser(prompts[sample].text, *SIZE, SIX), SIX)
+        latent = pipeline.sample(pipeline.denoiser(prompts[sample].text, *SIZE, SIX))
         assert relative(latent, t2i["f32"].tensors[f"s{sample}.latent.0.0"]) < CLOSE
     assert len(traced) == 2 and list(pipeline.model.steps.seconds) == ["denoising step, 2 x 48 latents"]
 
@@ -196,10 +196,10 @@ def test_packed_steps_are_compiled_once_too(paths, prompts, traced, tmp_path, ke
     for compile_too in (False, True):
         with PackedFolder(tmp_path / "packed") as folder:
             prepare = functools.partial(swap_linears, folder=folder, dtype=torch.float32, device=CPU, kernel=kernel)
-            pipeline = Pipeline.load(paths, CPU, torch.float32, folder.checkpoint.path, prepare, merged=True)
+            pipeline = Runtime.load(paths, CPU, torch.float32, folder.checkpoint.path, prepare, merged=True)
         assert not compile_too or compile_steps(pipeline.model)
         traced.clear()
-        latents.append(pipeline.sample(pipeline.denoiser(prompts[0].text, *SIZE, two), two))
+        latents.append(pipeline.sample(pipeline.denoiser(prompts[0].text, *SIZE, two)))
     assert relative(*latents) < CLOSE and len(traced) == 2
 
 
@@ -222,7 +222,7 @@ def test_without_a_compiler_the_run_goes_on_and_says_so(paths, questions, x2t, m
         raise RuntimeError("no g++\nsecond line")
 
     monkeypatch.setattr(compiled.torch, "compile", fail)
-    pipeline = Pipeline.load(paths, CPU, torch.float32)
+    pipeline = Runtime.load(paths, CPU, torch.float32)
     assert not compile_steps(pipeline.model)
     assert "nothing can be compiled here, the run goes on without (RuntimeError: no g++)" in caplog.text
     assert pipeline.answer(*ask(pipeline, questions, 1)).ids == x2t["f32"].meta["generated_ids"][1]
@@ -233,7 +233,7 @@ def test_without_a_compiler_the_run_goes_on_and_says_so(paths, questions, x2t, m
 def test_a_recorded_graph_answers_as_officially(x2t, questions):
     """Twice: the second question runs on the graph of the first."""
     paths = LancePaths.find(GOLDENS / "checkpoint/Lance_3B")
-    pipeline = Pipeline.load(paths, torch.device("cuda"), torch.float32, merged=True)
+    pipeline = Runtime.load(paths, torch.device("cuda"), torch.float32, merged=True)
     assert compile_steps(pipeline.model)
     for sample in (1, 2):
         assert pipeline.answer(*ask(pipeline, questions, sample)).ids == x2t["f32"].meta["generated_ids"][sample]
@@ -249,7 +249,7 @@ def test_packed_layers_answer_in_a_recorded_graph_as_without(questions, tmp_path
     for compile_too in (False, True):
         with PackedFolder(tmp_path / name) as folder:
             prepare = functools.partial(swap_linears, folder=folder, dtype=torch.float32, device=device)
-            pipeline = Pipeline.load(LancePaths.find(GOLDENS / "checkpoint/Lance_3B"), device, torch.float32,
+            pipeline = Runtime.load(LancePaths.find(GOLDENS / "checkpoint/Lance_3B"), device, torch.float32,
                                      folder.checkpoint.path, prepare, merged=True)
         assert not compile_too or compile_steps(pipeline.model)
         answers.append([pipeline.answer(*ask(pipeline, questions, sample)).ids for sample in (1, 2)])

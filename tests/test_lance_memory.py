@@ -5,7 +5,7 @@ import torch
 from conftest import CPU, relative
 
 from lance_quant.lance.generation import Sampling
-from lance_quant.lance.pipeline import OFFLOADS, Pipeline
+from lance_quant.lance.runtime import OFFLOADS, Runtime
 from lance_quant.lance.vae import load_vae
 
 TWO = Sampling(num_timesteps=2)
@@ -18,17 +18,17 @@ def test_offloading_changes_no_result(paths, pipeline, recorded, offload):
 
     def edited(one):
         request = one.editor(sample.text, one.frames(sample.visual, "image"), "image_256res", sample.named, TWO)
-        latent = one.sample(request, TWO)
+        latent = one.sample(request)
         return latent, one.decode(latent)
 
-    frugal = Pipeline.load(paths, CPU, torch.float32, offload=offload)
+    frugal = Runtime.load(paths, CPU, torch.float32, offload=offload)
     (latent, picture), (expected, other) = edited(frugal), edited(pipeline)
     assert torch.equal(latent, expected) and picture.tobytes() == other.tobytes()
     assert ("vae" in vars(frugal)) == ("vit" in vars(frugal)) == (offload != "vae_vit")
 
 
 def test_a_part_is_loaded_once_for_a_block(paths):
-    frugal = Pipeline.load(paths, CPU, torch.float32, offload="vae_vit")
+    frugal = Runtime.load(paths, CPU, torch.float32, offload="vae_vit")
     with frugal.using("vae") as vae:
         with frugal.using("vae") as again:
             assert again is vae
@@ -38,7 +38,7 @@ def test_a_part_is_loaded_once_for_a_block(paths):
 
 def test_a_part_goes_to_the_device_for_a_block_and_back(paths):
     """The meta device stands in for a GPU: values are lost there, places are not."""
-    frugal = Pipeline.load(paths, CPU, torch.float32, offload="cpu")
+    frugal = Runtime.load(paths, CPU, torch.float32, offload="cpu")
     places = []
     frugal.vae.move = lambda device: places.append(device.type)
     frugal.model.device = torch.device("meta")

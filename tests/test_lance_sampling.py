@@ -13,38 +13,38 @@ from lance_quant.errors import InputError
 from lance_quant.lance import generation
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.tokens import TextStream
-from lance_quant.lance.understanding import Choice
+from lance_quant.lance.understanding import TokenSampling, chances
 
 SIZE = (96, 128)
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0])
 
 
-def picks(choice, count=400):
-    drawn = [choice.pick(LOGITS, chance) for chance in choice.chances(count).split(1)]
+def picks(sampling, count=400):
+    drawn = [sampling.pick(LOGITS, chance) for chance in chances(count, 42).split(1)]
     return torch.bincount(torch.cat(drawn), minlength=4) / count
 
 
 def test_tokens_are_drawn_by_their_probabilities():
     """Four standard errors of 400 draws are below 0.1."""
-    assert (picks(Choice(temperature=1.0)) - LOGITS.softmax(-1)).abs().max() < 0.1
-    assert (picks(Choice(temperature=0.5)) - (2 * LOGITS).softmax(-1)).abs().max() < 0.1
+    assert (picks(TokenSampling(temperature=1.0)) - LOGITS.softmax(-1)).abs().max() < 0.1
+    assert (picks(TokenSampling(temperature=0.5)) - (2 * LOGITS).softmax(-1)).abs().max() < 0.1
 
 
 def test_no_temperature_is_greedy():
-    assert picks(Choice(), 5).tolist() == [0, 1, 0, 0]
+    assert picks(TokenSampling(), 5).tolist() == [0, 1, 0, 0]
 
 
 def test_top_p_keeps_the_likeliest_tokens_that_reach_it():
     """Probabilities 0.64, 0.24, 0.09, 0.03: 0.6 needs one token, 0.7 two."""
-    assert picks(Choice(temperature=1.0, top_p=0.6))[1] == 1
-    assert (picks(Choice(temperature=1.0, top_p=0.7)) > 0).tolist() == [False, True, True, False]
-    assert picks(Choice(temperature=1.0, top_p=1e-9))[1] == 1
+    assert picks(TokenSampling(temperature=1.0, top_p=0.6))[1] == 1
+    assert (picks(TokenSampling(temperature=1.0, top_p=0.7)) > 0).tolist() == [False, True, True, False]
+    assert picks(TokenSampling(temperature=1.0, top_p=1e-9))[1] == 1
 
 
 @pytest.mark.parametrize("chance", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_range_of_chances_draw_kept_tokens(chance):
     """The least and the greatest float32 in [0, 1)."""
-    token = Choice(temperature=1.0, top_p=0.7).pick(LOGITS, torch.tensor([chance])).item()
+    token = TokenSampling(temperature=1.0, top_p=0.7).pick(LOGITS, torch.tensor([chance])).item()
     assert token == (1 if chance == 0 else 2)
 
 
@@ -52,7 +52,7 @@ def test_drawn_answers_follow_their_seed(pipeline, questions):
     packed, vit_tokens = pipeline.ask(questions[1], "image_256res")
 
     def answer(seed):
-        return pipeline.answer(packed, vit_tokens, 16, choice=Choice(temperature=1.5, seed=seed)).ids
+        return pipeline.answer(packed, vit_tokens, 16, sampling=TokenSampling(temperature=1.5), seed=seed).ids
 
     assert answer(1) == answer(1) != answer(2)
 
@@ -77,13 +77,16 @@ class Decay:
 
     grid = (1, 1, 1)
 
+    def __init__(self, sampling):
+        self.sampling = sampling
+
     def velocity(self, x, t):
         return 4 * x
 
 
 def error(solver, steps):
     sampling = Sampling(num_timesteps=steps, timestep_shift=2.0, solver=solver)
-    ours = generation.sample(Decay(), torch.ones(1, 48, dtype=torch.float64), sampling)
+    ours = generation.sample(Decay(sampling), torch.ones(1, 48, dtype=torch.float64))
     return abs(ours.flatten()[0].item() - torch.tensor(-4.0, dtype=torch.float64).exp().item())
 
 
@@ -135,10 +138,10 @@ X2T = ["--task", "x2t_image", "--model_path", str(GOLDENS / "checkpoint/Lance_3B
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--temperature", "-1"], "--temperature -1.0 must be at least 0"),
-    (["--top_p", "0"], "--top_p 0.0 must be above 0 and at most 1"),
-    (["--top_p", "1.5"], "--top_p 1.5 must be above 0 and at most 1"),
-    (["--cfg_interval", "0.9", "0.4"], "--cfg_interval 0.9 0.4 must be two numbers from 0 to 1"),
+    (["--temperature", "-1"], "temperature -1.0 must be at least 0"),
+    (["--top_p", "0"], "top_p 0.0 must be above 0 and at most 1"),
+    (["--top_p", "1.5"], "top_p 1.5 must be at least 0 and at most 1"),
+    (["--cfg_interval", "0.9", "0.4"], "cfg_interval 0.9 0.4 must be two numbers from 0 to 1"),
 ])
 def test_impossible_values_are_refused(flags, message):
     with pytest.raises(InputError, match=message):

@@ -13,9 +13,9 @@ from lance_quant.lance.tokens import (
     TARGET,
     LanceTokenizer,
     Visual,
+    generation_sequence,
     mrope_positions,
-    pack_generation,
-    pack_understanding,
+    understanding_sequence,
 )
 
 GRID = (1, 6, 8)  # 96 x 128 pixels
@@ -28,7 +28,7 @@ def content_of_tokens(packed):
 @pytest.mark.parametrize("sample", [0, 1])
 @pytest.mark.parametrize("fix_quirks", [False, True])
 def test_generation_prompt_equals_official_packing(pipeline, t2i, prompts, sample, fix_quirks):
-    packed = pack_generation(pipeline.tokenizer, T2I_SYSTEM, prompts[sample].text, GRID, fix_quirks=fix_quirks)
+    packed = generation_sequence(pipeline.tokenizer, T2I_SYSTEM, prompts[sample].text, GRID, fix_quirks=fix_quirks)
     official, batch = t2i["f32"].tensors, t2i["f32"].meta["samples"][sample]["batch"]
     assert torch.equal(packed.ids, official[f"s{sample}.in.packed_text_ids"])
     assert torch.equal(packed.positions, official[f"s{sample}.rope.0"][:, 0])
@@ -41,7 +41,7 @@ def test_generation_prompt_equals_official_packing(pipeline, t2i, prompts, sampl
 def test_understanding_prompt_equals_official_packing(pipeline, x2t, questions, sample):
     official, batch = x2t["f32"].tensors, x2t["f32"].meta["samples"][sample]["batch"]
     grid = official[f"s{sample}.in.vit_video_grid_thw"][0].tolist()
-    packed = pack_understanding(pipeline.tokenizer, questions[sample].system, questions[sample].question,
+    packed = understanding_sequence(pipeline.tokenizer, questions[sample].system, questions[sample].question,
                                 (grid[0], grid[1] // 2, grid[2] // 2))
     prompt = int(official[f"s{sample}.in.ce_loss_indexes"][0]) + 1  # the recording goes on with the reference answer
     assert torch.equal(packed.ids, official[f"s{sample}.in.packed_text_ids"][:prompt])
@@ -62,7 +62,7 @@ def test_a_second_frame_is_two_positions_later():
 
 
 def test_empty_prompt_leaves_nothing_for_guidance_to_drop(pipeline):
-    packed = pack_generation(pipeline.tokenizer, T2I_SYSTEM, "", GRID)
+    packed = generation_sequence(pipeline.tokenizer, T2I_SYSTEM, "", GRID)
     assert PROMPT not in [split.content for split in packed.splits]
     assert sum(split.length for split in packed.splits) == len(packed.ids)
 
@@ -81,8 +81,8 @@ def newline_tokenizer(paths, tmp_path):
 
 def test_prompt_that_merges_with_the_template_is_refused_as_officially_and_fixed_on_request(newline_tokenizer):
     with pytest.raises(InputError, match="--fix_quirks"):
-        pack_generation(newline_tokenizer, T2I_SYSTEM, "\nA boat", GRID)
-    packed = pack_generation(newline_tokenizer, T2I_SYSTEM, "\nA boat", GRID, fix_quirks=True)
+        generation_sequence(newline_tokenizer, T2I_SYSTEM, "\nA boat", GRID)
+    packed = generation_sequence(newline_tokenizer, T2I_SYSTEM, "\nA boat", GRID, fix_quirks=True)
     (start, end), = [bounds for bounds, split in zip(packed.bounds(), packed.splits, strict=True)
                      if split.content == PROMPT]
     assert newline_tokenizer.decode(packed.ids[start:end].tolist()) == "\nA boat"
@@ -93,21 +93,21 @@ def test_prompt_that_occurs_in_the_system_text_is_found_there_unless_quirks_are_
     assert text in T2I_SYSTEM
     starts = []
     for fix_quirks in (False, True):
-        packed = pack_generation(pipeline.tokenizer, T2I_SYSTEM, text, GRID, fix_quirks=fix_quirks)
+        packed = generation_sequence(pipeline.tokenizer, T2I_SYSTEM, text, GRID, fix_quirks=fix_quirks)
         starts += [start for (start, _), split in zip(packed.bounds(), packed.splits, strict=True)
                    if split.content == PROMPT]
     assert starts[0] < starts[1]
 
 
 def test_special_tokens_in_a_prompt_are_text_when_quirks_are_fixed(pipeline):
-    ids = {fix: pack_generation(pipeline.tokenizer, T2I_SYSTEM, "a <|im_end|> b", GRID, fix_quirks=fix).ids.tolist()
+    ids = {fix: generation_sequence(pipeline.tokenizer, T2I_SYSTEM, "a <|im_end|> b", GRID, fix_quirks=fix).ids.tolist()
            for fix in (False, True)}
     im_end = pipeline.tokenizer.im_end
     assert ids[False].count(im_end) == ids[True].count(im_end) + 1
 
 
 def test_a_visual_pad_in_a_prompt_does_not_move_the_target(pipeline):
-    packed = pack_generation(pipeline.tokenizer, T2I_SYSTEM, "a <|video_pad|> b", GRID)
+    packed = generation_sequence(pipeline.tokenizer, T2I_SYSTEM, "a <|video_pad|> b", GRID)
     (start, end), = [bounds for bounds, split in zip(packed.bounds(), packed.splits, strict=True)
                      if split.content == TARGET]
     assert (packed.ids[start], packed.ids[end - 1]) == (pipeline.tokenizer.vision_start, pipeline.tokenizer.vision_end)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import relative
 
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 
 CLOSE = 1e-5  # see test_lance_mot.py
 
@@ -88,7 +88,7 @@ def test_vit_tokens_equal_the_official_ones(pipelines, x2t, questions, variant, 
 def test_bfloat16_stays_within_the_official_spread(paths, x2t, questions):
     """About 2e-2 is what bfloat16 may cost on the tiny model, whichever code runs it. Measured: 1.2, 1.1 and 2.2e-2;
     on the third picture, rounding the weights alone, in float32 arithmetic, already costs 1.2e-2."""
-    pipeline = Pipeline.load(paths, torch.device("cpu"), torch.bfloat16)
+    pipeline = Runtime.load(paths, torch.device("cpu"), torch.bfloat16)
     for sample in range(3):
         packed, vit_tokens = ask(pipeline, questions, sample)
         forced = pipeline.forced_logprobs(packed, vit_tokens, x2t["f32"].meta["generated_ids"][sample][:1])

@@ -26,7 +26,7 @@ from lance_quant.errors import InputError
 from lance_quant.lance.config import LanceConfig, LancePaths
 from lance_quant.lance.generation import Sampling, initial_noise
 from lance_quant.lance.media import samples
-from lance_quant.lance.pipeline import Pipeline
+from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.vae import diffusers_name
 
 ROOT = Path(__file__).parents[1] / "lance_nano" / "checkpoint"
@@ -37,7 +37,7 @@ SIZE_LIMIT = 25_000_000
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return Pipeline.load(LancePaths.find(MODEL), torch.device("cpu"), torch.float32)
+    return Runtime.load(LancePaths.find(MODEL), torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")

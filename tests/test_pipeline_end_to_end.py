@@ -211,7 +211,7 @@ def script(name: str, *flags: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("flags, message", [
     (["--task", "t2j"], "invalid choice: 't2j'"),
     (["--task", "t2i", "--example_json", "none.json"], "sample file not found: none.json"),
-    (["--task", "t2i", "--validation_num_timesteps", "0"], "--validation_num_timesteps 0 must be at least 1"),
+    (["--task", "t2i", "--validation_num_timesteps", "0"], "num_timesteps 0 must be at least 1"),
     (["--task", "t2i", "--device", "cuda:99"], "--device cuda:99"),
     (["--task", "t2i", "--video_height", "5000"], "each side must be 16 to 1024 pixels"),
     (["--task", "t2i", "--vae_path", "none.pth"], "VAE file not found: none.pth"),
@@ -255,7 +255,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lance_quant.lance.pipeline.Pipeline.decode_frames", interrupt)
+    monkeypatch.setattr("lance_quant.lance.runtime.Runtime.decode_frames", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_baseline.main([*T2I, *STEPS, "--save_path_gen", str(tmp_path / "r")])
     assert list(tmp_path.iterdir()) == []
@@ -329,7 +329,7 @@ def test_calibration_of_every_task_measures_what_the_official_run_showed(tmp_pat
     """As above. The source's noise is drawn otherwise, so the recorded latents stand in; nothing is ever decoded."""
     official = recording(task, "f32").tensors
     if "s0.encoded.0" in official:
-        monkeypatch.setattr("lance_quant.lance.pipeline.Pipeline.encode", lambda *_: official["s0.encoded.0"])
+        monkeypatch.setattr("lance_quant.lance.runtime.Runtime.encode", lambda *_: official["s0.encoded.0"])
     monkeypatch.setattr("lance_quant.lance.vae.Vae.decode", None)
     steps = ["--num_timesteps", "6", *(["--max_new_tokens", "256"] if task == "x2t_video" else [])]
     awq_calibrate_single.main([*flags(task), *steps, "--out", str(tmp_path / "stats.pt")])
@@ -344,8 +344,8 @@ def test_calibration_of_every_task_measures_what_the_official_run_showed(tmp_pat
 
 
 @pytest.mark.parametrize("flag, message", [
-    (["--num_frames", "122"], "--num_frames 122 must be 1 to 121"),
-    (["--num_frames", "0"], "--num_frames 0 must be 1 to 121"),
+    (["--num_frames", "122"], "num_frames 122 must be 1 to 121"),
+    (["--num_frames", "0"], "num_frames 0 must be at least 1"),
 ])
 def test_lengths_that_the_model_has_no_positions_for_are_refused(tmp_path, flag, message):
     with pytest.raises(InputError, match=message):

@@ -19,14 +19,14 @@ from lance_quant.formats import layout
 from lance_quant.formats.layout import SUFFIX, Expert
 from lance_quant.formats.weights import Weights
 from lance_quant.lance.config import LanceConfig
-from lance_quant.lance.mot import Layer, RMSNorm, Streams
+from lance_quant.lance.mot import DecoderLayer, RMSNorm, Streams
 from lance_quant.storage.tensor_file import Checkpoint
 
 Ends = Mapping[Expert, nn.Module]  # what turns an expert's last hidden states into what comes out
 Use = Callable[[list[Tensor]], None]
 # Given the layer and the places of the calls that it is about to run: what to differentiate by, a list that may still
 # grow while the layer runs, and what takes the gradients, once per probe.
-Watch = Callable[[Layer, Sequence[int]], tuple[list[Tensor], Use]]
+Watch = Callable[[DecoderLayer, Sequence[int]], tuple[list[Tensor], Use]]
 
 TOGETHER = 4096  # tokens of requests whose graph of a layer is in memory at once; a single one may have more
 _KEPT = torch.bfloat16  # of layer inputs and gradients between layers: 8 bits of them say enough
@@ -84,7 +84,8 @@ class Gradients:
         # By probe and call: the gradient of what the next layer takes in.
         self._upstream = list(self._probes(states, probes))
 
-    def run(self, layer: Layer, states: Sequence[Streams], places: Sequence[int] | None = None) -> Iterator[Streams]:
+    def run(self, layer: DecoderLayer, states: Sequence[Streams],
+            places: Sequence[int] | None = None) -> Iterator[Streams]:
         """The outputs of a layer, call by call.
 
         Args:
@@ -164,10 +165,10 @@ def _stored(streams: Streams) -> Streams:
     return {expert: x.detach().to("cpu", _KEPT) for expert, x in streams.items()}
 
 
-def layer_around(config: LanceConfig, index: int, weights: Weights) -> Layer:
+def layer_around(config: LanceConfig, index: int, weights: Weights) -> DecoderLayer:
     """The runtime's layer around these tensors, without copying them."""
     with torch.device("meta"):
-        layer = Layer(config)
+        layer = DecoderLayer(config)
     given = {inside(name, index): tensor for name, tensor in weights.items()}
     layer.load_state_dict({**layer.state_dict(), **given}, assign=True)  # an expert that is not given stays on meta
     return layer.requires_grad_(False)

@@ -27,7 +27,7 @@ from lance_quant.formats.layout import SUFFIX, Expert
 from lance_quant.formats.weights import Weights
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
-from lance_quant.lance.mot import Layer, Streams
+from lance_quant.lance.mot import DecoderLayer, Streams
 from lance_quant.storage.atomic import whole_file
 from lance_quant.storage.tensor_file import Checkpoint, TensorFile, write_tensors
 
@@ -123,7 +123,7 @@ class Replay:
                     stream = stream.to(self._device)
                     yield group.name, norm(stream) if place.endswith("_in") else mlp(norm(stream)), stream
 
-    def _attention_outputs(self, groups: Sequence[layout.Group], layer: Layer,
+    def _attention_outputs(self, groups: Sequence[layout.Group], layer: DecoderLayer,
                            calls: Sequence[Call]) -> Iterator[tuple[str, Tensor, Tensor]]:
         seen: dict[str, Tensor] = {}
         for group in groups:
@@ -137,7 +137,7 @@ class Replay:
                     stream = call.streams[group.expert].to(self._device)
                     yield group.name, seen.pop(group.name), stream.flatten(0, -2)
 
-    def _after_attention(self, layer: Layer, calls: Iterable[Call]) -> Iterator[Streams]:
+    def _after_attention(self, layer: DecoderLayer, calls: Iterable[Call]) -> Iterator[Streams]:
         """Each call's streams with what attention adds to them."""
         for suffix in SUFFIX.values():
             setattr(layer, f"mlp{suffix}", _Zero())
@@ -161,21 +161,21 @@ class Replay:
         self._go_on(self._past_mlp, layer, target, current)
         self._attended = False
 
-    def _go_on(self, step: Callable[[Layer, Sequence[Call]], list[Call]], index: int, target: Weights,
+    def _go_on(self, step: Callable[[DecoderLayer, Sequence[Call]], list[Call]], index: int, target: Weights,
                current: Weights) -> None:
         """Replace the states of both models."""
         self._exact, self._packed = (step(layer_around(self._config, index, weights), calls)
                                      for weights, calls in ((target, self._exact), (current, self._packed)))
 
-    def _past_attention(self, layer: Layer, calls: Sequence[Call]) -> list[Call]:
+    def _past_attention(self, layer: DecoderLayer, calls: Sequence[Call]) -> list[Call]:
         return [replace(call, streams={expert: x.cpu() for expert, x in streams.items()})
                 for call, streams in zip(calls, self._after_attention(layer, calls), strict=True)]
 
-    def _past_mlp(self, layer: Layer, calls: Sequence[Call]) -> list[Call]:
+    def _past_mlp(self, layer: DecoderLayer, calls: Sequence[Call]) -> list[Call]:
         return [replace(call, streams={expert: self._fed(layer, expert, x) for expert, x in call.streams.items()})
                 for call in calls]
 
-    def _fed(self, layer: Layer, expert: Expert, streams: Tensor) -> Tensor:
+    def _fed(self, layer: DecoderLayer, expert: Expert, streams: Tensor) -> Tensor:
         norm, mlp = (getattr(layer, part + SUFFIX[expert]) for part in (_NORMS["mlp_in"], "mlp"))
         pieces = (x.to(self._device) for x in streams.flatten(0, -2).split(_PIECE))
         return torch.cat([(x + mlp(norm(x))).cpu() for x in pieces]).view(streams.shape)

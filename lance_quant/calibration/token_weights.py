@@ -23,7 +23,7 @@ from lance_quant.formats import layout
 from lance_quant.formats.layout import Expert
 from lance_quant.formats.weights import Weights
 from lance_quant.lance.config import LanceConfig
-from lance_quant.lance.mot import Layer
+from lance_quant.lance.mot import DecoderLayer
 from lance_quant.lance.progress import progress
 from lance_quant.storage.tensor_file import Checkpoint
 
@@ -122,7 +122,7 @@ class _Sums:
         linears = [(name, group.expert) for group in layout.groups(index) for name in group.linears
                    if f"{name}.weight" in weights]
 
-        def watch(layer: Layer, running: Sequence[int]) -> tuple[list[Tensor], Use]:
+        def watch(layer: DecoderLayer, running: Sequence[int]) -> tuple[list[Tensor], Use]:
             watched: list[Tensor] = []
             seen: list[tuple[str, slice]] = []
             for name, expert in linears:

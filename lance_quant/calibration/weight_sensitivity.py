@@ -19,7 +19,7 @@ from lance_quant.formats import layout
 from lance_quant.formats.layout import Expert
 from lance_quant.formats.weights import Weights
 from lance_quant.lance.config import LanceConfig
-from lance_quant.lance.mot import Layer
+from lance_quant.lance.mot import DecoderLayer
 from lance_quant.storage.tensor_file import Checkpoint
 
 PROBES = 4  # draws of r; the sum over a weight's elements averages as well
@@ -54,7 +54,7 @@ class CapturedEffects:
         names = [name for group in layout.groups(index) for name in group.linears if f"{name}.weight" in weights]
         effects = {name: torch.zeros_like(weights[f"{name}.weight"]) for name in names}
 
-        def watch(layer: Layer, _: Sequence[int]) -> tuple[list[Tensor], Use]:
+        def watch(layer: DecoderLayer, _: Sequence[int]) -> tuple[list[Tensor], Use]:
             return [layer.get_submodule(inside(name, index)).weight.requires_grad_(True) for name in names], use
 
         def use(found: list[Tensor]) -> None:

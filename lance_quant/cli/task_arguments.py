@@ -11,7 +11,7 @@ import torch
 from lance_quant.calibration.activation_stats import model_fingerprint
 from lance_quant.cli import script
 from lance_quant.distributed import Team
-from lance_quant.errors import InputError
+from lance_quant.errors import InputError, require_whole
 from lance_quant.inference.tasks import Settings
 from lance_quant.kernels import dispatch
 from lance_quant.lance.compiled import compile_steps
@@ -21,13 +21,12 @@ from lance_quant.lance.loader import TorchFile
 from lance_quant.lance.media.samples import TASKS, TIMED
 from lance_quant.lance.media.vision import RESOLUTIONS
 from lance_quant.lance.mot import Lance
-from lance_quant.lance.pipeline import OFFLOADS, Pipeline, latent_grid
-from lance_quant.lance.understanding import GREEDY, MAX_NEW_TOKENS, Choice
+from lance_quant.lance.runtime import OFFLOADS, Runtime, latent_grid
+from lance_quant.lance.understanding import GREEDY, MAX_NEW_TOKENS, TokenSampling
 from lance_quant.storage.tensor_file import Checkpoint, TensorFile, TensorSpec, file_size
 
-_NUM_FRAMES = 50  # the official default
 _LARGEST_FRAME = 2352  # latent cells of the largest official bucket
-_DEFAULTS = {field.name: field.default for field in fields(Sampling)}
+_DEFAULTS = {field.name: field.default for kind in (Sampling, Settings) for field in fields(kind)}
 
 
 def add_model(to: argparse.ArgumentParser) -> None:
@@ -51,13 +50,15 @@ def add_task(to: argparse.ArgumentParser, steps_flag: str = "--validation_num_ti
     to.add_argument("--resolution", choices=RESOLUTIONS,
                     help="preset for input pictures and clips; default: image_768res for x2t_image and image_edit, "
                          "video_480p for i2v, x2t_video and video_edit")
-    to.add_argument("--video_height", type=int, default=768, help="height of what t2i and t2v make, floored to 16")
-    to.add_argument("--video_width", type=int, default=768, help="width of what t2i and t2v make, floored to 16")
+    to.add_argument("--video_height", type=int, default=_DEFAULTS["height"],
+                    help="height of what t2i and t2v make, floored to 16")
+    to.add_argument("--video_width", type=int, default=_DEFAULTS["width"],
+                    help="width of what t2i and t2v make, floored to 16")
     to.add_argument("--num_frames", type=int,
-                    help=f"frames of what t2v and i2v make, at most 121, floored to 4 k + 1; default: {_NUM_FRAMES}")
+                    help="frames of what t2v and i2v make, at most 121, floored to 4 k + 1; default: "
+                         f"{_DEFAULTS['num_frames']}")
     to.add_argument(steps_flag, dest="num_timesteps", type=int, default=_DEFAULTS["num_timesteps"],
                     help="denoising steps")
-    to.set_defaults(steps_flag=steps_flag.removeprefix("--"))
     to.add_argument("--validation_timestep_shift", type=float, default=_DEFAULTS["timestep_shift"],
                     help="how far the schedule leans towards noise")
     to.add_argument("--cfg_scale", type=float, default=_DEFAULTS["cfg_scale"],
@@ -121,26 +122,19 @@ def stream_of(args: argparse.Namespace, team: Team) -> Callable[[str], None] | N
 def settings_of(args: argparse.Namespace) -> Settings:
     """The run's settings; InputError for a value out of range."""
     _warn_of_idle_flags(args)
-    rules = ((args.steps_flag, args.num_timesteps, 1), ("max_new_tokens", args.max_new_tokens, 1),
-             ("limit", args.limit, 1), ("seed", args.seed, 0), ("cfg_scale", args.cfg_scale, 0),
-             ("validation_timestep_shift", args.validation_timestep_shift, 1e-6),
-             ("temperature", args.temperature, 0))
-    for name, value, lowest in rules:
-        if value is not None and not lowest <= value < 2**63:
-            raise InputError(f"--{name} {value} must be at least {lowest} and below 2**63")
-    if not 0 < args.top_p <= 1:
-        raise InputError(f"--top_p {args.top_p} must be above 0 and at most 1")
     low, high = args.cfg_interval
-    if not 0 <= low <= high <= 1:
-        raise InputError(f"--cfg_interval {low} {high} must be two numbers from 0 to 1, the lower first")
     sampling = Sampling(num_timesteps=args.num_timesteps, timestep_shift=args.validation_timestep_shift,
-                        cfg_scale=args.cfg_scale, seed=args.seed, batch_guidance=not args.sequential_guidance,
-                        cfg_low=low, cfg_high=high, cfg_renorm=args.cfg_renorm, solver=args.solver)
-    return Settings(task=args.task, resolution=args.resolution or TASKS[args.task].resolution,
-                    height=args.video_height, width=args.video_width, num_frames=_checked_size(args),
-                    sampling=sampling, max_new_tokens=args.max_new_tokens,
-                    choice=Choice(args.temperature, args.top_p, args.seed), fix_quirks=args.fix_quirks,
-                    vae_tiling=args.vae_tiling)
+                        cfg_scale=args.cfg_scale, batch_guidance=not args.sequential_guidance, cfg_low=low,
+                        cfg_high=high, cfg_renorm=args.cfg_renorm, solver=args.solver)
+    if args.limit is not None:
+        require_whole("limit", args.limit, 1)
+    num_frames = _DEFAULTS["num_frames"] if args.num_frames is None else args.num_frames
+    settings = Settings(task=args.task, resolution=args.resolution or "", height=args.video_height,
+                        width=args.video_width, num_frames=num_frames, seed=args.seed, sampling=sampling,
+                        max_new_tokens=args.max_new_tokens, token_sampling=TokenSampling(args.temperature, args.top_p),
+                        fix_quirks=args.fix_quirks, vae_tiling=args.vae_tiling)
+    _say_what_is_floored(args, settings)
+    return settings
 
 
 # Flags that say nothing to tasks which make text, and to tasks which make pictures or clips.
@@ -159,26 +153,22 @@ def _warn_of_idle_flags(args: argparse.Namespace) -> None:
         script.log.warning("of no effect on %s: %s", args.task, ", ".join(f"--{name}" for name in idle))
 
 
-def _checked_size(args: argparse.Namespace) -> int:
-    """Check the size of what is made and say how it is rounded; the number of frames."""
-    num_frames = _NUM_FRAMES if args.num_frames is None else args.num_frames
-    if args.task not in TIMED:
-        if args.num_frames is not None:
-            script.log.warning("--num_frames has no effect on %s", args.task)
-        num_frames = 1
-    if TASKS[args.task].takes is None:
-        frames, rows, columns = latent_grid(args.video_height, args.video_width, num_frames)
-        if (rows * 16, columns * 16) != (args.video_height, args.video_width):
-            script.log.warning("size %d x %d is floored to %d x %d: sides are multiples of 16", args.video_height,
-                            args.video_width, rows * 16, columns * 16)
+def _say_what_is_floored(args: argparse.Namespace, settings: Settings) -> None:
+    """Say how the size of what is made is rounded, and that it is unusual."""
+    if settings.task not in TIMED and args.num_frames is not None:
+        script.log.warning("--num_frames has no effect on %s", settings.task)
+    if settings.spec.takes is None:
+        _, rows, columns = latent_grid(settings.height, settings.width)
+        if (rows * 16, columns * 16) != (settings.height, settings.width):
+            script.log.warning("size %d x %d is floored to %d x %d: sides are multiples of 16", settings.height,
+                               settings.width, rows * 16, columns * 16)
         if rows * columns > _LARGEST_FRAME:
             script.log.warning("%d x %d is larger than anything that Lance was trained on (768 x 768, or as much in "
-                            "another shape)", rows * 16, columns * 16)
-    else:
-        frames, _, _ = latent_grid(LATENT_STRIDE, LATENT_STRIDE, num_frames)
-    if 4 * frames - 3 != num_frames:
-        script.log.warning("%d frames are floored to %d: one more than a multiple of 4", num_frames, 4 * frames - 3)
-    return num_frames
+                               "another shape)", rows * 16, columns * 16)
+    frames, _, _ = latent_grid(LATENT_STRIDE, LATENT_STRIDE, settings.num_frames)
+    if 4 * frames - 3 != settings.num_frames:
+        script.log.warning("%d frames are floored to %d: one more than a multiple of 4", settings.num_frames,
+                           4 * frames - 3)
 
 
 def paths_of(args: argparse.Namespace, decodes: bool = True) -> LancePaths:
@@ -195,15 +185,15 @@ def paths_of(args: argparse.Namespace, decodes: bool = True) -> LancePaths:
 
 
 def load(args: argparse.Namespace, paths: LancePaths, checkpoint: Path | None = None,
-         prepare: Callable[[Lance], object] | None = None, merged: bool = False) -> Pipeline:
+         prepare: Callable[[Lance], object] | None = None, merged: bool = False) -> Runtime:
     """The pipeline that the model and device arguments mean, from `checkpoint` or the float weights."""
     device = script.device_of(args.device)
-    return Pipeline.load(paths, device, script.dtype_of(args.dtype, device), checkpoint, prepare,
+    return Runtime.load(paths, device, script.dtype_of(args.dtype, device), checkpoint, prepare,
                          fix_quirks=args.fix_quirks, offload=args.offload, vae_tiling=args.vae_tiling, merged=merged)
 
 
 def load_to_run(args: argparse.Namespace, paths: LancePaths, checkpoint: Path | None = None,
-                prepare: Callable[[Lance], object] | None = None) -> Pipeline:
+                prepare: Callable[[Lance], object] | None = None) -> Runtime:
     """As `load`, made fast: projections merged and, with --compile, steps compiled. No linear can be watched in it."""
     pipeline = load(args, paths, checkpoint, prepare, merged=True)
     if args.compile:

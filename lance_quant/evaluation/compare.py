@@ -8,10 +8,10 @@ from lance_quant.distributed import ALONE, Team
 from lance_quant.errors import InputError
 from lance_quant.evaluation.metrics import psnr, relative_error, step_errors, text_similarity, token_divergence
 from lance_quant.evaluation.run_folder import Results, made, open_made
-from lance_quant.inference.tasks import Settings, replay
+from lance_quant.inference.tasks import Settings, forced_velocities
 from lance_quant.lance.media.samples import TASKS, Prompt, Question
-from lance_quant.lance.pipeline import Pipeline
 from lance_quant.lance.progress import progress
+from lance_quant.lance.runtime import Runtime
 from lance_quant.storage.atomic import read_json
 
 _DRAWN = (
@@ -37,21 +37,21 @@ def metrics_of(task: str) -> tuple[tuple[str, str, str], ...]:
     return METRICS[TASKS[task].makes]
 
 
-def compare_run(pipeline: Pipeline, samples: list[Question] | list[Prompt], settings: Settings, baseline: Results,
+def compare_run(pipeline: Runtime, samples: list[Question] | list[Prompt], settings: Settings, baseline: Results,
                 folder: Path, team: Team = ALONE) -> list[dict[str, Any]]:
     """Per sample, the distance of a finished run in `folder` from `baseline`, in the keys of METRICS and more.
 
     Runs the quantized model once more, on the baseline's own tokens and points x_t. Of a team, each process compares
     its share of the samples, and the leader gets all of it.
     """
-    compare = _compare_answer if settings.kind.makes == "text" else _compare_made
+    compare = _compare_answer if settings.spec.makes == "text" else _compare_made
     with Results(folder) as run:
         own = [compare(pipeline, sample, settings, baseline, run)
                for sample in progress(team.share(samples), desc="compare", unit="sample")]
     return list(team.collect(own, len(samples)))
 
 
-def _compare_answer(pipeline: Pipeline, question: Question, settings: Settings, baseline: Results,
+def _compare_answer(pipeline: Runtime, question: Question, settings: Settings, baseline: Results,
                     run: Results) -> dict[str, Any]:
     ids = baseline.trace.read(f"{question.key}.ids").tolist()
     if max(ids) >= len(pipeline.tokenizer):
@@ -66,11 +66,11 @@ def _compare_answer(pipeline: Pipeline, question: Question, settings: Settings, 
             **text_similarity(ours, theirs)._asdict()}
 
 
-def _compare_made(pipeline: Pipeline, prompt: Prompt, settings: Settings, baseline: Results,
+def _compare_made(pipeline: Runtime, prompt: Prompt, settings: Settings, baseline: Results,
                   run: Results) -> dict[str, Any]:
     theirs = {part: baseline.trace.read(f"{prompt.key}.{part}") for part in ("x", "velocity", "t", "latent")}
     ours = {part: run.trace.read(f"{prompt.key}.{part}") for part in ("x", "latent")}
-    errors = step_errors(replay(pipeline, prompt, settings, theirs["x"], theirs["t"]), theirs["velocity"])
+    errors = step_errors(forced_velocities(pipeline, prompt, settings, theirs["x"], theirs["t"]), theirs["velocity"])
     name = made(prompt, settings)
     source = {} if prompt.visual is None else {"visual": str(prompt.visual)}
     return {"key": prompt.key, "prompt": prompt.text, **source, "file": name, "t": theirs["t"].tolist(),

@@ -33,8 +33,8 @@ from lance_quant.inference.tasks import Answered, Drawn, Settings, answer_all, d
 from lance_quant.kernels import dispatch
 from lance_quant.lance.media.samples import TASKS, Prompt, Question
 from lance_quant.lance.media.video import read_video, write_video
-from lance_quant.lance.pipeline import Pipeline
 from lance_quant.lance.progress import progress
+from lance_quant.lance.runtime import Runtime
 from lance_quant.storage.atomic import read_json, write_json
 from lance_quant.storage.tensor_file import TensorFile, write_tensors
 
@@ -100,7 +100,8 @@ def describe(sample: Question | Prompt) -> dict[str, str]:
     if isinstance(sample, Prompt):
         source = {} if sample.visual is None else {"source": sample.visual.name}
         return {"key": sample.key, "prompt": sample.text, **source}
-    return {"key": sample.key, sample.kind: sample.visual.name, "system": sample.system, "question": sample.question}
+    return {"key": sample.key, sample.modality: sample.visual.name, "system": sample.system,
+            "question": sample.question}
 
 
 def versions() -> dict[str, str]:
@@ -132,7 +133,7 @@ def _highest(peaks: Iterable[Mapping[str, int | None]]) -> dict[str, int | None]
             for kind in peaks[0]}
 
 
-def run_task(pipeline: Pipeline, samples: list[Question] | list[Prompt], settings: Settings, record: RunRecord,
+def run_task(pipeline: Runtime, samples: list[Question] | list[Prompt], settings: Settings, record: RunRecord,
              folder: Path, keep_trace: bool, on_text: Callable[[str], None] | None = None, team: Team = ALONE) -> None:
     """Run a task over its samples and write the results folder (an existing, empty one).
 
@@ -141,7 +142,7 @@ def run_task(pipeline: Pipeline, samples: list[Question] | list[Prompt], setting
         team: shares the samples; its leader's folder gets everything, the others' what they made themselves.
     """
     own = team.share(samples)
-    if settings.kind.makes == "text":
+    if settings.spec.makes == "text":
         with record.stage("run"):
             answered = list(answer_all(pipeline, own, settings, on_text))
             write_answers(team.collect(answered, len(samples)), folder)
@@ -156,7 +157,7 @@ def run_task(pipeline: Pipeline, samples: list[Question] | list[Prompt], setting
             if keep_trace:
                 save_traces(folder / LATENTS, team.collect(map(_trace, drawn), len(samples)))
         with record.stage("decode"), pipeline.using("vae"):
-            for one in progress(drawn, desc="decode", unit=settings.kind.makes):
+            for one in progress(drawn, desc="decode", unit=settings.spec.makes):
                 _write_frames(pipeline.decode_frames(one.latent), folder / made(one.prompt, settings))
             team.bring(folder, [made(prompt, settings) for prompt in own], len(samples))
     record.pool(team)
@@ -171,7 +172,7 @@ def save_traces(path: Path, traces: Iterable[Mapping[str, Tensor]]) -> None:
 
 def made(prompt: Prompt, settings: Settings) -> str:
     """Name of the file that a request makes."""
-    return f"{prompt.key}.{'mp4' if settings.kind.makes == 'video' else 'png'}"
+    return f"{prompt.key}.{'mp4' if settings.spec.makes == 'video' else 'png'}"
 
 
 def open_made(path: Path) -> list[Image.Image]:
@@ -191,7 +192,7 @@ def write_answers(answered: Iterable[Answered], folder: Path) -> None:
     rows, raw = [], {}
     for one in answered:
         question = one.question
-        rows.append({question.kind: str(question.visual), "question": question.question, "answer": one.answer.text,
+        rows.append({question.modality: str(question.visual), "question": question.question, "answer": one.answer.text,
                      "key": question.key, "reference": question.reference})
         # The official file is keyed by visual; a second question about one visual gets its sample's key added.
         name = question.visual.name

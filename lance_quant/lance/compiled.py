@@ -1,9 +1,9 @@
 """Compiled steps: torch.compile around the attention of every layer, and on CUDA one graph per decoded token.
 
-Only what recurs is compiled, that is decoding and denoising steps: `Layer.before` and `Layer.after`, whose code serves
-all layers, all steps and, since they do not see the cache, all lengths of it. A compilation of the whole step would
-fuse no more, since attention is a library call either way, and take 36 times as long. On CUDA, a decoding step as a
-whole is recorded as a graph, so that one launch runs it.
+Only what recurs is compiled, that is decoding and denoising steps: what lies before and after the attention of a layer
+(`before` and `after` of mot.DecoderLayer), whose code serves all layers, all steps and, since they do not see the
+cache, all lengths of it. A compilation of the whole step would fuse no more, since attention is a library call either
+way, and take 36 times as long. On CUDA, a decoding step as a whole is recorded as a graph, so that one launch runs it.
 """
 
 import contextlib

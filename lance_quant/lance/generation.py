@@ -7,37 +7,56 @@ prompt), and moves x_t along the guided velocity, which points from data to nois
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from lance_quant.errors import InputError, require_one_of, require_real, require_whole
 from lance_quant.lance.cache import CacheRow, allocate
 from lance_quant.lance.config import LATENT_CHANNELS
 from lance_quant.lance.mot import Lance, Rope, Streams
-from lance_quant.lance.tokens import CONDITION, PROMPT, TARGET, VIT, Packed
+from lance_quant.lance.tokens import CONDITION, PROMPT, TARGET, VIT, TokenSequence
+
+Renorm = Literal["global", "channel", "none"]
+Solver = Literal["euler", "ab2"]
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How a picture or clip is sampled; the defaults are the official ones.
 
+    num_timesteps: denoising steps.
+    timestep_shift: how far the schedule leans towards noise (`timesteps`).
+    cfg_scale: strength of classifier-free guidance; 1 and less turn it off.
     batch_guidance: run both passes of guidance as one batch (same result, more memory) or one after the other.
     cfg_low, cfg_high: guidance is on where low < t <= high.
     cfg_renorm: how a velocity that guidance made longer than the conditional one is scaled back: by the norm over the
         whole target ("global"), by that of each cell ("channel"), or not at all ("none").
     solver: "euler", or "ab2", Adams and Bashforth's second order, which costs nothing more per step.
+
+    Raises:
+        InputError: a value is out of range, no number, or none of the names.
     """
 
     num_timesteps: int = 30
     timestep_shift: float = 3.5
     cfg_scale: float = 4.0
-    seed: int = 42
     batch_guidance: bool = True
     cfg_low: float = 0.4
     cfg_high: float = 1.0
-    cfg_renorm: Literal["global", "channel", "none"] = "global"
-    solver: Literal["euler", "ab2"] = "euler"
+    cfg_renorm: Renorm = "global"
+    solver: Solver = "euler"
+
+    def __post_init__(self) -> None:
+        require_whole("num_timesteps", self.num_timesteps, 1)
+        require_real("timestep_shift", self.timestep_shift, 1e-6)
+        require_real("cfg_scale", self.cfg_scale, 0)
+        low, high = (require_real("cfg_interval", end, 0, 1) for end in (self.cfg_low, self.cfg_high))
+        if low > high:
+            raise InputError(f"cfg_interval {low:g} {high:g} must be two numbers from 0 to 1, the lower first")
+        require_one_of("cfg_renorm", self.cfg_renorm, get_args(Renorm))
+        require_one_of("solver", self.solver, get_args(Solver))
 
     def guided(self, t: float) -> bool:
         """Whether the unconditional pass runs at timestep t."""
@@ -85,34 +104,37 @@ def initial_noise(cells: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 
 class Denoiser:
-    """Guided velocity of one request at any (x_t, t): the prompt's cache, positions and embeddings, made once."""
+    """Guided velocity of one request at any (x_t, t): the prompt's cache, positions and embeddings, made once.
+
+    It serves any number of seeds. `sampling` says how its trajectories are integrated.
+    """
 
     @torch.no_grad()
-    def __init__(self, model: Lance, packed: Packed, sampling: Sampling, given: Given = TEXT_ONLY):
-        self._model, self._sampling, self._given = model, sampling, given
-        self.grid = packed.visuals[-1].grid
+    def __init__(self, model: Lance, sequence: TokenSequence, sampling: Sampling, given: Given = TEXT_ONLY):
+        self._model, self._given, self.sampling = model, given, sampling
+        self.grid = sequence.visuals[-1].grid
         self._source_cells = 0 if given.source is None else given.source[..., 0].numel()
         self._fixed = _cells(given.first, model)
         # The unconditional query counts its positions without the prompt, although the unconditional cache was
         # filled at the conditional positions: the official code does so, and the model is used that way.
-        queries = [(whole, *whole.span(TARGET)) for whole in (packed, packed.without_prompt())]
+        queries = [(whole, *whole.span(TARGET)) for whole in (sequence, sequence.without_prompt())]
         self._rows = allocate(model.config, [end for _, _, end in queries], model.dtype, model.device)
-        self._read_context(packed)
+        self._read_context(sequence)
         ropes = [self._stream_rope(whole.positions[:, start:end]) for whole, start, end in queries]
         self._rope = tuple(torch.cat(parts) for parts in zip(*ropes, strict=True))
         self._places = model.latent_pos_embed(self.grid)
-        start, end = packed.span(TARGET)
-        self._frame = model.embed(packed.ids[[start, end - 1]])  # <|vision_start|> and <|vision_end|>
+        start, end = sequence.span(TARGET)
+        self._frame = model.embed(sequence.ids[[start, end - 1]])  # <|vision_start|> and <|vision_end|>
 
-    def _read_context(self, packed: Packed) -> None:
+    def _read_context(self, sequence: TokenSequence) -> None:
         """Fill both rows with all that precedes the target: the unconditional one skips the prompt, nothing else."""
-        x = self._model.embed(packed.ids)
-        for (start, end), split in zip(packed.bounds(), packed.splits, strict=True):
+        x = self._model.embed(sequence.ids)
+        for (start, end), split in zip(sequence.bounds(), sequence.splits, strict=True):
             if split.content == TARGET:
                 return
             if split.content == VIT:
                 x[start + 1:end - 1] = self._given.vit_tokens
-            positions = packed.positions[:, start:end]
+            positions = sequence.positions[:, start:end]
             for batch in self._batches(1 if split.content == PROMPT else len(self._rows)):
                 if split.content == CONDITION:
                     self._read_source(x[[start, end - 1]], positions, self._rows[batch])
@@ -133,7 +155,7 @@ class Denoiser:
 
     def _batches(self, count: int) -> Iterator[slice]:
         """The first `count` rows in the batches that go through the model."""
-        each = count if self._sampling.batch_guidance else 1
+        each = count if self.sampling.batch_guidance else 1
         return (slice(first, first + each) for first in range(0, count, each))
 
     def _embed(self, x: Tensor, t: float, fixed: int, places: Tensor) -> Tensor:
@@ -167,7 +189,7 @@ class Denoiser:
     def velocity(self, x: Tensor, t: float) -> Tensor:
         """Velocity [n, 48] at x_t [n, 48] and timestep t, guided where guidance is on; 0 in a given first frame."""
         latents = self._embed(x, t, len(self._fixed), self._places)
-        count = 2 if self._sampling.guided(t) else 1
+        count = 2 if self.sampling.guided(t) else 1
         passes = torch.cat([self._run(latents, batch) for batch in self._batches(count)])
         velocity = passes[0] if count == 1 else self._guide(*passes)
         velocity[:len(self._fixed)] = 0
@@ -181,10 +203,10 @@ class Denoiser:
 
     def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         """Classifier-free guidance, scaled back where it made the velocity longer than the conditional one."""
-        guided = unconditional + self._sampling.cfg_scale * (conditional - unconditional)
-        if self._sampling.cfg_renorm == "none":
+        guided = unconditional + self.sampling.cfg_scale * (conditional - unconditional)
+        if self.sampling.cfg_renorm == "none":
             return guided
-        over = (0, 1) if self._sampling.cfg_renorm == "global" else 1
+        over = (0, 1) if self.sampling.cfg_renorm == "global" else 1
         lengths = [velocity.float().norm(dim=over, keepdim=True) for velocity in (conditional, guided)]
         shrink = lengths[0] / (lengths[1] + 1e-8)
         return guided * shrink.clamp(0, 1).to(guided.dtype)
@@ -197,8 +219,7 @@ def _cells(latents: Tensor | None, model: Lance) -> Tensor:
     return latents.reshape(-1, LATENT_CHANNELS).to(model.device, model.dtype)
 
 
-def sample(denoiser: Denoiser, noise: Tensor, sampling: Sampling,
-           on_step: Callable[[Step], None] | None = None) -> Tensor:
+def sample(denoiser: Denoiser, noise: Tensor, on_step: Callable[[Step], None] | None = None) -> Tensor:
     """Integrate from noise x_T [n, 48] (Denoiser.noise) to latents [frames, rows, columns, 48].
 
     x_t stays in the dtype of `noise`, also in bfloat16, as in the official code, and where `noise` is: on the model's
@@ -207,7 +228,8 @@ def sample(denoiser: Denoiser, noise: Tensor, sampling: Sampling,
     Args:
         on_step: called after every velocity; an exception that it raises ends the request.
     """
-    times, x, last = timesteps(sampling), noise, None
+    sampling, x, last = denoiser.sampling, noise, None
+    times = timesteps(sampling)
     for index in range(sampling.num_timesteps):
         step = Step(index, times[index].item(), x, denoiser.velocity(x, times[index].item()).to(x.device))
         if on_step is not None:

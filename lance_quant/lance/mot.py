@@ -155,7 +155,7 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(gate).mul_(up))  # in place: the largest activations of a denoising step
 
 
-class Layer(nn.Module):
+class DecoderLayer(nn.Module):
     """One pre-norm decoder layer with both experts.
 
     `before` and `after` are all of it but the attention. They depend on the shapes of the call alone, not on its past,
@@ -197,7 +197,7 @@ class Decoder(nn.Module):
     def __init__(self, config: LanceConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.rotary = Rotary(config)
         for suffix in SUFFIX.values():
             self.add_module(f"norm{suffix}", RMSNorm(config.hidden_size, config.rms_norm_eps))

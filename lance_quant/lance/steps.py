@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 
 class LayerParts(NamedTuple):
-    """What lies before and after the attention of one decoder layer, in the form that is called (mot.Layer)."""
+    """What lies before and after the attention of one decoder layer, in the form that is called (mot.DecoderLayer)."""
 
     before: Callable[..., Any]
     after: Callable[..., Any]
@@ -30,7 +30,7 @@ Loop = TypeVar("Loop", bound=Recurring)
 class Steps:
     """Steps run as they are written.
 
-    layers: per decoder layer, what recurring calls run instead of `Layer.before` and `Layer.after`; None: those.
+    layers: per decoder layer, what recurring calls run in the place of its `before` and `after`; None: those.
     seconds: what the first step of each kind took, where that compiles; None: nothing is compiled.
     """
 

@@ -63,7 +63,7 @@ class Visual(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Packed:
+class TokenSequence:
     """A packed sequence of L tokens.
 
     ids: int64 [L]. positions: int64 [3, L], the time, row and column axes of mRoPE.
@@ -85,7 +85,7 @@ class Packed:
                     if split.content == content]
         return found
 
-    def without_prompt(self) -> "Packed":
+    def without_prompt(self) -> "TokenSequence":
         """What the unconditional pass reads: the same sequence less its prompt, its positions counted anew."""
         dropped = [bounds for bounds, split in zip(self.bounds(), self.splits, strict=True) if split.content == PROMPT]
         first, end = dropped[0] if dropped else (0, 0)
@@ -93,7 +93,7 @@ class Packed:
         visuals = tuple(Visual(visual.start - (end - first if visual.start >= end else 0), visual.grid)
                         for visual in self.visuals)
         splits = tuple(split for split in self.splits if split.content != PROMPT)
-        return Packed(ids, _positions(len(ids), visuals, splits), splits, visuals)
+        return TokenSequence(ids, _positions(len(ids), visuals, splits), splits, visuals)
 
 
 def _bounds(splits: Sequence[Split]) -> list[tuple[int, int]]:
@@ -169,7 +169,7 @@ def _expand(base: list[int], pads: Sequence[int], grids: Sequence[Grid]) -> tupl
     return ids + base[copied:], tuple(visuals)
 
 
-def _pack(ids: list[int], visuals: tuple[Visual, ...], spans: Sequence[tuple[int, int, int]]) -> Packed:
+def _pack(ids: list[int], visuals: tuple[Visual, ...], spans: Sequence[tuple[int, int, int]]) -> TokenSequence:
     """Split a sequence at its spans (first, end, content); what lies between them is template text."""
     splits, index = [], 0
     for first, end, content in sorted(spans):
@@ -177,7 +177,7 @@ def _pack(ids: list[int], visuals: tuple[Visual, ...], spans: Sequence[tuple[int
         index = end
     splits.append(Split(len(ids) - index, "causal", TEMPLATE))
     kept = tuple(split for split in splits if split.length)
-    return Packed(torch.tensor(ids), _positions(len(ids), visuals, kept), kept, visuals)
+    return TokenSequence(torch.tensor(ids), _positions(len(ids), visuals, kept), kept, visuals)
 
 
 def _around(visual: Visual, content: int) -> tuple[int, int, int]:
@@ -220,7 +220,7 @@ def mrope_positions(length: int, visuals: Sequence[Visual]) -> Tensor:
     return torch.cat(pieces, 1)
 
 
-def pack_understanding(tokenizer: LanceTokenizer, system: str, question: str, grid: Grid) -> Packed:
+def understanding_sequence(tokenizer: LanceTokenizer, system: str, question: str, grid: Grid) -> TokenSequence:
     """The prompt of an x2t request, up to and including the newline after "assistant".
 
     Args:
@@ -232,8 +232,8 @@ def pack_understanding(tokenizer: LanceTokenizer, system: str, question: str, gr
     return _pack(ids, visuals, [_around(visuals[0], VIT)])
 
 
-def pack_generation(tokenizer: LanceTokenizer, system: str, prompt: str, target: Grid,
-                    sources: Sequence[tuple[int, Grid]] = (), fix_quirks: bool = False) -> Packed:
+def generation_sequence(tokenizer: LanceTokenizer, system: str, prompt: str, target: Grid,
+                    sources: Sequence[tuple[int, Grid]] = (), fix_quirks: bool = False) -> TokenSequence:
     """The sequence of a generation request: system, sources, prompt, template tail, noise span, closing token.
 
     Args:

@@ -1,20 +1,22 @@
 """Visual question answering: read the prompt into the cache, then decode token by token, greedily by default."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lance_quant.errors import InputError, require_real
 from lance_quant.lance.cache import CacheRow, allocate
+from lance_quant.lance.config import SEED
 from lance_quant.lance.mot import Lance
-from lance_quant.lance.tokens import VIT, LanceTokenizer, Packed, mrope_positions
+from lance_quant.lance.tokens import VIT, LanceTokenizer, TokenSequence, mrope_positions
 
 MAX_NEW_TOKENS = 256  # the official limit
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenSampling:
     """How the next token is chosen: greedily (temperature 0, as officially), or drawn.
 
     temperature: divides the logits. top_p: only the likeliest tokens that together reach it are drawn from.
@@ -22,15 +24,14 @@ class Choice:
 
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int = 42
 
-    def chances(self, count: int) -> Tensor:
-        """What `count` picks are drawn with: float32 [count] in [0, 1), on the CPU, so that a seed means the same on
-        every device."""
-        return torch.rand(count, generator=torch.Generator().manual_seed(self.seed))
+    def __post_init__(self) -> None:
+        require_real("temperature", self.temperature, 0)
+        if require_real("top_p", self.top_p, 0, 1) == 0:
+            raise InputError(f"top_p {self.top_p} must be above 0 and at most 1")
 
     def pick(self, logits: Tensor, chance: Tensor) -> Tensor:
-        """A token, int64 [1], by logits float32 [vocabulary] and one of the `chances`, [1]; all on one device."""
+        """A token, int64 [1], by logits float32 [vocabulary] and a chance float32 [1]; all on one device."""
         if self.temperature == 0:
             return logits.argmax(-1, keepdim=True)
         shares, tokens = (logits / self.temperature).softmax(-1).sort(descending=True)
@@ -41,7 +42,13 @@ class Choice:
         return tokens[torch.minimum(place, kept.sum(-1, keepdim=True) - 1)]  # rounding may reach the very end
 
 
-GREEDY = Choice()
+GREEDY = TokenSampling()
+
+
+def chances(count: int, seed: int) -> Tensor:
+    """What `count` picks are drawn with: float32 [count] in [0, 1), on the CPU, so that a seed means the same on every
+    device."""
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
 
 
 class Decoding:
@@ -52,11 +59,11 @@ class Decoding:
         valid: number of ids that the tokenizer has.
         capacity: longest prompt and answer together.
         longest: longest answer.
-        choice: its seed comes with `start`.
+        sampling: how tokens are chosen.
     """
 
-    def __init__(self, model: Lance, valid: int, capacity: int, longest: int, choice: Choice = GREEDY):
-        self._model, self._valid, self._choice = model, valid, choice
+    def __init__(self, model: Lance, valid: int, capacity: int, longest: int, sampling: TokenSampling = GREEDY):
+        self._model, self._valid, self._sampling = model, valid, sampling
         (self._row,) = allocate(model.config, [capacity], model.dtype, model.device, zeroed=True)
         shape = (1, 1, longest, model.config.head_dim)
         self._rope = tuple(torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in range(2))
@@ -66,7 +73,7 @@ class Decoding:
                                                  for _ in range(3))
 
     @torch.no_grad()
-    def start(self, prompt: Packed, vit_tokens: Tensor, longest: int, seed: int) -> None:
+    def start(self, prompt: TokenSequence, vit_tokens: Tensor, longest: int, seed: int) -> None:
         """Read a prompt (see `answer`); the next `longest` steps answer it."""
         self._row.reset()
         _prefill(self._model, prompt, vit_tokens, self._row)
@@ -74,7 +81,7 @@ class Decoding:
         rope = self._model.rope(mrope_positions(first + longest, prompt.visuals)[:, first:])
         for table, part in zip(self._rope, rope, strict=True):
             table[:, :, :longest] = part
-        self._chances[:longest] = replace(self._choice, seed=seed).chances(longest)
+        self._chances[:longest] = chances(longest, seed)
         self._token.copy_(prompt.ids[-1:])
         self._index.zero_()
         self._place.fill_(first)
@@ -88,7 +95,7 @@ class Decoding:
         streams = {"und": model.embed(self._token)[None]}
         hidden = model.language_model.model(streams, rope, [self._row], True, model.steps.layers)["und"]
         logits = _logits(model, hidden[0], self._valid)[0]
-        self._token.copy_(self._choice.pick(logits, self._chances.index_select(0, self._index)))
+        self._token.copy_(self._sampling.pick(logits, self._chances.index_select(0, self._index)))
         self.ids.index_copy_(0, self._index, self._token)
         self._row.commit(1)
         self._place.add_(1)
@@ -101,13 +108,13 @@ def _tokens_per_look(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 8
 
 
-def answer(model: Lance, tokenizer: LanceTokenizer, prompt: Packed, vit_tokens: Tensor,
+def answer(model: Lance, tokenizer: LanceTokenizer, prompt: TokenSequence, vit_tokens: Tensor,
            max_new_tokens: int = MAX_NEW_TOKENS, on_token: Callable[[int], None] | None = None,
-           choice: Choice = GREEDY, look_every: int | None = None) -> list[int]:
+           sampling: TokenSampling = GREEDY, seed: int = SEED, look_every: int | None = None) -> list[int]:
     """Answer ids, the closing <|im_end|> included if it came within the limit. Only <|im_end|> stops.
 
     Args:
-        prompt: from tokens.pack_understanding.
+        prompt: from tokens.understanding_sequence.
         vit_tokens: [pads of the prompt, hidden].
         on_token: called with every new id; an exception that it raises ends the request.
         look_every: tokens after which the end is looked for; None: as suits the device. 1: nothing runs in vain, for
@@ -116,10 +123,10 @@ def answer(model: Lance, tokenizer: LanceTokenizer, prompt: Packed, vit_tokens: 
     room = len(prompt.ids) + max_new_tokens
 
     def make(capacity: int, longest: int) -> Decoding:
-        return Decoding(model, len(tokenizer), capacity, longest, choice)
+        return Decoding(model, len(tokenizer), capacity, longest, sampling)
 
-    decoding, step = model.steps.loop(make, room, max_new_tokens, (choice.temperature, choice.top_p))
-    decoding.start(prompt, vit_tokens, max_new_tokens, choice.seed)
+    decoding, step = model.steps.loop(make, room, max_new_tokens, sampling)
+    decoding.start(prompt, vit_tokens, max_new_tokens, seed)
     each = look_every or _tokens_per_look(model.device)
     ids: list[int] = []
     while len(ids) < max_new_tokens:
@@ -136,7 +143,7 @@ def answer(model: Lance, tokenizer: LanceTokenizer, prompt: Packed, vit_tokens: 
 
 
 @torch.no_grad()
-def forced_logits(model: Lance, tokenizer: LanceTokenizer, prompt: Packed, vit_tokens: Tensor,
+def forced_logits(model: Lance, tokenizer: LanceTokenizer, prompt: TokenSequence, vit_tokens: Tensor,
                   answer_ids: Sequence[int]) -> Tensor:
     """Logits float32 [answer tokens, tokenizer size] that precede each given answer token, in one causal call."""
     length = len(prompt.ids) + len(answer_ids)
@@ -148,7 +155,7 @@ def forced_logits(model: Lance, tokenizer: LanceTokenizer, prompt: Packed, vit_t
     return _logits(model, hidden[0], len(tokenizer))
 
 
-def _prefill(model: Lance, prompt: Packed, vit_tokens: Tensor, row: CacheRow) -> None:
+def _prefill(model: Lance, prompt: TokenSequence, vit_tokens: Tensor, row: CacheRow) -> None:
     """Read everything except the last token, which is the first decode step."""
     x = model.embed(prompt.ids)
     for (start, end), split in zip(prompt.bounds(), prompt.splits, strict=True):

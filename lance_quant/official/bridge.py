@@ -260,7 +260,7 @@ def official_arguments(settings: "Settings", paths: "LancePaths", asked: Path, m
         "apply_chat_template": False, "cfg_type": 0, "text_template": True, "use_KVcache": True,
         "enhance_prompt": False, "task": settings.task, "resolution": settings.resolution,
         "validation_num_timesteps": sampling.num_timesteps, "validation_timestep_shift": sampling.timestep_shift,
-        "validation_data_seed": sampling.seed, "cfg_text_scale": sampling.cfg_scale,
+        "validation_data_seed": settings.seed, "cfg_text_scale": sampling.cfg_scale,
         "cfg_interval": (sampling.cfg_low, sampling.cfg_high), "cfg_renorm_type": sampling.cfg_renorm,
         "video_height": settings.height, "video_width": settings.width, "num_frames": settings.num_frames,
         "val_dataset_config_file": asked, "save_path_gen": made,
@@ -279,13 +279,13 @@ def _write_samples(samples: "Sequence[Question | Prompt]", settings: "Settings",
     """
     entries: dict[str, Any] = {}
     for number, sample in enumerate(samples):
-        if settings.kind.takes is None:
+        if settings.spec.takes is None:
             entries[f"{number:06d}.png"] = sample.text
             continue
         visual = folder / f"{number:06d}{sample.visual.suffix}"
         shutil.copyfile(sample.visual, visual)
-        elements = [(settings.kind.takes, str(visual), 0)]
-        if settings.kind.makes == "text":
+        elements = [(settings.spec.takes, str(visual), 0)]
+        if settings.spec.makes == "text":
             elements.append(("text", [sample.system, sample.question, sample.reference], 1))
         else:  # an edit is told the kind of its last element
             elements.insert(1 if sample.named == "text" else 0, ("text", sample.text, 0))
@@ -310,7 +310,7 @@ def run_task(args: argparse.Namespace, source: Looked, settings: "Settings",
 
     with tempfile.TemporaryDirectory(prefix="lance_official_") as scratch:
         done = run(args, source, settings, samples, paths, Path(scratch), args.save_latents)
-        if settings.kind.makes == "text":
+        if settings.spec.makes == "text":
             _write_answers(done, samples, folder)
         else:
             for number, prompt in enumerate(samples):
@@ -318,7 +318,7 @@ def run_task(args: argparse.Namespace, source: Looked, settings: "Settings",
                 shutil.copyfile(written, (folder / prompt.key).with_suffix(written.suffix))
             write_json(folder / "prompt.json", {run_folder.made(one, settings): one.text for one in samples})
         if args.save_latents:
-            name = run_folder.LOGITS if settings.kind.makes == "text" else run_folder.LATENTS
+            name = run_folder.LOGITS if settings.spec.makes == "text" else run_folder.LATENTS
             run_folder.save_traces(folder / name, _traces(done, samples, paths))
         write_json(folder / "run.json", _run_json(args, source, settings, samples, model, done.reply))
 
@@ -326,7 +326,7 @@ def run_task(args: argparse.Namespace, source: Looked, settings: "Settings",
 def _write_answers(done: Run, samples: "Sequence[Question]", folder: Path) -> None:
     from lance_quant.evaluation import run_folder
     from lance_quant.inference.tasks import Answered
-    from lance_quant.lance.pipeline import Answer
+    from lance_quant.lance.runtime import Answer
 
     raw = json.loads((done.made / "prompt.json").read_text(encoding="utf-8"))
     run_folder.write_answers([Answered(one, Answer([], raw[f"{number:06d}{one.visual.suffix}"]))
@@ -378,7 +378,7 @@ def compare(args: argparse.Namespace, source: Looked, settings: "Settings", samp
         done = run(args, source, settings, samples, paths, Path(scratch), record=True)
         dtype = getattr(torch, done.reply["dtype"])
         pipeline = _fed_pipeline(paths, script.device_of(args.device), dtype)
-        measure = _compare_answer if settings.kind.makes == "text" else _compare_drawn
+        measure = _compare_answer if settings.spec.makes == "text" else _compare_drawn
         found = {one.key: measure(pipeline, one, settings, load_file(record))
                  for one, record in zip(samples, done.records, strict=True)}
     return {"task": settings.task, "dtype": done.reply["dtype"], "source": describe(source),
@@ -389,9 +389,9 @@ def compare(args: argparse.Namespace, source: Looked, settings: "Settings", samp
 def _fed_pipeline(paths: "LancePaths", device: Any, dtype: Any) -> Any:
     """A native pipeline that is given condition latents, and keeps what its ViT and VAE made of the source."""
     from lance_quant.lance.media import vision
-    from lance_quant.lance.pipeline import Pipeline
+    from lance_quant.lance.runtime import Runtime
 
-    class Fed(Pipeline):
+    class Fed(Runtime):
         fed: "Tensor"  # [t, h, w, 48], the next answer of `encode`
         tokens: "Tensor"  # [n, hidden], from `look`
         mean: "Tensor"  # [48, t, h, w], that `encode` would have drawn around
@@ -440,8 +440,8 @@ def _compare_drawn(pipeline: Any, prompt: "Prompt", settings: "Settings",
     dtype = pipeline.model.dtype
     pipeline.fed = official.get("condition", official.get("first"))
     denoiser = denoiser_of(pipeline, prompt, settings)
-    found = {"noise": relative_error(denoiser.noise(settings.sampling.seed).float(), official["x"][0])}
-    latent = generation.sample(denoiser, official["x"][0].to(dtype), settings.sampling, steps.append).float().cpu()
+    found = {"noise": relative_error(denoiser.noise(settings.seed).float(), official["x"][0])}
+    latent = generation.sample(denoiser, official["x"][0].to(dtype), steps.append).float().cpu()
     if "vit" in official:
         found["vit"] = relative_error(pipeline.tokens.float().cpu(), official["vit"])
     if "mean" in official:

@@ -27,26 +27,26 @@ from lance_quant.lance.media.vision import open_image
 from lance_quant.lance.tokens import CAPTION_SYSTEMS
 from lance_quant.storage.atomic import read_json
 
-Kind = Literal["image", "video"]
+Modality = Literal["image", "video"]
 _CAPTION_SEED = 2025  # the official global seed; the draws themselves depend on everything that ran before
 
 
-class Task(NamedTuple):
+class TaskSpec(NamedTuple):
     """What a task takes beside text (None: nothing), what it makes, and the official preset for its visuals."""
 
-    takes: Kind | None
+    takes: Modality | None
     makes: Literal["text", "image", "video"]
     resolution: str
 
 
 TASKS = {
-    "x2t_image": Task("image", "text", "image_768res"),
-    "x2t_video": Task("video", "text", "video_480p"),
-    "t2i": Task(None, "image", "image_768res"),
-    "t2v": Task(None, "video", "video_480p"),
-    "i2v": Task("image", "video", "video_480p"),
-    "image_edit": Task("image", "image", "image_768res"),
-    "video_edit": Task("video", "video", "video_480p"),
+    "x2t_image": TaskSpec("image", "text", "image_768res"),
+    "x2t_video": TaskSpec("video", "text", "video_480p"),
+    "t2i": TaskSpec(None, "image", "image_768res"),
+    "t2v": TaskSpec(None, "video", "video_480p"),
+    "i2v": TaskSpec("image", "video", "video_480p"),
+    "image_edit": TaskSpec("image", "image", "image_768res"),
+    "video_edit": TaskSpec("video", "video", "video_480p"),
 }
 TIMED = ("t2v", "i2v")  # what is made is as long as asked for
 
@@ -60,7 +60,7 @@ class Question:
     system: str
     question: str
     reference: str
-    kind: Kind = "image"
+    modality: Modality = "image"
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def load(task: str, path: Path, fix_quirks: bool = False) -> list[Question] | li
     return prompts
 
 
-def open_visual(path: Path, kind: Kind, exif: bool = False) -> list[Image.Image]:
+def open_visual(path: Path, modality: Modality, exif: bool = False) -> list[Image.Image]:
     """The frames that the model sees of a picture (one) or clip; `exif` turns pictures as their EXIF says."""
-    return [open_image(path, exif)] if kind == "image" else read_video(path)
+    return [open_image(path, exif)] if modality == "image" else read_video(path)
 
 
 def _prompts(path: Path) -> list[Prompt]:
@@ -118,43 +118,43 @@ def _number(name: str, path: Path) -> str:
 
 
 def _instructions(task: str, path: Path, fix_quirks: bool) -> list[Prompt]:
-    kind = TASKS[task].takes
+    modality = TASKS[task].takes
     prompts = []
     for key, entry in _entries(path).items():
-        elements = _elements(entry, kind, f"{path}: entry {key!r} is no {task} sample (one {kind!r}, and one \"text\" "
-                                          "with the instruction)")
+        elements = _elements(entry, modality, f"{path}: entry {key!r} is no {task} sample (one {modality!r}, and one "
+                                              "\"text\" with the instruction)")
         if not isinstance(elements["text"], str):
             raise InputError(f"{path}: entry {key!r} must give its instruction as one string")
-        named = kind if fix_quirks else entry["element_dtype_array"][-1]
-        prompts.append(Prompt(_number(key, path), elements["text"], _find(elements[kind], kind, path), named))
+        named = modality if fix_quirks else entry["element_dtype_array"][-1]
+        prompts.append(Prompt(_number(key, path), elements["text"], _find(elements[modality], modality, path), named))
     return prompts
 
 
 def _questions(task: str, path: Path, fix_quirks: bool) -> list[Question]:
-    kind = TASKS[task].takes
+    modality = TASKS[task].takes
     draw = random.Random(_CAPTION_SEED)
     questions = []
     for key, entry in _entries(path).items():
-        rule = (f"{path}: entry {key!r} is no {task} sample (one {kind!r}, and one \"text\" of [system prompt, "
+        rule = (f"{path}: entry {key!r} is no {task} sample (one {modality!r}, and one \"text\" of [system prompt, "
                 "question, reference answer])")
-        elements = _elements(entry, kind, rule)
+        elements = _elements(entry, modality, rule)
         text = elements["text"]
         if isinstance(text, str):
             system = CAPTION_SYSTEMS[0] if fix_quirks else draw.choice(CAPTION_SYSTEMS)
-            text = [system.format(kind), "", text]
+            text = [system.format(modality), "", text]
         if not (isinstance(text, list) and len(text) == 3 and all(isinstance(part, str) for part in text)):
             raise InputError(rule)
-        questions.append(Question(str(key), _find(elements[kind], kind, path), *text, kind))
+        questions.append(Question(str(key), _find(elements[modality], modality, path), *text, modality))
     return questions
 
 
-def _elements(entry: Any, kind: Kind, rule: str) -> dict[str, Any]:
+def _elements(entry: Any, modality: Modality, rule: str) -> dict[str, Any]:
     """The entry's text and visual by their dtypes; exactly one of each."""
     try:
         dtypes, values = entry["element_dtype_array"], entry["interleave_array"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{rule}: {error!r}") from error
-    if sorted(dtypes) != sorted(["text", kind]) or len(values) != 2:
+    if sorted(dtypes) != sorted(["text", modality]) or len(values) != 2:
         raise InputError(f"{rule}: it lists {len(values)} elements of {list(dtypes)}")
     return dict(zip(dtypes, values, strict=True))
 
@@ -168,12 +168,12 @@ def _entries(path: Path) -> Mapping[str, Any]:
     return entries
 
 
-def _find(visual: str, kind: Kind, manifest: Path) -> Path:
+def _find(visual: str, modality: Modality, manifest: Path) -> Path:
     """A readable picture or clip by its path: as it stands, or below the sample file's folder or the one above."""
     folder = Path(manifest).resolve().parent
     tried = [Path(visual), folder / visual, folder.parent / visual]
     for candidate in tried:
         if candidate.is_file():
-            open_visual(candidate, kind)
+            open_visual(candidate, modality)
             return candidate
-    raise InputError(f"{kind} {visual} of {manifest} not found; looked at {', '.join(map(str, tried))}")
+    raise InputError(f"{modality} {visual} of {manifest} not found; looked at {', '.join(map(str, tried))}")

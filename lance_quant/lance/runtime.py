@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lance_quant.errors import InputError
 from lance_quant.lance import generation, understanding
-from lance_quant.lance.config import LATENT_STRIDE, MAX_LATENT_FRAMES, MAX_LATENT_SIZE, LanceConfig, LancePaths
+from lance_quant.lance.config import LATENT_STRIDE, MAX_LATENT_FRAMES, MAX_LATENT_SIZE, SEED, LanceConfig, LancePaths
 from lance_quant.lance.loader import load_lance
 from lance_quant.lance.media import vision
-from lance_quant.lance.media.samples import Kind, Question, open_visual
+from lance_quant.lance.media.samples import Modality, Question, open_visual
 from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance
 from lance_quant.lance.tokens import (
@@ -26,9 +26,9 @@ from lance_quant.lance.tokens import (
     VIT,
     Grid,
     LanceTokenizer,
-    Packed,
-    pack_generation,
-    pack_understanding,
+    TokenSequence,
+    generation_sequence,
+    understanding_sequence,
 )
 from lance_quant.storage.tensor_file import Checkpoint
 
@@ -54,8 +54,8 @@ class Answer(NamedTuple):
         return self.raw.replace("<|im_end|>", "").strip()
 
 
-class Pipeline:
-    """One model on one device. Use `Pipeline.load`.
+class Runtime:
+    """One model on one device. Use `Runtime.load`.
 
     fix_quirks: False reproduces the official code's quirks on purpose; True takes the repaired variant of those that
         are mere bugs (README, "Quirks").
@@ -76,7 +76,7 @@ class Pipeline:
     def load(cls, paths: LancePaths, device: torch.device, dtype: torch.dtype, checkpoint: Path | None = None,
              prepare: Callable[[Lance], object] | None = None, rotary_rounding: torch.dtype | None = None,
              fix_quirks: bool = False, offload: Offload = "none", vae_tiling: bool = False,
-             merged: bool = False) -> "Pipeline":
+             merged: bool = False) -> "Runtime":
         """Load the language model; ViT and VAE follow when first used.
 
         Args:
@@ -129,9 +129,9 @@ class Pipeline:
             if self.offload == "vae_vit":
                 delattr(self, name)
 
-    def frames(self, visual: Path, kind: Kind) -> list[Image.Image]:
+    def frames(self, visual: Path, modality: Modality) -> list[Image.Image]:
         """The frames that the model sees of a picture or clip."""
-        return open_visual(visual, kind, exif=self.fix_quirks)
+        return open_visual(visual, modality, exif=self.fix_quirks)
 
     def look(self, frames: Sequence[Image.Image], resolution: str) -> tuple[Tensor, Grid]:
         """Frames through the ViT: tokens [n, hidden], and their grid."""
@@ -149,7 +149,7 @@ class Pipeline:
         if max(pixels.shape[2:]) > MAX_LATENT_SIZE * LATENT_STRIDE:
             raise InputError(f"a source of {frames[0].width} x {frames[0].height} becomes {pixels.shape[3]} x "
                              f"{pixels.shape[2]} at {resolution}, and {MAX_LATENT_SIZE * LATENT_STRIDE} is the "
-                             "longest side that the model has positions for; use a smaller --resolution")
+                             "longest side that the model has positions for; use a smaller resolution")
         with self.using("vae") as vae:
             encoded = vae.encode(pixels)
         return encoded.mean if self.fix_quirks else encoded.draw(torch.Generator().manual_seed(_GLOBAL_SEED))
@@ -157,31 +157,32 @@ class Pipeline:
     def _crops(self) -> torch.Generator | None:
         return None if self.fix_quirks else torch.Generator().manual_seed(_GLOBAL_SEED)
 
-    def ask(self, question: Question, resolution: str) -> tuple[Packed, Tensor]:
-        """An x2t request as the model takes it: packed prompt, and ViT tokens [n, hidden]."""
-        tokens, grid = self.look(self.frames(question.visual, question.kind), resolution)
-        return pack_understanding(self.tokenizer, question.system, question.question, grid), tokens
+    def ask(self, question: Question, resolution: str) -> tuple[TokenSequence, Tensor]:
+        """An x2t request as the model takes it: sequence prompt, and ViT tokens [n, hidden]."""
+        tokens, grid = self.look(self.frames(question.visual, question.modality), resolution)
+        return understanding_sequence(self.tokenizer, question.system, question.question, grid), tokens
 
-    def answer(self, packed: Packed, vit_tokens: Tensor, max_new_tokens: int = understanding.MAX_NEW_TOKENS,
+    def answer(self, sequence: TokenSequence, vit_tokens: Tensor, max_new_tokens: int = understanding.MAX_NEW_TOKENS,
                on_token: Callable[[int], None] | None = None,
-               choice: understanding.Choice = understanding.GREEDY, look_every: int | None = None) -> Answer:
+               sampling: understanding.TokenSampling = understanding.GREEDY, seed: int = SEED,
+               look_every: int | None = None) -> Answer:
         """Answer a request made by `ask`; the arguments are understanding.answer's."""
-        ids = understanding.answer(self.model, self.tokenizer, packed, vit_tokens, max_new_tokens, on_token, choice,
-                                   look_every)
+        ids = understanding.answer(self.model, self.tokenizer, sequence, vit_tokens, max_new_tokens, on_token, sampling,
+                                   seed, look_every)
         return Answer(ids, self.tokenizer.decode(ids))
 
-    def forced_logprobs(self, packed: Packed, vit_tokens: Tensor, answer_ids: list[int]) -> Tensor:
+    def forced_logprobs(self, sequence: TokenSequence, vit_tokens: Tensor, answer_ids: list[int]) -> Tensor:
         """Log-probabilities float32 [answer tokens, tokenizer size] in front of each token of a given answer."""
-        logits = understanding.forced_logits(self.model, self.tokenizer, packed, vit_tokens, answer_ids)
+        logits = understanding.forced_logits(self.model, self.tokenizer, sequence, vit_tokens, answer_ids)
         return logits.log_softmax(-1)
 
     def denoiser(self, prompt: str, height: int, width: int, sampling: generation.Sampling,
                  num_frames: int | None = None) -> generation.Denoiser:
         """The denoiser of a t2i request or, with a number of frames, of a t2v one; for sizes see `latent_grid`."""
         system = T2I_SYSTEM if num_frames is None else VIDEO_SYSTEM
-        packed = pack_generation(self.tokenizer, system, prompt, latent_grid(height, width, num_frames or 1),
+        sequence = generation_sequence(self.tokenizer, system, prompt, latent_grid(height, width, num_frames or 1),
                                  fix_quirks=self.fix_quirks)
-        return generation.Denoiser(self.model, packed, sampling)
+        return generation.Denoiser(self.model, sequence, sampling)
 
     def animator(self, prompt: str, image: Image.Image, resolution: str, num_frames: int,
                  sampling: generation.Sampling) -> generation.Denoiser:
@@ -189,8 +190,8 @@ class Pipeline:
         first = self.encode([image], resolution)
         rows, columns = first.shape[1:3]
         grid = latent_grid(rows * LATENT_STRIDE, columns * LATENT_STRIDE, num_frames)
-        packed = pack_generation(self.tokenizer, VIDEO_SYSTEM, prompt, grid, fix_quirks=self.fix_quirks)
-        return generation.Denoiser(self.model, packed, sampling, generation.Given(first=first))
+        sequence = generation_sequence(self.tokenizer, VIDEO_SYSTEM, prompt, grid, fix_quirks=self.fix_quirks)
+        return generation.Denoiser(self.model, sequence, sampling, generation.Given(first=first))
 
     def editor(self, instruction: str, frames: Sequence[Image.Image], resolution: str, named: str,
                sampling: generation.Sampling) -> generation.Denoiser:
@@ -203,18 +204,17 @@ class Pipeline:
         tokens, merged = self.look(frames, resolution)
         source = self.encode(frames, resolution)
         grid = tuple(source.shape[:3])
-        packed = pack_generation(self.tokenizer, EDIT_SYSTEM.format(named), instruction, grid,
+        sequence = generation_sequence(self.tokenizer, EDIT_SYSTEM.format(named), instruction, grid,
                                  [(VIT, merged), (CONDITION, grid)], self.fix_quirks)
-        return generation.Denoiser(self.model, packed, sampling, generation.Given(tokens, source))
+        return generation.Denoiser(self.model, sequence, sampling, generation.Given(tokens, source))
 
-    def sample(self, denoiser: generation.Denoiser, sampling: generation.Sampling,
+    def sample(self, denoiser: generation.Denoiser, seed: int = SEED,
                on_step: Callable[[generation.Step], None] | None = None) -> Tensor:
-        """Latents [frames, rows, columns, 48] of a request, on the CPU, from its seed's noise.
+        """Latents [frames, rows, columns, 48] of a request, on the CPU, from a seed's noise.
 
         A denoiser serves any number of seeds: its prompt was read when it was made.
         """
-        noise = denoiser.noise(sampling.seed).to(self.model.device)
-        return generation.sample(denoiser, noise, sampling, on_step).cpu()
+        return generation.sample(denoiser, denoiser.noise(seed).to(self.model.device), on_step).cpu()
 
     def decode(self, latent: Tensor) -> Image.Image:
         """The picture of latents [1, rows, columns, 48]."""
@@ -237,9 +237,9 @@ def latent_grid(height: int, width: int, num_frames: int = 1) -> Grid:
     """
     rows, columns = height // LATENT_STRIDE, width // LATENT_STRIDE
     if not (1 <= rows <= MAX_LATENT_SIZE and 1 <= columns <= MAX_LATENT_SIZE):
-        raise InputError(f"picture size {height} x {width}: each side must be 16 to {MAX_LATENT_SIZE * LATENT_STRIDE} "
-                         "pixels; change --video_height, --video_width")
+        raise InputError(f"height {height} and width {width}: each side must be 16 to "
+                         f"{MAX_LATENT_SIZE * LATENT_STRIDE} pixels")
     longest = 4 * MAX_LATENT_FRAMES - 3
     if not 1 <= num_frames <= longest:
-        raise InputError(f"--num_frames {num_frames} must be 1 to {longest}: the model has no positions beyond")
+        raise InputError(f"num_frames {num_frames} must be 1 to {longest}: the model has no positions beyond")
     return (num_frames - 1) // 4 + 1, rows, columns
