@@ -19,6 +19,7 @@ from lance_quant.calibration.layer_inputs import replay_of
 from lance_quant.cli import script
 from lance_quant.errors import InputError
 from lance_quant.formats.base import Int4
+from lance_quant.inference.device import device_of
 from lance_quant.methods import convert
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     """Plan or convert, and print the result."""
     args = parse_args(argv)
     script.set_threads(args.threads)
-    codec, device = Int4(args.group_size), script.device_of(args.device)
+    codec, device = Int4(args.group_size), device_of(args.device)
     measured = args.capture and args.bits_budget
     effects = weight_sensitivity.effects_of(args.src, args.capture, device) if measured else None
     sizes = convert.Sizes(args.bits_budget, args.head_bits, effects)

@@ -18,6 +18,7 @@ from lance_quant.calibration.layer_inputs import replay_of
 from lance_quant.cli import script
 from lance_quant.errors import InputError
 from lance_quant.formats.base import Nvfp4
+from lance_quant.inference.device import device_of
 from lance_quant.methods import convert
 
 
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--stats and --out are needed unless --dry_run is given")
     if args.capture and args.recipe == "published":
         raise InputError("--capture has no place in the published recipe: leave it out, or use --recipe ours")
-    device = script.device_of(args.device)
+    device = device_of(args.device)
     replay = replay_of(args.src, args.capture, device) if args.capture else None
     print(convert.convert(args.src, args.stats, args.out, codec, args.recipe, device, replay,
                           args.resume, sizes).out)

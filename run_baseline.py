@@ -20,6 +20,7 @@ from lance_quant import distributed
 from lance_quant.cli import script, task_arguments
 from lance_quant.errors import InputError
 from lance_quant.evaluation.run_folder import RunRecord, describe, run_task
+from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.inference.tasks import load_samples
 from lance_quant.official import bridge
 from lance_quant.storage.atomic import whole_folder
@@ -57,9 +58,9 @@ def main(argv: list[str] | None = None) -> None:
             paths = task_arguments.paths_of(args)
             samples = load_samples(args.example_json, settings, args.limit)
             team.require_free(args.save_path_gen)
-            device, on_text = script.device_of(args.device), task_arguments.stream_of(args, team)
+            device, on_text = device_of(args.device), task_arguments.stream_of(args, team)
             facts = task_arguments.float_facts(args.model_path)
-            record = RunRecord(device, script.dtype_of(args.dtype, device), facts, vars(args))
+            record = RunRecord(device, dtype_of(args.dtype, device), facts, vars(args))
         team.require_same(model=facts["fingerprint"], samples=[describe(sample) for sample in samples])
         with team.folder(args.save_path_gen) as folder:
             with record.stage("load"):

@@ -23,6 +23,7 @@ from lance_quant.evaluation import report
 from lance_quant.evaluation.compare import compare_run, run_entry, section
 from lance_quant.evaluation.run_folder import Results, RunRecord, describe, drop_traces, require_source, run_task
 from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.inference.tasks import Settings, load_samples
 from lance_quant.lance.runtime import Runtime
 from lance_quant.storage.atomic import write_json
@@ -87,7 +88,7 @@ def _require_comparable(args: argparse.Namespace, settings: Settings, samples: l
     """Raise InputError, before anything is loaded, unless baseline and packed folders compare."""
     if args.baseline:
         with Results(args.baseline) as baseline:
-            baseline.require_same(settings, samples, script.dtype_of(args.dtype, script.device_of(args.device)))
+            baseline.require_same(settings, samples, dtype_of(args.dtype, device_of(args.device)))
         fingerprint, what = baseline.run["model"].get("fingerprint"), f"the model of baseline {args.baseline}"
     else:
         fingerprint = task_arguments.float_facts(args.model_path)["fingerprint"]
@@ -102,9 +103,9 @@ def _require_kernel(args: argparse.Namespace, packed: dict[str, PackedFolder]) -
         if args.kernel != "auto":
             script.log.warning("of no effect with --mode cached: --kernel")
         return
-    device = script.device_of(args.device)
+    device = device_of(args.device)
     for one in packed.values():
-        require_kernel(one, script.dtype_of(args.dtype, device), device, args.kernel)
+        require_kernel(one, dtype_of(args.dtype, device), device, args.kernel)
 
 
 def _compare_all(args: argparse.Namespace, settings: Settings, samples: list, packed: dict[str, PackedFolder],
@@ -132,8 +133,8 @@ def _compare(args: argparse.Namespace, settings: Settings, samples: list, packed
 def _run(args: argparse.Namespace, settings: Settings, samples: list, folder: Path, team: Team,
          packed: PackedFolder | None = None) -> Runtime:
     """Run the task with the float weights or with packed ones, into `folder`; return the model."""
-    device = script.device_of(args.device)
-    dtype = script.dtype_of(args.dtype, device)
+    device = device_of(args.device)
+    dtype = dtype_of(args.dtype, device)
     facts = packed.facts() if packed else task_arguments.float_facts(args.model_path)
     record = RunRecord(device, dtype, facts, vars(args))
     prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device, mode=args.mode,

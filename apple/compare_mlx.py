@@ -29,6 +29,7 @@ from lance_quant.cli import script
 from lance_quant.errors import InputError
 from lance_quant.evaluation.metrics import relative_error, token_divergence
 from lance_quant.formats import layout
+from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.media import samples
 from lance_quant.lance.media.vision import RESOLUTIONS
@@ -80,8 +81,8 @@ def put_into(pipeline: Runtime, weights: dict[str, Tensor]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Answer with the float model, then measure every folder."""
     args = parse_args(argv)
-    device = script.device_of(args.device)
-    paths, dtype = LancePaths.find(args.model_path, args.vit_path), script.dtype_of(args.dtype, device)
+    device = device_of(args.device)
+    paths, dtype = LancePaths.find(args.model_path, args.vit_path), dtype_of(args.dtype, device)
     pipeline = Runtime.load(paths, device, dtype)
     questions = samples.load("x2t_image", args.example_json)[:args.limit]
     asked = [pipeline.ask(question, args.resolution) for question in questions]

@@ -39,6 +39,7 @@ from lance_quant import __version__
 from lance_quant.cli import script
 from lance_quant.errors import InputError
 from lance_quant.formats.packed_folder import require_space
+from lance_quant.inference.device import device_of
 from lance_quant.storage.atomic import read_json, require_free, whole_folder, write_json
 from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size
 
@@ -221,7 +222,7 @@ def refiner(args: argparse.Namespace) -> Callable[..., Any] | None:
         raise InputError(f"--learning_rate {args.learning_rate}, --epochs {args.epochs} and --max_tokens "
                          f"{args.max_tokens} must be positive, and the last 2 or more")
     training = Training(args.learning_rate, epochs=args.epochs, max_tokens=args.max_tokens)
-    device = script.device_of(args.device)
+    device = device_of(args.device)
     return lambda tensors: distil(args.src, tensors, args.dwq, training, device)
 
 
@@ -240,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("--capture rounds after the scales that --stats finds: give both")
     if args.stats is not None and args.packer != "ours":
         raise InputError("--stats rounds to grids of its own: leave --packer out")
-    calibrated = None if args.stats is None else Calibrated(args.stats, args.capture, script.device_of(args.device))
+    calibrated = None if args.stats is None else Calibrated(args.stats, args.capture, device_of(args.device))
     record = export(args.src, args.out, fmt, packer_of(args.packer), calibrated, refiner(args))
     log.info("wrote %s: %s", args.out, json.dumps({name: record[name] for name in ("rounded_by", "bytes", "dwq")}))
     print(args.out)

@@ -34,6 +34,7 @@ from lance_quant.cli import script
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.packed_folder import require_space
+from lance_quant.inference.device import DTYPES
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance, RMSNorm
 from lance_quant.lance.tokens import LanceTokenizer
@@ -59,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder to create; never overwritten; not written by --dry_run")
     parser.add_argument("--arch", choices=ARCHS, default=ARCHS[0],
                         help="glm4_moe is exact; qwen2 repeats the published, lossy form")
-    parser.add_argument("--dtype", choices=script.DTYPES, default="bfloat16", help="dtype of the stored tensors")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the stored tensors")
     parser.add_argument("--dry_run", action="store_true", help="read headers only and print what would be written")
     return parser.parse_args(argv)
 
@@ -210,7 +211,7 @@ def extract(src: Path, out: Path, arch: str, dtype: str) -> dict[str, Any]:
         reasons = account(source.specs, config, str(source.path))
         equal = heads_equal(source)
         tied = bool(raw.get("tie_word_embeddings")) if arch == "qwen2" else equal
-        specs = plan(source.specs, config, arch, tied, script.DTYPES[dtype], str(source.path))
+        specs = plan(source.specs, config, arch, tied, DTYPES[dtype], str(source.path))
         require_space(out, file_size(specs))
         facts = _facts(source, reasons, specs, arch, dtype, equal, tied)
         if arch == "qwen2":
@@ -248,7 +249,7 @@ def dry_run(src: Path, arch: str, dtype: str) -> str:
     with Checkpoint(src) as source:
         raw = read_json(src / "llm_config.json", "model configuration")
         tied = arch == "qwen2" and bool(raw.get("tie_word_embeddings"))
-        specs = plan(source.specs, config, arch, tied, script.DTYPES[dtype], str(source.path))
+        specs = plan(source.specs, config, arch, tied, DTYPES[dtype], str(source.path))
     return f"{len(specs)} tensors\noutput_bytes: {file_size(specs)}"
 
 

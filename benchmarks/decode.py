@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from benchmarks.random_lance import FORMATS, REAL_LAYERS, compute_dtype, random_lance, random_values, real_config
 from lance_quant.cli import script
 from lance_quant.evaluation.run_folder import device_name, versions
+from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.merge import merge_projections
@@ -159,7 +160,7 @@ def rows_of(args: argparse.Namespace, device: torch.device) -> list[Row]:
     config, rows = real_config(args.layers), []
     tables: dict[torch.dtype, Tensor] = {}
     for form, head_bits in contestants(args):
-        dtype, table = compute_dtype(form, script.dtype_of(args.dtype, device)), None
+        dtype, table = compute_dtype(form, dtype_of(args.dtype, device)), None
         if head_bits == 16:
             if dtype not in tables:
                 tables[dtype] = random_values((config.vocab_size, config.hidden_size), dtype, device).mul_(0.02)
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = script.device_of(args.device)
+    device = device_of(args.device)
     rows = rows_of(args, device)
     tokens = timed(rows, args)
     config = real_config(args.layers)

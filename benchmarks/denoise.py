@@ -33,6 +33,7 @@ from benchmarks.random_lance import REAL_LAYERS, compute_dtype, random_lance, re
 from lance_quant.cli import script
 from lance_quant.evaluation.run_folder import device_name, versions
 from lance_quant.formats.layout import SUFFIX
+from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.generation import Denoiser, Sampling
@@ -149,7 +150,7 @@ def routed_layer(layer: DecoderLayer, x_th: Tensor, rope: Rope, row: CacheRow, i
 def rows_of(form: str, args: argparse.Namespace, device: torch.device, packed: TokenSequence) -> list[Row]:
     """The ways of one format. The output head, which denoising does not use, is left out."""
     config = replace(real_config(args.layers), vocab_size=2048)
-    dtype = compute_dtype(form, script.dtype_of(args.dtype, device))
+    dtype = compute_dtype(form, dtype_of(args.dtype, device))
     model, rows = random_lance(config, form, dtype, device), []
     if form == args.baseline:
         rows = [ours(f"{form} batched", model, packed), ours(f"{form} sequential", model, packed, batched=False),
@@ -181,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = script.device_of(args.device)
+    device = device_of(args.device)
     grid = latent_grid(args.height, args.width)
     packed = request(grid)
     x = torch.randn(grid[1] * grid[2], 48, generator=torch.Generator().manual_seed(0))

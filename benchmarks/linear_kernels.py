@@ -32,6 +32,7 @@ from lance_quant.evaluation.run_folder import device_name
 from lance_quant.formats.base import Codec, Int4, Nvfp4, PackedWeight
 from lance_quant.formats.int4 import Int4Weight
 from lance_quant.formats.nvfp4 import MAGNITUDES, Nvfp4Weight
+from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.kernels import comfy_kitchen, cpu, dispatch, nvfp4_w4a4, ops
 
 FORMATS: dict[str, Codec] = {"int4": Int4(64), "nvfp4": Nvfp4(), "nvfp4_slim": Nvfp4(slim=True)}
@@ -65,8 +66,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    device = script.device_of(args.device)
-    dtype = script.dtype_of(args.dtype, device)
+    device = device_of(args.device)
+    dtype = dtype_of(args.dtype, device)
     if args.clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() > 1):
         raise InputError("--clock cpu needs --device cpu and one thread; set OMP_NUM_THREADS=1")
     clock = time.process_time if args.clock == "cpu" else time.perf_counter

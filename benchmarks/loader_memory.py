@@ -20,6 +20,7 @@ import torch
 
 from lance_quant.cli import script
 from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.inference.memory import peak_memory
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.runtime import Runtime
@@ -38,8 +39,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    device = script.device_of(args.device)
-    dtype = script.dtype_of(args.dtype, device)
+    device = device_of(args.device)
+    dtype = dtype_of(args.dtype, device)
     packed = PackedFolder(args.awq_dir) if args.awq_dir else None
     prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device)
     before, start = peak_memory(torch.device("cpu"))["host"], time.perf_counter()

@@ -55,6 +55,7 @@ from benchmarks.synthetic_lance import PRESETS, vit_tower
 from lance_quant.cli import script
 from lance_quant.evaluation.run_folder import device_name, versions
 from lance_quant.formats.base import Codec, PackedWeight
+from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.inference.memory import peak_memory, reset_peak_memory
 from lance_quant.kernels import dispatch
 from lance_quant.kernels.triton_w4a16 import TILE_ROWS
@@ -163,7 +164,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(argv)
-    device = torch.device("meta") if args.device == "meta" else script.device_of(args.device)
+    device = torch.device("meta") if args.device == "meta" else device_of(args.device)
     if args.inside:
         print(json.dumps(measure(args, device)))
         return
@@ -213,7 +214,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, object]
 
 def measured(args: argparse.Namespace, device: torch.device, stages: Stages) -> dict[str, object]:
     """See `measure`."""
-    packed = torch.bfloat16 if device.type == "meta" else script.dtype_of(args.dtype, device)
+    packed = torch.bfloat16 if device.type == "meta" else dtype_of(args.dtype, device)
     dtype = compute_dtype(args.formats[0], packed)
     model = random_lance(real_config(args.layers), args.formats[0], dtype, device, head_bits=args.head_bits)
     merge_projections(model)

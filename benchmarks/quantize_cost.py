@@ -39,6 +39,7 @@ from lance_quant.cli import script
 from lance_quant.formats import layout
 from lance_quant.formats.base import Codec, Int4, Nvfp4
 from lance_quant.formats.weights import Weights
+from lance_quant.inference.device import device_of
 from lance_quant.lance.config import LATENT_CHANNELS, LanceConfig
 from lance_quant.lance.linear import Linear
 from lance_quant.lance.mot import DecoderLayer, RMSNorm
@@ -182,7 +183,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    script.device_of(args.device)
+    device_of(args.device)
     results = {}
     for method in args.methods:
         with multiprocessing.get_context("spawn").Pool(1) as pool:

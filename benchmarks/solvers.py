@@ -19,6 +19,7 @@ import torch
 
 from lance_quant.cli import script
 from lance_quant.evaluation.metrics import relative_error
+from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.media import samples
@@ -57,8 +58,8 @@ def errors(pipeline: Runtime, prompt: str, args: argparse.Namespace) -> dict[str
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(argv)
-    device = script.device_of(args.device)
-    pipeline = Runtime.load(LancePaths.find(args.model_path), device, script.dtype_of(args.dtype, device))
+    device = device_of(args.device)
+    pipeline = Runtime.load(LancePaths.find(args.model_path), device, dtype_of(args.dtype, device))
     prompts = samples.load("t2i", args.example_json)[:args.limit]
     found = [errors(pipeline, prompt.text, args) for prompt in prompts]
     means = {solver: [sum(one[solver][index] for one in found) / len(found) for index in range(len(args.steps))]

@@ -45,6 +45,7 @@ from lance_nano.tokenizer import UNDERSTANDING_SYSTEM
 from lance_quant.cli import script, task_arguments
 from lance_quant.errors import InputError
 from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.media import samples
@@ -140,8 +141,8 @@ def load(
     model_path: Path, awq_dir: Path | None, device_name: str, dtype_name: str, kernel: str = "auto"
 ) -> Runtime:
     """The runtime on the float weights, or on those of a packed folder."""
-    device = script.device_of(device_name)
-    dtype = script.dtype_of(dtype_name, device)
+    device = device_of(device_name)
+    dtype = dtype_of(dtype_name, device)
     paths = LancePaths.find(model_path)
     if awq_dir is None:
         return Runtime.load(paths, device, dtype)

@@ -5,6 +5,7 @@ code 2; every other exception is a bug and keeps its traceback.
 """
 
 import math
+import sys
 from numbers import Integral, Real
 
 
@@ -20,10 +21,11 @@ def require_whole(name: str, value: object, lowest: int, highest: int = 2**63 - 
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise InputError(f"{name} {value!r} must be a whole number")
-    if not lowest <= value <= highest:
+    number = int(value)
+    if not lowest <= number <= highest:
         upper = "below 2**63" if highest == 2**63 - 1 else f"at most {highest}"
-        raise InputError(f"{name} {value} must be at least {lowest} and {upper}")
-    return int(value)
+        raise InputError(f"{name} {number} must be at least {lowest} and {upper}")
+    return number
 
 
 def require_real(name: str, value: object, lowest: float, highest: float = 2.0**63) -> float:
@@ -34,10 +36,11 @@ def require_real(name: str, value: object, lowest: float, highest: float = 2.0**
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"{name} {value!r} must be a number")
-    if not (lowest <= value <= highest and math.isfinite(value)):
+    number = float(value) if abs(value) <= sys.float_info.max else math.inf
+    if not (lowest <= number <= highest and math.isfinite(number)):
         upper = "finite" if highest == 2.0**63 else f"at most {highest:g}"
-        raise InputError(f"{name} {value} must be at least {lowest:g} and {upper}")
-    return float(value)
+        raise InputError(f"{name} {number} must be at least {lowest:g} and {upper}")
+    return number
 
 
 def require_one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from lance_quant.errors import InputError
+from lance_quant.inference.device import DTYPES
 
 log = logging.getLogger("lance_quant")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The environment's fault, not ours: no space, quota, read-only or forbidden place, not a folder.
 _USER_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR,
                errno.EISDIR}
@@ -96,32 +96,6 @@ def set_threads(count: int | None) -> None:
     if count < 1:
         raise InputError(f"--threads {count} is not positive: leave it out to use all cores")
     torch.set_num_threads(count)
-
-
-def device_of(name: str) -> torch.device:
-    """The device a --device flag means; InputError if this machine has none such."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device {name!r} is no torch device: use cpu, cuda, cuda:N, mps or auto") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: this torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps: this torch sees no Apple GPU; use --device cpu")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"--device {name!r} is not supported: use cpu, cuda, cuda:N, mps or auto")
-    return device
-
-
-def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """The dtype a --dtype flag means on a device."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return DTYPES[name]
 
 
 def require_file(path: Path, what: str) -> Path:

@@ -12,6 +12,7 @@ from lance_quant.calibration.activation_stats import model_fingerprint
 from lance_quant.cli import script
 from lance_quant.distributed import Team
 from lance_quant.errors import InputError, require_whole
+from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.inference.tasks import Settings
 from lance_quant.kernels import dispatch
 from lance_quant.lance.compiled import compile_steps
@@ -187,8 +188,8 @@ def paths_of(args: argparse.Namespace, decodes: bool = True) -> LancePaths:
 def load(args: argparse.Namespace, paths: LancePaths, checkpoint: Path | None = None,
          prepare: Callable[[Lance], object] | None = None, merged: bool = False) -> Runtime:
     """The pipeline that the model and device arguments mean, from `checkpoint` or the float weights."""
-    device = script.device_of(args.device)
-    return Runtime.load(paths, device, script.dtype_of(args.dtype, device), checkpoint, prepare,
+    device = device_of(args.device)
+    return Runtime.load(paths, device, dtype_of(args.dtype, device), checkpoint, prepare,
                          fix_quirks=args.fix_quirks, offload=args.offload, vae_tiling=args.vae_tiling, merged=merged)
 
 

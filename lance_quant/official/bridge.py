@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lance_quant.errors import InputError
+from lance_quant.inference.device import device_of
 
 if TYPE_CHECKING:  # detection alone must stay light: other programs report it
     from torch import Tensor
@@ -372,18 +373,17 @@ def compare(args: argparse.Namespace, source: Looked, settings: "Settings", samp
     import torch
     from safetensors.torch import load_file
 
-    from lance_quant.cli import script
 
     with tempfile.TemporaryDirectory(prefix="lance_official_") as scratch:
         done = run(args, source, settings, samples, paths, Path(scratch), record=True)
         dtype = getattr(torch, done.reply["dtype"])
-        pipeline = _fed_pipeline(paths, script.device_of(args.device), dtype)
+        pipeline = _fed_pipeline(paths, device_of(args.device), dtype)
         measure = _compare_answer if settings.spec.makes == "text" else _compare_drawn
         found = {one.key: measure(pipeline, one, settings, load_file(record))
                  for one, record in zip(samples, done.records, strict=True)}
     return {"task": settings.task, "dtype": done.reply["dtype"], "source": describe(source),
             "official": {"device": done.reply["device"] or "cpu", "versions": done.reply["versions"]},
-            "native": {"device": str(script.device_of(args.device)), "torch": str(torch.__version__)}, "samples": found}
+            "native": {"device": str(device_of(args.device)), "torch": str(torch.__version__)}, "samples": found}
 
 
 def _fed_pipeline(paths: "LancePaths", device: Any, dtype: Any) -> Any:
