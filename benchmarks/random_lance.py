@@ -12,10 +12,10 @@ from lance_quant.formats.base import Codec, Int4, Nvfp4
 from lance_quant.formats.int4 import Int4Weight
 from lance_quant.formats.layout import EXPERTS, Expert
 from lance_quant.formats.nvfp4 import Nvfp4Weight
+from lance_quant.kernels.quantized_linear import Int8Embedding, Int8Linear, WQLinearINT4, WQLinearNVFP4
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance
 from lance_quant.storage.tensor_file import TensorSpec
-from quantized_linear import WQLinearINT4, WQLinearNVFP4
 
 REAL_LAYERS = 36
 _GROUP = 64
@@ -55,7 +55,7 @@ def random_lance(config: LanceConfig, form: str, dtype: torch.dtype, device: tor
             part.weight = nn.Parameter(vocabulary, requires_grad=False)
     if head_bits == 8:
         shape = (config.vocab_size, config.hidden_size)
-        for name, layer in zip(layout.VOCABULARY, (int8.Int8Embedding(shape, dtype), int8.Int8Linear(shape, dtype)),
+        for name, layer in zip(layout.VOCABULARY, (Int8Embedding(shape, dtype), Int8Linear(shape, dtype)),
                                strict=True):
             codes = random_values(shape, torch.uint8, device).view(torch.int8)
             layer.fill(int8.Int8Weight(codes, torch.full(shape[:1], _INT8_SCALE, dtype=torch.bfloat16, device=device)))

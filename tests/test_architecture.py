@@ -67,13 +67,10 @@ def test_rooms_are_few_and_small():
 
 @pytest.mark.parametrize("path", [path for path in PACKAGE if module(path) != "lance_quant"], **by_name)
 def test_imports_point_down(path):
-    if path.name == "int8.py":
-        pytest.xfail("the 8-bit layers still live beside their format")
     floor = FLOORS.index(room(module(path)))
     assert not [name for name in needed(path) if "." in name and FLOORS.index(room(name)) > floor]
 
 
-@pytest.mark.xfail(reason="8-bit layers and kernels still know one another")
 def test_no_module_needs_itself():
     """No cycle, lazy imports and those for type checking included."""
     graph = {name: needed(path) for name, path in MODULES.items()}

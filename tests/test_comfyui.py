@@ -21,7 +21,7 @@ from PIL import Image
 from comfyui import build, classes, handle, host, install, models, nodes, table, toolkit
 from comfyui.toolkit import PackError
 from lance_quant.errors import InputError
-from lance_quant.kernels import dispatch
+from lance_quant.kernels.base import KERNEL_CHOICES
 
 ROOT = Path(__file__).parent.parent
 PACK = ROOT / "comfyui"
@@ -561,13 +561,14 @@ def test_published_packed_folders_run_in_both_modes(comfy, tiny, folder, precisi
     torch.testing.assert_close(ondemand, draw(load(checkpoint="packed", mode="cached")[0]), rtol=0, atol=2 / 255)
     reference, _ = load(checkpoint="packed", kernel="reference")
     torch.testing.assert_close(ondemand, draw(reference), rtol=0, atol=2 / 255)
-    assert {part.choice for part in reference._pipeline.model.modules() if hasattr(part, "choice")} == {"reference"}
+    assert {part.kernel_choice for part in reference._pipeline.model.modules()
+            if hasattr(part, "kernel_choice")} == {"reference"}
     assert not torch.equal(ondemand, draw(tiny))
 
 
 def test_every_kernel_of_the_toolkit_can_be_chosen():
     (offered,) = [entry.choices for node in table.NODES for entry in node.inputs if entry.name == "kernel"]
-    assert offered == dispatch.CHOICES
+    assert offered == KERNEL_CHOICES
 
 
 # The toolkit, and installing

@@ -14,12 +14,12 @@ from lance_quant.errors import InputError
 from lance_quant.formats import int8, layout
 from lance_quant.formats.base import Int4, Nvfp4
 from lance_quant.formats.packed_folder import PackedFolder
-from lance_quant.kernels import cpu, dispatch
+from lance_quant.kernels import base, cpu
+from lance_quant.kernels.quantized_linear import Int8Embedding, Int8Linear, swap_int8_head, swap_linears
 from lance_quant.kernels.reference import Reference
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.runtime import Runtime
 from lance_quant.methods import convert
-from quantized_linear import swap_linears
 
 SRC = GOLDENS / "checkpoint" / "Lance_3B"
 STATS = GOLDENS / "published" / "act_stats.pt"
@@ -69,7 +69,7 @@ def test_the_layers_compute_with_the_dequantized_weight(monkeypatch, cached, dty
     monkeypatch.setattr(int8, "_BLOCK", 5 * 16)  # 5 rows at a time, the last block shorter
     q = int8.quantize(rand(23, 16))
     weight = int8.dequantize(q).to(dtype)
-    linear, embedding = int8.Int8Linear((23, 16), dtype, cached), int8.Int8Embedding((23, 16), dtype, cached)
+    linear, embedding = Int8Linear((23, 16), dtype, cached), Int8Embedding((23, 16), dtype, cached)
     assert all(t.is_meta for t in linear.buffers())
     linear.fill(q), embedding.fill(q)
     x, ids = rand(2, 3, 16, seed=1).to(dtype), torch.tensor([[0, 22], [7, 7]])
@@ -158,26 +158,26 @@ def test_the_dequantized_weight_is_never_there_as_a_whole(monkeypatch, rows):
 
 
 def filled(n_in=128, dtype=torch.float32, **options):
-    layer = int8.Int8Linear((48, n_in), dtype, **options)
+    layer = Int8Linear((48, n_in), dtype, **options)
     layer.fill(int8.quantize(rand(48, n_in)))
     return layer
 
 
 @needs_native
 def test_the_head_takes_the_kernel_of_its_device_and_what_ran_is_counted():
-    before = dict(dispatch.calls)
+    before = base.CALLS.counts()
     layers = [filled(), filled(kernel="reference"), filled(kernel="triton"), filled(n_in=96), filled(cached=True)]
     for layer in layers:
         for rows in (1, 40):
             layer(rand(rows, layer.in_features))
     assert [layer.kernel().name for layer in layers[:4]] == ["native", "reference", "reference", "reference"]
-    ran = {path: count - before.get(path, 0) for path, count in dispatch.calls.items() if count > before.get(path, 0)}
-    assert ran == {"native int8 dot": 1, "native int8 dequantize + float32 GEMM": 1, "reference int8": 6}
+    assert base.CALLS.since(before) == {
+        "native int8 dot": 1, "native int8 dequantize + float32 GEMM": 1, "reference int8": 6}
 
 
 @pytest.mark.parametrize("why", ["no compiler", "width"])
 def test_a_head_that_runs_on_the_reference_says_why(monkeypatch, caplog, why):
-    dispatch.say_once.cache_clear()
+    base.warn_once.cache_clear()
     if why == "no compiler":
         monkeypatch.setattr(cpu, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
     layer, x = filled(128 if why == "no compiler" else 96), rand(2, 128 if why == "no compiler" else 96)
@@ -254,7 +254,7 @@ def test_a_folder_with_an_8_bit_head_loads_like_any_other_and_means_its_codes(fo
         pipeline = Runtime.load(paths, CPU, torch.float32, packed.checkpoint.path,
                                  lambda model: swap_linears(model, packed, torch.float32, CPU, mode))
     model = pipeline.model
-    assert isinstance(model.get_submodule(HEAD), int8.Int8Linear)
+    assert isinstance(model.get_submodule(HEAD), Int8Linear)
     original = load_file(SRC / "model.safetensors")
     rounded = {name: int8.dequantize(int8.quantize(original[f"{name}.weight"])) for name in (EMBEDDING, HEAD)}
     ids, hidden = torch.tensor([3, 1, 4]), rand(5, model.config.hidden_size)
@@ -296,7 +296,7 @@ def test_a_model_of_another_size_is_refused_and_left_alone(folder):
         model.language_model.model.embed_tokens = nn.Embedding(3, 64)
         model.language_model.lm_head = nn.Linear(64, 3, bias=False)
     with PackedFolder(folder) as packed, pytest.raises(InputError, match=r"8 bits, .* the model has a Embedding \[3"):
-        int8.swap(model, packed, torch.float32, CPU)
+        swap_int8_head(model, packed, torch.float32, CPU)
     assert isinstance(model.language_model.lm_head, nn.Linear)
 
 

@@ -15,8 +15,8 @@ from lance_quant.errors import InputError
 from lance_quant.formats.base import Int4, Nvfp4, dequantize_to
 from lance_quant.formats.int4 import Int4Weight
 from lance_quant.formats.nvfp4 import Nvfp4Weight
-from lance_quant.kernels import cpu, dispatch
-from quantized_linear import WQLinearINT4, WQLinearNVFP4, merge_rows
+from lance_quant.kernels import base, cpu
+from lance_quant.kernels.quantized_linear import WQLinearINT4, WQLinearNVFP4, merge_rows
 
 CODECS = {"int4-g16": Int4(16), "int4-g32": Int4(32), "int4-g64": Int4(64), "int4-g192": Int4(192),
           "nvfp4": Nvfp4(), "slim": Nvfp4(slim=True)}
@@ -231,7 +231,7 @@ def layer(codec, n_out=48, n_in=128, bias=True, seed=0, **options):
 @pytest.fixture
 def no_native(monkeypatch):
     monkeypatch.setattr(cpu, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
-    dispatch.say_once.cache_clear()
+    base.warn_once.cache_clear()
 
 
 def test_without_a_compiler_the_reference_runs_and_a_warning_says_why(no_native, caplog):
@@ -296,7 +296,7 @@ def test_without_a_home_to_write_in_the_library_is_compiled_for_this_process(slo
         monkeypatch.setattr(compile_c.os, "access", lambda path, mode: Path(path) != tmp_path / "cache/lance-quant")
     else:
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setattr(compile_c.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
+        monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home directory")))
     made = compiled(slow_compiler)
     assert made.read_text() == "compiled\n" and made.parent.name.startswith("lance-quant-")
 
@@ -311,12 +311,11 @@ def test_a_library_that_is_there_is_taken_where_nothing_can_be_written(slow_comp
 
 @needs_native
 def test_what_ran_is_counted():
-    before = dict(dispatch.calls)
+    before = base.CALLS.counts()
     model = layer(Int4(64))
     for rows in (1, 1, 40):
         model(torch.randn(rows, 128))
-    ran = {path: count - before.get(path, 0) for path, count in dispatch.calls.items() if count > before.get(path, 0)}
-    assert ran == {"native dot": 2, "native dequantize + float32 GEMM": 1}
+    assert base.CALLS.since(before) == {"native dot": 2, "native dequantize + float32 GEMM": 1}
 
 
 @pytest.mark.parametrize("x", [torch.zeros(2, 128, dtype=torch.bfloat16), torch.zeros(2, 64)], ids=["dtype", "width"])

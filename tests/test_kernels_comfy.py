@@ -1,5 +1,6 @@
 """comfy-kitchen's kernel, of which a plain PyTorch version runs on the CPU, and the choice between it and Triton."""
 
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -11,6 +12,7 @@ from lance_quant.errors import InputError
 from lance_quant.formats.base import Int4, Nvfp4
 from lance_quant.formats.int4 import Int4Weight
 from lance_quant.kernels import autotune, comfy_kitchen, dispatch, triton_w4a16
+from lance_quant.kernels.base import CALLS
 from lance_quant.kernels.ops import Derived, parts_of
 
 CODEC, GPU = Int4(64), torch.device("cuda")
@@ -36,9 +38,9 @@ def test_it_computes_what_the_definition_says(dtype, rows):
     q = random_weight(CODEC, 40, 192)
     x = torch.randn(192, rows, generator=generator(1)).to(dtype).t()
     bias = torch.randn(40, generator=generator(2)).to(dtype)
-    before = dispatch.calls["comfy_kitchen"]
+    before = CALLS.counts()
     assert compared(x, q, bias) <= SHARE[dtype]
-    assert dispatch.calls["comfy_kitchen"] == before + 1
+    assert CALLS.since(before) == {"comfy_kitchen": 1}
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or comfy_kitchen.unavailable() is not None,
@@ -49,7 +51,8 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available() or comfy_kitchen.unava
 @on_gpu
 @pytest.mark.parametrize("tried_before", [False, True])
 def test_a_recorded_graph_computes_the_same_whether_or_not_the_kernels_were_timed_before(tried_before, monkeypatch):
-    monkeypatch.setattr(autotune._RACE, "_won", {})
+    winners = autotune.Winners(lambda: None)
+    monkeypatch.setattr(autotune.AUTOTUNER, "_winners", winners)
     q = Int4Weight(*(part.cuda() for part in random_weight(CODEC, 256, 2048)))
     x, kernel = torch.randn(1, 2048, device=GPU).bfloat16(), dispatch.choose("auto", CODEC, 2048, torch.bfloat16, GPU)
     for compute in (triton_w4a16.compute, comfy_kitchen.compute):  # compile and load what a recording may not
@@ -60,7 +63,7 @@ def test_a_recorded_graph_computes_the_same_whether_or_not_the_kernels_were_time
     with torch.cuda.graph(graph):
         y = kernel.linear(x, q, CODEC, None)
     graph.replay()
-    assert bool(autotune._RACE._won) == tried_before
+    assert bool(winners._known) == tried_before
     torch.testing.assert_close(y.double(), exact(x, CODEC.dequantize(q), None), rtol=2.0**-6, atol=2.0**-6 * 2048**0.5)
 
 
@@ -139,8 +142,8 @@ def test_auto_takes_the_faster_of_two_only_where_both_can_serve(monkeypatch):
     assert dispatch.choose("triton", CODEC, 128, torch.bfloat16, GPU).name == "triton"
 
 
-def race(times, may_time=lambda: True):
-    """A race whose contestants return their names and take so many seconds; an exception is raised."""
+def tuner(times, may_time=lambda: True, folder=None):
+    """An autotuner whose contestants return their names and take so many seconds; an exception is raised."""
     tried = []
 
     def contestant(name):
@@ -154,7 +157,8 @@ def race(times, may_time=lambda: True):
         tried.append(call())
         return times[tried[-1]]
 
-    return autotune.Race({name: contestant(name) for name in times}, seconds, may_time), tried
+    winners = autotune.Winners(lambda: folder)
+    return autotune.Autotuner({name: contestant(name) for name in times}, seconds, may_time, winners), tried
 
 
 @pytest.mark.parametrize("times, winner", [
@@ -162,26 +166,26 @@ def race(times, may_time=lambda: True):
     ({"triton": 1.0, "comfy_kitchen": 1.0}, "triton"), ({"triton": 1.0, "comfy_kitchen": 0.95}, "triton"),
     ({"triton": 1.0, "comfy_kitchen": float("nan")}, "triton")])
 def test_the_faster_one_is_taken_if_it_is_clearly_faster_and_timed_once(times, winner):
-    kernel, tried = race(times)
+    kernel, tried = tuner(times)
     assert [kernel.run(*CALL) for _ in range(3)] == [winner] * 3
     assert tried == ["triton", "comfy_kitchen"]
     assert kernel.run("another kind", *CALL[1:]) == winner and len(tried) == 4
 
 
 def test_one_that_fails_while_it_is_tried_is_not_taken_and_named(caplog):
-    kernel, _ = race({"triton": 1.0, "comfy_kitchen": RuntimeError("no kernel image")})
+    kernel, _ = tuner({"triton": 1.0, "comfy_kitchen": RuntimeError("no kernel image")})
     assert [kernel.run(*CALL) for _ in range(2)] == ["triton"] * 2
     assert caplog.text.count("kernel comfy_kitchen failed when it was tried and is not taken (RuntimeError: no") == 1
-    kernel, _ = race({"triton": RuntimeError("out of resource"), "comfy_kitchen": 1.0})
+    kernel, _ = tuner({"triton": RuntimeError("out of resource"), "comfy_kitchen": 1.0})
     assert kernel.run(*CALL) == "comfy_kitchen"
-    kernel, _ = race({"triton": RuntimeError("a"), "comfy_kitchen": RuntimeError("b")})
+    kernel, _ = tuner({"triton": RuntimeError("a"), "comfy_kitchen": RuntimeError("b")})
     with pytest.raises(RuntimeError, match="a"):
         kernel.run(*CALL)
 
 
 def test_nothing_is_timed_or_settled_while_a_graph_is_recorded():
     recording = [True]
-    kernel, tried = race({"triton": 2.0, "comfy_kitchen": 1.0}, lambda: not recording[0])
+    kernel, tried = tuner({"triton": 2.0, "comfy_kitchen": 1.0}, lambda: not recording[0])
     assert kernel.run(*CALL) == "triton" and tried == []
     recording[0] = False
     assert kernel.run(*CALL) == "comfy_kitchen"
@@ -191,14 +195,47 @@ def test_nothing_is_timed_or_settled_while_a_graph_is_recorded():
 
 def test_kinds_are_shapes_and_powers_of_two_of_rows_and_many_rows_are_not_tried(monkeypatch):
     kinds = []
-    monkeypatch.setattr(autotune, "_RACE", SimpleNamespace(run=lambda kind, x, *weight: kinds.append(kind) or x))
+    monkeypatch.setattr(autotune, "AUTOTUNER", SimpleNamespace(run=lambda kind, x, *weight: kinds.append(kind) or x))
     monkeypatch.setattr(triton_w4a16, "compute", lambda x, *weight: x)
     q = random_weight(CODEC, 40, 128)
     for rows in (0, 1, 2, 3, 4, 5, 200, 256, 257):
         autotune.compute(torch.zeros(rows, 128), q.packed, *parts_of(q), None, 64)
     assert [kind.split(" rows")[0].split("for ")[1] for kind in kinds] == [
         f"up to {rows}" for rows in (1, 2, 4, 4, 8, 256, 256)]
-    assert kinds[0] == "INT4 128 -> 40 for up to 1 rows in torch.float32 on cpu"
+    assert kinds[0].startswith("INT4 128 -> 40 for up to 1 rows in torch.float32 on cpu (torch ")
+    assert "comfy-kitchen" in kinds[0] and "triton" in kinds[0]
+
+
+def test_a_machine_decides_once_and_deleting_the_file_lets_it_decide_again(tmp_path):
+    times = {"triton": 2.0, "comfy_kitchen": 1.0}
+    first, _ = tuner(times, folder=tmp_path)
+    assert first.run(*CALL) == "comfy_kitchen"
+    later, tried = tuner({"triton": 1.0, "comfy_kitchen": 2.0}, folder=tmp_path)  # another process
+    assert later.run(*CALL) == "comfy_kitchen" and tried == []
+    assert later.run("another GPU", *CALL[1:]) == "triton" and tried == ["triton", "comfy_kitchen"]
+    assert [path.name for path in tmp_path.iterdir()] == [autotune.FILE]
+    assert json.loads((tmp_path / autotune.FILE).read_text()) == {"kind": "comfy_kitchen", "another GPU": "triton"}
+    (tmp_path / autotune.FILE).unlink()
+    assert tuner({"triton": 1.0, "comfy_kitchen": 2.0}, folder=tmp_path)[0].run(*CALL) == "triton"
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", '{"kind": "marlin"}', '{"kind": 3', "\x00"])
+def test_a_spoilt_file_or_a_winner_that_is_gone_is_decided_anew(tmp_path, content):
+    (tmp_path / autotune.FILE).write_text(content)
+    kernel, tried = tuner({"triton": 2.0, "comfy_kitchen": 1.0}, folder=tmp_path)
+    assert kernel.run(*CALL) == kernel.run(*CALL) == "comfy_kitchen" and len(tried) == 2
+    assert json.loads((tmp_path / autotune.FILE).read_text()) == {"kind": "comfy_kitchen"}
+
+
+def test_a_failure_decides_for_its_process_only(tmp_path):
+    kernel, _ = tuner({"triton": 1.0, "comfy_kitchen": RuntimeError("out of memory")}, folder=tmp_path)
+    assert kernel.run(*CALL) == "triton" and not list(tmp_path.iterdir())
+    assert tuner({"triton": 1.0, "comfy_kitchen": 0.5}, folder=tmp_path)[0].run(*CALL) == "comfy_kitchen"
+
+
+def test_where_nothing_can_be_written_the_process_decides_for_itself(tmp_path):
+    kernel, tried = tuner({"triton": 2.0, "comfy_kitchen": 1.0}, folder=tmp_path / "missing")
+    assert [kernel.run(*CALL) for _ in range(3)] == ["comfy_kitchen"] * 3 and len(tried) == 2
 
 
 def test_what_is_derived_is_kept_with_its_tensors_only():

@@ -9,7 +9,8 @@ from lance_quant.formats import int8, nvfp4
 from lance_quant.formats.base import Int4, Nvfp4
 from lance_quant.formats.nvfp4 import Nvfp4Weight
 from lance_quant.kernels import dispatch, nvfp4_w4a4
-from quantized_linear import merge_rows
+from lance_quant.kernels.base import CALLS, warn_once
+from lance_quant.kernels.quantized_linear import Int8Linear, merge_rows
 
 CPU = torch.device("cpu")
 BOTH = pytest.mark.parametrize("codec", [Nvfp4(), Nvfp4(slim=True)], ids=["published", "slim"])
@@ -151,9 +152,9 @@ def test_tensor_cores_are_handed_what_the_simulation_multiplies(codec, rows, ten
     model = layer(codec, n_in=64, kernel="nvfp4_w4a4")
     model.fill(weight(codec), torch.randn(48, generator=generator(7)))
     x = activations(rows, 64)
-    before = dict(dispatch.calls)
+    before = CALLS.counts()
     y = model(x)
-    assert dispatch.calls["nvfp4_w4a4"] == before.get("nvfp4_w4a4", 0) + 1
+    assert CALLS.since(before)["nvfp4_w4a4"] == 1
     monkeypatch.setattr(nvfp4_w4a4, "without_tensor_cores", lambda device: "none here")
     torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-5 * model(x).abs().max().item())
 
@@ -204,14 +205,14 @@ def test_a_compiled_step_traces_the_rounding_and_keeps_the_product_as_one_node()
 
 
 def test_it_runs_by_name_only_and_on_nvfp4_only_and_says_once_that_it_is_simulated(caplog):
-    dispatch.say_once.cache_clear()
+    warn_once.cache_clear()
     for _ in range(2):
         assert layer(Nvfp4(), kernel="nvfp4_w4a4").kernel().name == "nvfp4_w4a4"
     assert caplog.text.count("kernel nvfp4_w4a4 is simulated here, and slow: FP4 tensor cores are in NVIDIA GPUs") == 1
     assert layer(Nvfp4()).kernel().name != "nvfp4_w4a4"
     with pytest.raises(InputError, match="kernel nvfp4_w4a4 cannot run Int4.*it takes NVFP4; take --kernel auto"):
         layer(Int4(64), kernel="nvfp4_w4a4").kernel()
-    head = int8.Int8Linear((8, 64), torch.float32, kernel="nvfp4_w4a4")
+    head = Int8Linear((8, 64), torch.float32, kernel="nvfp4_w4a4")
     head.fill(int8.quantize(torch.randn(8, 64, generator=generator(9))))
     assert head.kernel() is dispatch.choose_int8("auto", 64, torch.float32, CPU)
 
@@ -225,9 +226,9 @@ def test_tensor_cores_compute_what_is_simulated(codec, dtype, rows, monkeypatch)
     q = weight(codec, 64, 256)
     q = Nvfp4Weight(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in q))
     x = activations(rows, 256).clamp(-1e3, 1e3).to(dtype).cuda()
-    before = dispatch.calls["nvfp4_w4a4"]
+    before = CALLS.counts()
     y = nvfp4_w4a4.W4A4().linear(x, q, codec, None)
-    assert dispatch.calls["nvfp4_w4a4"] == before + 1
+    assert CALLS.since(before)["nvfp4_w4a4"] == 1
     factor = nvfp4.dequantize(nvfp4.quantize_rows(x)).double()
     w = nvfp4.dequantize(q).double()
     # Sums of 256 exact products in float32 (tensor cores keep some bits less of small terms), rounded twice at most.

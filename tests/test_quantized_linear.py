@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-import quantized_linear
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.base import Int4, Nvfp4
 from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.kernels import quantized_linear
+from lance_quant.kernels.quantized_linear import WQLinearINT4, WQLinearNVFP4, swap_linears
 from lance_quant.methods import convert
-from quantized_linear import WQLinearINT4, WQLinearNVFP4, swap_linears
 
 GOLDENS = Path(__file__).parent / "goldens"
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from lance_quant.distributed import Team
 from lance_quant.errors import InputError, require_whole
 from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.inference.tasks import Settings
-from lance_quant.kernels import dispatch
+from lance_quant.kernels.base import KERNEL_CHOICES
 from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.config import LATENT_STRIDE, LancePaths
 from lance_quant.lance.generation import Sampling
@@ -105,7 +105,7 @@ def add_stream(to: argparse.ArgumentParser) -> None:
 
 def add_kernel(to: argparse.ArgumentParser) -> None:
     """--kernel."""
-    to.add_argument("--kernel", choices=dispatch.CHOICES, default="auto",
+    to.add_argument("--kernel", choices=KERNEL_CHOICES, default="auto",
                     help="what computes packed linears; auto: native (C) on CPUs with AVX2, on CUDA triton, or for "
                          "INT4 comfy_kitchen where it is installed and faster, else the slow reference. nvfp4_w4a4: "
                          "for NVFP4 on Blackwell, activations rounded to 4 bits as well, which costs quality (README, "

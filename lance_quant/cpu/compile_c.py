@@ -5,7 +5,6 @@ callers then do the same in PyTorch.
 """
 
 import atexit
-import contextlib
 import ctypes
 import hashlib
 import logging
@@ -16,6 +15,8 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from lance_quant.storage.user_cache import user_cache
 
 log = logging.getLogger("lance_quant")
 
@@ -66,9 +67,7 @@ def compiled(source: Path, flags: Sequence[str], command: Sequence[str]) -> Path
 
 def _cache_folders() -> Iterator[Path]:
     """Where the library may be kept: in the user's cache, else in a folder that goes when the process ends."""
-    with contextlib.suppress(OSError, RuntimeError):  # no home to write in; a user without a home
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lance-quant"
-        folder.mkdir(parents=True, exist_ok=True)
+    if (folder := user_cache()) is not None:
         yield folder
     passing = Path(tempfile.mkdtemp(prefix="lance-quant-"))
     atexit.register(shutil.rmtree, passing, ignore_errors=True)

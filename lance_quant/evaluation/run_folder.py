@@ -30,7 +30,7 @@ from lance_quant.errors import InputError
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.inference.memory import peak_memory, reset_peak_memory
 from lance_quant.inference.tasks import Answered, Drawn, Settings, answer_all, draw_all, force_all
-from lance_quant.kernels import dispatch
+from lance_quant.kernels.base import CALLS
 from lance_quant.lance.media.samples import TASKS, Prompt, Question
 from lance_quant.lance.media.video import read_video, write_video
 from lance_quant.lance.progress import progress
@@ -54,7 +54,7 @@ class RunRecord:
     arguments: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, dict[str, int | None]] = field(default_factory=dict)
-    kernels_before: Counter[str] = field(default_factory=lambda: Counter(dispatch.calls))
+    kernels_before: Counter[str] = field(default_factory=CALLS.counts)
     compiled: dict[str, float] | None = None  # seconds of warming up each compiled step; None: nothing was compiled
     processes: int = 1
 
@@ -85,7 +85,7 @@ class RunRecord:
             "device": device_name(self.device),
             "processes": self.processes,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "kernels": dict(dispatch.calls - self.kernels_before),  # of packed linears: path -> calls
+            "kernels": CALLS.since(self.kernels_before),  # of packed linears: path -> calls
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "compile_seconds": self.compiled and {name: round(value, 3) for name, value in self.compiled.items()},
             "peak_memory_bytes": _highest(self.peaks.values()),

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from lance_quant.formats.base import Codec, Int4, PackedWeight
-from lance_quant.kernels import dispatch, triton_w4a16
+from lance_quant.kernels import triton_w4a16
+from lance_quant.kernels.base import CALLS
 from lance_quant.kernels.ops import Derived, define, parts_of
 
 ROWS = 256  # its own limit between its kernel and unpacking
@@ -28,12 +29,12 @@ GROUP_SIZE = 64  # the kernel for more than 8 rows goes through the inputs in st
 
 
 class ComfyKitchen(triton_w4a16.TritonW4A16):
-    """See kernels.Kernel."""
+    """comfy-kitchen's AWQ kernel where it can serve, Triton's elsewhere."""
 
     name = "comfy_kitchen"
 
     def refusal(self, codec: Codec, n_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
-        """See kernels.Kernel."""
+        """Why this kernel cannot serve such a linear here, None if it can; arguments as in base.Kernel."""
         if not isinstance(codec, Int4) or codec.group_size != GROUP_SIZE:
             return f"it takes INT4 in groups of {GROUP_SIZE}"
         if dtype not in (torch.bfloat16, torch.float16):
@@ -41,7 +42,7 @@ class ComfyKitchen(triton_w4a16.TritonW4A16):
         return super().refusal(codec, n_in, dtype, device) or unavailable()
 
     def linear(self, x: Tensor, q: PackedWeight, codec: Codec, bias: Tensor | None) -> Tensor:
-        """See kernels.Kernel."""
+        """Multiply: activations [rows, in], weight [out, in], bias [out] or None -> [rows, out] in the dtype of `x`."""
         return torch.ops.lance_quant.comfy_linear(x, q.packed, *parts_of(q), bias, codec.group_size)
 
 
@@ -80,7 +81,7 @@ def compute(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, row_s
         return triton_w4a16.compute(x, packed, scale, zero, row_scale, bias, group_size)
     import comfy_kitchen
 
-    dispatch.count("comfy_kitchen")
+    CALLS.add("comfy_kitchen")
     shared = _kept(x.dtype).of(scale, zero)
     return comfy_kitchen.gemv_awq_w4a16(x.contiguous(), packed.view(torch.int8), *shared, bias, group_size)
 

@@ -35,7 +35,7 @@ from lance_quant.cpu import compile_c, matmul
 from lance_quant.formats import nvfp4
 from lance_quant.formats.base import Codec, PackedWeight
 from lance_quant.formats.int8 import Int8Weight
-from lance_quant.kernels import dispatch
+from lance_quant.kernels.base import CALLS
 from lance_quant.kernels.ops import define, parts_of
 
 _SOURCE = Path(__file__).with_name("packed_linear.c")
@@ -50,12 +50,12 @@ _INT8_BLOCK = 1 << 20  # likewise; 4 MB of floats stay in the cache between the 
 
 
 class Native:
-    """See kernels.Kernel."""
+    """C on CPUs with AVX2."""
 
     name = "native"
 
     def refusal(self, codec: Codec, n_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
-        """See kernels.Kernel."""
+        """Why this kernel cannot serve such a linear here, None if it can; arguments as in base.Kernel."""
         if (reason := _unserved(dtype, device)) is not None:
             return reason
         if n_in % COLUMNS or (codec.group_size % COLUMNS and codec.group_size not in (16, 32)):
@@ -63,18 +63,18 @@ class Native:
         return unavailable()
 
     def linear(self, x: Tensor, q: PackedWeight, codec: Codec, bias: Tensor | None) -> Tensor:
-        """See kernels.Kernel."""
+        """Multiply: activations [rows, in], weight [out, in], bias [out] or None -> [rows, out] in the dtype of `x`."""
         scale, zero, row_scale = parts_of(q)
         return torch.ops.lance_quant.native_linear(x, q.packed, scale, zero, row_scale, bias, codec.group_size)
 
     def int8_refusal(self, n_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
-        """See kernels.Kernel."""
+        """Why this kernel cannot serve an 8-bit head with `n_in` inputs here; None if it can."""
         if (reason := _unserved(dtype, device)) is not None:
             return reason
         return f"it takes multiples of {COLUMNS} inputs" if n_in % COLUMNS else unavailable()
 
     def int8_linear(self, x: Tensor, q: Int8Weight) -> Tensor:
-        """See kernels.Kernel."""
+        """Multiply: activations [rows, in], weight [out, in] -> [rows, out] in the dtype of `x`."""
         return torch.ops.lance_quant.native_int8(x, q.codes, q.scale)
 
 
@@ -141,7 +141,7 @@ def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, row_s
 
 def dot(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
     """The path for few rows, see the module docstring: [rows, in] -> [rows, out]."""
-    dispatch.count("native dot")
+    CALLS.add("native dot")
     digits = 2 if x.dtype == torch.bfloat16 else 3
     wide = x.float().contiguous()
     bias = None if bias is None else bias.float()
@@ -157,7 +157,7 @@ def dot(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
 def gemm(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
     """The path for many rows: [rows, in] -> [rows, out]."""
     dtype = gemm_dtype(x.dtype)
-    dispatch.count(f"native dequantize + {str(dtype).removeprefix('torch.')} GEMM")
+    CALLS.add(f"native dequantize + {str(dtype).removeprefix('torch.')} GEMM")
     wide, y = x.to(dtype), x.new_empty(x.shape[0], weight.n_out, dtype=dtype)
     step = max(1, _BLOCK // weight.n_in)
     for begin in range(0, weight.n_out, step):
@@ -179,7 +179,7 @@ def _int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def _int8_dot(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    dispatch.count("native int8 dot")
+    CALLS.add("native int8 dot")
     wide = x.float().contiguous()
     y = wide.new_empty(x.shape[0], codes.shape[0])  # see `dot`
     _library().int8_linear(codes.data_ptr(), scale.data_ptr(), *codes.shape, wide.data_ptr(), x.shape[0], y.data_ptr(),
@@ -189,7 +189,7 @@ def _int8_dot(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 def _int8_gemm(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     dtype = gemm_dtype(x.dtype)
-    dispatch.count(f"native int8 dequantize + {str(dtype).removeprefix('torch.')} GEMM")
+    CALLS.add(f"native int8 dequantize + {str(dtype).removeprefix('torch.')} GEMM")
     wide, y = x.to(dtype), x.new_empty(x.shape[0], codes.shape[0], dtype=dtype)
     step = max(1, _INT8_BLOCK // codes.shape[1])
     for begin in range(0, len(codes), step):

@@ -25,7 +25,7 @@ from torch import Tensor
 from lance_quant.formats import nvfp4
 from lance_quant.formats.base import Codec, Nvfp4, PackedWeight, dequantize_to
 from lance_quant.formats.nvfp4 import Nvfp4Weight
-from lance_quant.kernels import dispatch
+from lance_quant.kernels.base import CALLS, warn_once
 from lance_quant.kernels.ops import Derived, define, parts_of
 from lance_quant.kernels.reference import Reference
 
@@ -33,22 +33,22 @@ _FP4_ROWS, _FP4_OUTPUTS, _FP4_INPUTS = 16, 16, 32  # whose multiples cuBLAS take
 
 
 class W4A4(Reference):
-    """See kernels.Kernel; of an 8-bit head it is what the reference is."""
+    """NVFP4 times NVFP4 activations; of an 8-bit head it is what the reference is."""
 
     name = "nvfp4_w4a4"
 
     def refusal(self, codec: Codec, n_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
-        """See kernels.Kernel."""
+        """Why this kernel cannot serve such a linear here, None if it can; arguments as in base.Kernel."""
         if not isinstance(codec, Nvfp4):
             return "it takes NVFP4"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return "it computes in float32, bfloat16 or float16"
         if (reason := without_tensor_cores(device)) is not None:
-            dispatch.say_once(f"kernel nvfp4_w4a4 is simulated here, and slow: {reason}")
+            warn_once(f"kernel nvfp4_w4a4 is simulated here, and slow: {reason}")
         return None
 
     def linear(self, x: Tensor, q: PackedWeight, codec: Codec, bias: Tensor | None) -> Tensor:
-        """See kernels.Kernel."""
+        """Multiply: activations [rows, in], weight [out, in], bias [out] or None -> [rows, out] in the dtype of `x`."""
         rounded = nvfp4.quantize_rows(x)
         scale, _, row_scale = parts_of(q)
         y = torch.ops.lance_quant.nvfp4_products(rounded.packed, q.packed, rounded.scale, scale, row_scale,
@@ -139,9 +139,9 @@ def products(codes: Tensor, packed: Tensor, code_scale: Tensor, scale: Tensor, r
         return _empty(codes, packed, code_scale, scale, row_scale, dtype)
     if (without_tensor_cores(codes.device) is None and packed.shape[0] % _FP4_OUTPUTS == 0
             and packed.shape[1] * 2 % _FP4_INPUTS == 0 and (kept := _KEPT.of(scale, row_scale)) is not None):
-        dispatch.count("nvfp4_w4a4")
+        CALLS.add("nvfp4_w4a4")
         return multiplied(codes, packed, code_scale, kept.scale, kept.factor, dtype)
-    dispatch.count("nvfp4_w4a4 simulated")
+    CALLS.add("nvfp4_w4a4 simulated")
     weight = Nvfp4Weight(packed, scale, 1.0 if row_scale is None else row_scale)
     x = nvfp4.dequantize(Nvfp4Weight(codes, code_scale, 1.0)).to(dtype)
     return F.linear(x, dequantize_to(Nvfp4(), weight, dtype))

@@ -7,26 +7,28 @@ from torch import Tensor
 
 from lance_quant.formats import int8
 from lance_quant.formats.base import Codec, PackedWeight, dequantize_to
-from lance_quant.kernels import dispatch
+from lance_quant.kernels.base import CALLS
 
 
 class Reference:
-    """See kernels.Kernel."""
+    """The definition as a kernel."""
 
     name = "reference"
 
-    def refusal(self, codec: Codec, n_in: int, dtype: torch.dtype, device: torch.device) -> None:
-        """It can serve every layer."""
+    def refusal(self, codec: Codec, n_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        """None: it serves every layer."""
+        return None
 
     def linear(self, x: Tensor, q: PackedWeight, codec: Codec, bias: Tensor | None) -> Tensor:
-        """See kernels.Kernel."""
-        dispatch.count("reference")
+        """Multiply: activations [rows, in], weight [out, in], bias [out] or None -> [rows, out] in the dtype of `x`."""
+        CALLS.add("reference")
         return F.linear(x, dequantize_to(codec, q, x.dtype), bias)
 
-    def int8_refusal(self, n_in: int, dtype: torch.dtype, device: torch.device) -> None:
-        """It can serve every layer."""
+    def int8_refusal(self, n_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        """None: it serves every layer."""
+        return None
 
     def int8_linear(self, x: Tensor, q: int8.Int8Weight) -> Tensor:
-        """See kernels.Kernel."""
-        dispatch.count("reference int8")
+        """Multiply: activations [rows, in], weight [out, in] -> [rows, out] in the dtype of `x`."""
+        CALLS.add("reference int8")
         return int8.linear(x, q)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lance_quant.formats import int8
 from lance_quant.formats.base import Codec, PackedWeight
-from lance_quant.kernels import dispatch
+from lance_quant.kernels.base import CALLS
 from lance_quant.kernels.ops import define, parts_of
 
 GEMV_ROWS, TILE_ROWS = 4, 256
@@ -31,25 +31,25 @@ _GROUP_SIZES = (16, 32, 64, 128, 256)
 
 
 class TritonW4A16:
-    """See kernels.Kernel."""
+    """Triton on CUDA."""
 
     name = "triton"
 
     def refusal(self, codec: Codec, n_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
-        """See kernels.Kernel."""
+        """Why this kernel cannot serve such a linear here, None if it can; arguments as in base.Kernel."""
         return _not_here(device) or unsupported(codec, dtype)
 
     def linear(self, x: Tensor, q: PackedWeight, codec: Codec, bias: Tensor | None) -> Tensor:
-        """See kernels.Kernel."""
+        """Multiply: activations [rows, in], weight [out, in], bias [out] or None -> [rows, out] in the dtype of `x`."""
         scale, zero, row_scale = parts_of(q)
         return torch.ops.lance_quant.triton_linear(x, q.packed, scale, zero, row_scale, bias, codec.group_size)
 
     def int8_refusal(self, n_in: int, dtype: torch.dtype, device: torch.device) -> str | None:
-        """See kernels.Kernel."""
+        """Why this kernel cannot serve an 8-bit head with `n_in` inputs here; None if it can."""
         return _not_here(device) or _uncomputed(dtype)
 
     def int8_linear(self, x: Tensor, q: int8.Int8Weight) -> Tensor:
-        """See kernels.Kernel."""
+        """Multiply: activations [rows, in], weight [out, in] -> [rows, out] in the dtype of `x`."""
         return torch.ops.lance_quant.triton_int8(x, q.codes, q.scale)
 
 
@@ -87,12 +87,12 @@ def compute(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, row_s
     if not rows:
         return x.new_empty(0, packed.shape[0])
     if rows <= GEMV_ROWS:
-        dispatch.count("triton gemv")
+        CALLS.add("triton gemv")
         return triton_kernels.gemv(x, *weight, bias, group_size)
     if rows <= TILE_ROWS:
-        dispatch.count("triton tile")
+        CALLS.add("triton tile")
         return triton_kernels.tile(x, *weight, bias, group_size)
-    dispatch.count("triton dequantize + GEMM")
+    CALLS.add("triton dequantize + GEMM")
     return F.linear(x, triton_kernels.unpack(*weight, group_size, x.dtype), bias)
 
 
@@ -103,9 +103,9 @@ def compute_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if not x.shape[0]:
         return x.new_empty(0, codes.shape[0])
     if x.shape[0] <= GEMV_ROWS:
-        dispatch.count("triton int8 gemv")
+        CALLS.add("triton int8 gemv")
         return triton_kernels.int8_gemv(x, codes, scale)
-    dispatch.count("triton int8 dequantize + GEMM")
+    CALLS.add("triton int8 dequantize + GEMM")
     return int8.linear(x, int8.Int8Weight(codes, scale))
 
 
