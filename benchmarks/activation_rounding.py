@@ -15,17 +15,15 @@ fidelity_nano.py, from one seed.
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks import fidelity_nano
-from lance_nano import evaluate, export, outliers
+from benchmarks import lance_nano_harness as harness
+from benchmarks.lance_nano_harness import Distance, Plan
 from lance_quant.cli import script
+from lance_quant.formats.base import Nvfp4
 
 METHODS = ("rtn", "ours_diagonal")
 KERNELS = {"weights": "reference", "weights and activations": "nvfp4_w4a4"}
@@ -34,44 +32,37 @@ KERNELS = {"weights": "reference", "weights and activations": "nvfp4_w4a4"}
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = script.parser(__doc__)
-    parser.add_argument("--model_path", type=Path, default=fidelity_nano.MODEL, help="a lance-nano folder")
-    parser.add_argument("--variant", choices=("plain", *fidelity_nano.VARIANTS), default="plain",
-                        help="with outliers put in, see lance_nano/outliers.py: its defaults, or as large as Lance's")
+    harness.add_model(parser)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="how weights are rounded")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and the noise")
-    parser.add_argument("--questions", type=int, default=64, help="that calibrate")
-    parser.add_argument("--captions", type=int, default=16, help="that calibrate")
-    parser.add_argument("--n", type=int, default=40, help="held-out questions, and captions")
-    parser.add_argument("--traced", type=int, default=8, help="captions of those whose velocities are compared")
-    parser.add_argument("--steps", type=int, default=30, help="denoising steps")
-    return parser.parse_args(argv)
+    harness.add_plan(parser, Plan(questions=64, captions=16, n=40, traced=8))
+    args = parser.parse_args(argv)
+    harness.plan_of(args)
+    return args
 
 
-def measure(args: argparse.Namespace) -> dict[tuple[str, str], dict[str, Any]]:
-    """Method and what is rounded -> what fidelity_nano.distance found."""
-    found = {}
+def measure(args: argparse.Namespace) -> dict[tuple[str, str], Distance]:
+    """Method and what is rounded -> how far such a model is off."""
+    found, plan = {}, harness.plan_of(args)
     with tempfile.TemporaryDirectory() as folder:
-        work, model = Path(folder), args.model_path
-        if args.variant != "plain":
-            flags = fidelity_nano.VARIANTS[args.variant]
-            outliers.main(["--model_path", str(model), "--out", str(work / "variant"), *flags])
-            model = work / "variant" / export.MODEL_FOLDER
-        stats = fidelity_nano.calibrate(model, work, args.seed, args)
-        baseline = fidelity_nano.baseline_of(evaluate.load(model, None, "cpu", "float32"), args.seed, args)
+        work = Path(folder)
+        model = harness.variant_of(args.model_path, args.variant, work)
+        stats = harness.calibrate(model, work, args.seed, plan.calibration, plan.sampling, captured=False)
+        baseline = harness.baseline_of(harness.load(model), args.seed, plan)
         for method in args.methods:
-            packed = fidelity_nano.pack(model, work, "nvfp4", method, stats)
+            packed = harness.pack(model, work / f"nvfp4 {method}", Nvfp4(), method, stats)
             for rounded, kernel in KERNELS.items():
-                pipeline = evaluate.load(model, packed, "cpu", "float32", kernel)
-                found[method, rounded] = fidelity_nano.distance(pipeline, baseline, args.seed, args)
-                script.log.info("%s, %s: KL %.3e, velocity %.4f", method, rounded, found[method, rounded]["kl"],
-                             statistics.fmean(found[method, rounded]["velocity"]))
+                one = harness.distance(harness.load(model, packed, kernel), baseline, args.seed, plan)
+                found[method, rounded] = one
+                script.log.info("%s, %s: KL %.3e, velocity %.4f", method, rounded, one.kl,
+                                statistics.fmean(one.velocity))
     return found
 
 
-def row(method: str, rounded: str, found: dict[str, Any]) -> dict[str, Any]:
+def row(method: str, rounded: str, found: Distance) -> dict[str, Any]:
     """One model, as numbers."""
-    return {"method": method, "rounded": rounded, "kl": found["kl"], "velocity": statistics.fmean(found["velocity"]),
-            **{name: found[name].value for name in ("answers", "pictures")}}
+    return {"method": method, "rounded": rounded, "kl": found.kl, "velocity": statistics.fmean(found.velocity),
+            "answers": found.answers.value, "pictures": found.pictures.value}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -89,8 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row(*name, found) for name, found in measure(args).items()]
     print(table(rows))
     settings = {key: value for key, value in vars(args).items() if key != "model_path"}
-    print(json.dumps({**settings, "model": args.model_path.name, "cpu": platform.processor() or platform.machine(),
-                      "torch": torch.__version__, "models": rows}))
+    print(json.dumps({**settings, **harness.machine(args.model_path), "models": rows}))
 
 
 if __name__ == "__main__":

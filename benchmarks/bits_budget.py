@@ -17,7 +17,6 @@ captures say (lance_quant/calibration/weight_sensitivity.py). head8: the output 
 import argparse
 import json
 import multiprocessing
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,18 +27,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.fidelity_nano import CPU, MODEL, TASKS, Baseline, baseline_of, calibrate, prompts_of, sampling_of
-from lance_nano import evaluate
-from lance_nano.scenes import SIZE
+from benchmarks import lance_nano_harness as harness
+from benchmarks.lance_nano_harness import CPU, Baseline, Plan, captures_in
 from lance_quant.calibration import weight_sensitivity
 from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.calibration.layer_inputs import replay_of
 from lance_quant.cli import script
-from lance_quant.evaluation.metrics import step_errors, token_divergence
 from lance_quant.formats import layout
 from lance_quant.formats.base import Int4
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.formats.weights import Weights
+from lance_quant.lance.generation import Sampling
 from lance_quant.lance.runtime import Runtime
 from lance_quant.methods import bit_allocation, convert
 from lance_quant.storage.tensor_file import Checkpoint
@@ -74,19 +72,17 @@ def variants(budgets: list[float], roundings: list[str]) -> list[Variant]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = script.parser(__doc__)
-    parser.add_argument("--model_path", type=Path, default=MODEL, help="a lance-nano folder")
+    harness.add_model(parser, variant=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="see above")
-    parser.add_argument("--questions", type=int, default=64, help="that calibrate")
-    parser.add_argument("--captions", type=int, default=24, help="that calibrate")
-    parser.add_argument("--n", type=int, default=60, help="held-out questions; a fourth as many descriptions")
-    parser.add_argument("--traced", type=int, default=12, help="held-out captions")
-    parser.add_argument("--steps", type=int, default=10, help="denoising steps")
+    harness.add_plan(parser, Plan(questions=64, captions=24, n=60, traced=12, steps=10))
     parser.add_argument("--roundings", nargs="+", choices=("nearest", "gptq"), default=["nearest", "gptq"],
                         help="from statistics, or from captures")
     parser.add_argument("--budgets", type=float, nargs="+", default=[4.375, 4.75],
                         help="bits per quantized weight: those of group sizes 64 and 32")
     parser.add_argument("--workers", type=int, default=1, help="seeds measured side by side")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    harness.plan_of(args)
+    return args
 
 
 class Shared:
@@ -113,11 +109,6 @@ def pack(variant: Variant, work: Path, stats: ActStats, model: Path, effects: Sh
     return out
 
 
-def captures_in(work: Path) -> list[Path]:
-    """What `calibrate` leaves there."""
-    return [work / f"{task}.safetensors" for task in TASKS]
-
-
 def describe(folder: Path) -> dict[str, object]:
     """Size of a packed model, and its linears by expert, kind and format."""
     with PackedFolder(folder) as packed:
@@ -131,14 +122,15 @@ def describe(folder: Path) -> dict[str, object]:
 def measure(seed: int, args: argparse.Namespace) -> dict[str, dict]:
     """Variant -> size and distances, with one seed."""
     torch.set_num_threads(1)
-    out = {}
+    out, plan, model = {}, harness.plan_of(args), args.model_path
     with tempfile.TemporaryDirectory() as folder:
-        stats = calibrate(args.model_path, Path(folder), seed, args)
-        baseline = baseline_of(evaluate.load(args.model_path, None, "cpu", "float32"), seed, args)
-        effects = Shared(weight_sensitivity.effects_of(args.model_path, captures_in(Path(folder)), CPU))
+        work = Path(folder)
+        stats = harness.calibrate(model, work, seed, plan.calibration, plan.sampling)
+        baseline = harness.baseline_of(harness.load(model), seed, plan)
+        effects = Shared(weight_sensitivity.effects_of(model, captures_in(work), CPU))
         for variant in variants(args.budgets, args.roundings):
-            packed = pack(variant, Path(folder), stats, args.model_path, effects)
-            found = distance(evaluate.load(args.model_path, packed, "cpu", "float32"), baseline, seed, args)
+            packed = pack(variant, work, stats, model, effects)
+            found = distance(harness.load(model, packed), baseline, plan.sampling)
             out[str(variant)] = {**describe(packed), **found}
             print(f"seed {seed}  {variant!s:<36} velocity {found['velocity']:.4f}  KL {found['kl']:.3e}",
                   file=sys.stderr)
@@ -146,17 +138,13 @@ def measure(seed: int, args: argparse.Namespace) -> dict[str, dict]:
 
 
 @torch.no_grad()
-def distance(pipeline: Runtime, baseline: Baseline, seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """How far a model is from the baseline on the baseline's own tokens and trajectories."""
-    prompts = prompts_of(pipeline, baseline.asked)
-    kl = [token_divergence(logprobs, pipeline.forced_logprobs(*prompt, ids)).kl
-          for prompt, ids, logprobs in zip(prompts, baseline.ids, baseline.logprobs, strict=True)]
-    errors: list[float] = []
-    for caption, trace in zip(baseline.captions, baseline.traces, strict=False):
-        denoiser = pipeline.denoiser(caption.text, SIZE, SIZE, sampling_of(seed, args))
-        velocity = torch.stack([denoiser.velocity(step.x, step.t) for step in trace])
-        errors += step_errors(velocity, torch.stack([step.velocity for step in trace]))
-    return {"velocity": statistics.fmean(errors), "kl": torch.cat(kl).mean().item()}
+def distance(runtime: Runtime, baseline: Baseline, sampling: Sampling) -> dict[str, float]:
+    """How far a model is from the baseline on the baseline's own tokens and trajectories; rates are not counted."""
+    requests = harness.requests_of(runtime, baseline.asked)
+    traced = [caption.text for caption in baseline.captions[:len(baseline.traces)]]
+    errors = harness.velocity_errors(runtime, traced, baseline.traces, sampling)
+    return {"velocity": statistics.fmean(error for steps in errors for error in steps),
+            "kl": harness.token_kl(runtime, requests, baseline.ids, baseline.logprobs).mean().item()}
 
 
 def summary(runs: list[dict[str, dict]]) -> list[dict[str, object]]:
@@ -187,8 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         rows = summary(pool.starmap(measure, [(seed, args) for seed in args.seeds], chunksize=1))
     print(table(rows))
-    print(json.dumps({"seeds": args.seeds, "cpu": platform.processor() or platform.machine(),
-                      "torch": torch.__version__, "model": args.model_path.name, "questions": args.questions,
+    print(json.dumps({"seeds": args.seeds, **harness.machine(args.model_path), "questions": args.questions,
                       "captions": args.captions, "n": args.n, "traced": args.traced, "steps": args.steps,
                       "variants": rows}))
 

@@ -22,10 +22,8 @@ that the 1 % of the tokens has that have most.
 """
 
 import argparse
-import functools
 import json
 import multiprocessing
-import platform
 import statistics
 import sys
 import tempfile
@@ -39,172 +37,77 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lance_nano import evaluate, export, outliers, samples
-from lance_nano.evaluate import RESOLUTION, Caption, Share
-from lance_nano.questions import Question
-from lance_nano.recognise import shows
-from lance_nano.scenes import SIZE, Scene
-from lance_quant.calibration import capture
-from lance_quant.calibration.activation_stats import ActStats, Collector, merge, model_fingerprint
-from lance_quant.calibration.layer_inputs import Replay, replay_of
+from benchmarks import lance_nano_harness as harness
+from benchmarks.lance_nano_harness import CPU, METHODS, Distance, Plan, Request, captures_in
+from lance_nano import evaluate
 from lance_quant.cli import script
-from lance_quant.errors import InputError
-from lance_quant.evaluation.metrics import step_errors, token_divergence
-from lance_quant.formats import layout
+from lance_quant.evaluation.metrics import token_divergence
 from lance_quant.formats.base import Codec, Int4, Nvfp4
-from lance_quant.formats.packed_folder import PackedFolder
-from lance_quant.inference.tasks import Settings, load_samples, run_watched
 from lance_quant.lance.cache import allocate
-from lance_quant.lance.config import LancePaths
-from lance_quant.lance.generation import Sampling, Step
 from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.tokens import VIT, mrope_positions
-from lance_quant.methods import convert
-from lance_quant.storage.tensor_file import Checkpoint
-from quantized_linear import swap_linears
 
-MODEL = Path(__file__).parent.parent / "lance_nano" / "checkpoint" / "Lance_nano"
-TASKS = ("x2t_image", "t2i")
-METHODS = ("rtn", "published", "ours_diagonal", "ours_even", "ours")
 CODECS: dict[str, Codec] = {"int4": Int4(64), "nvfp4": Nvfp4()}
-VARIANTS = {"outliers": [], "like_lance": ["--factor", "16", "--fed_factor", "0.125", "--share", "0.005"]}
-CPU = torch.device("cpu")
 APART = 10_000  # between the seed of the answers that are counted and of those that are compared token by token
 TOGETHER = 128  # answers that run as one call
 RESAMPLED = 2000  # draws behind the intervals of KL
 
 
-@dataclass
+@dataclass(frozen=True)
 class Answers:
-    """The float model's answers to held-out questions, short ones first, then descriptions: prompts, token ids, and
+    """The float model's answers to held-out questions, short ones first, then descriptions: requests, token ids, and
     log-probabilities in front of each token."""
 
     short: int
-    prompts: list[tuple]
+    requests: list[Request]
     ids: list[list[int]]
     logprobs: list[Tensor]
-
-
-@dataclass
-class Baseline:
-    """What the float model did on the held-out samples of a seed.
-
-    asked: short questions, then descriptions, with its answer's token ids and their log-probabilities
-    texts: those answers, decoded
-    traces: all steps of the first pictures
-    """
-
-    asked: list[tuple[Scene, Question]]
-    ids: list[list[int]]
-    logprobs: list[Tensor]
-    texts: list[str]
-    captions: list[Caption]
-    traces: list[list[Step]]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = script.parser(__doc__)
-    parser.add_argument("--model_path", type=Path, default=MODEL, help="a lance-nano folder")
-    parser.add_argument("--variant", choices=("plain", *VARIANTS), default="plain",
-                        help="with outliers put in, see lance_nano/outliers.py: its defaults, or as large as Lance's")
+    harness.add_model(parser)
     parser.add_argument("--formats", nargs="+", choices=CODECS, default=list(CODECS), help="which to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="see above")
-    parser.add_argument("--questions", type=int, default=1024, help="that calibrate")
-    parser.add_argument("--captions", type=int, default=64, help="that calibrate")
     parser.add_argument("--answers", type=int, default=3200,
                         help="held-out questions for KL per seed, and a fourth as many descriptions")
-    parser.add_argument("--n", type=int, default=100, help="held-out questions, and captions, per seed, for rates")
-    parser.add_argument("--traced", type=int, default=16, help="captions of those whose velocities are compared")
-    parser.add_argument("--steps", type=int, default=30, help="denoising steps")
+    harness.add_plan(parser, Plan(questions=1024, captions=64, n=100, traced=16))
     parser.add_argument("--workers", type=int, default=1, help="seeds measured side by side")
     args = parser.parse_args(argv)
-    for name in ("answers", "n", "traced"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: at least one is needed")
+    harness.require_some("answers", args.answers)
+    harness.plan_of(args)
     return args
 
 
-def settings_of(task: str, seed: int, args: argparse.Namespace) -> Settings:
-    """The settings of a calibration run at lance-nano's size."""
-    return Settings(task, RESOLUTION, SIZE, SIZE, seed=seed, sampling=sampling_of(args))
-
-
-def calibrate(model: Path, work: Path, seed: int, args: argparse.Namespace) -> ActStats:
-    """Statistics of both tasks, and a capture of each in `work`."""
-    samples.write(work / "samples", max(args.questions, args.captions), seed)
-    pipeline = Runtime.load(LancePaths.find(model), CPU, torch.float32)
-    with Checkpoint(model) as source:
-        fingerprint, names = model_fingerprint(source), layout.linears(layout.num_layers(source.specs))
-    parts = []
-    for task, count in zip(TASKS, (args.questions, args.captions), strict=True):
-        file = work / f"samples/calibrate_{task}.json"
-        settings = settings_of(task, seed, args)
-        wanted = load_samples(file, settings, count)
-        with Collector(pipeline.model, names) as collector, \
-                capture.recording(pipeline.model, work / f"{task}.safetensors", task, fingerprint) as begin:
-            run_watched(pipeline, wanted, settings, range(len(wanted)), begin)
-        parts.append(collector.stats(task, {"model": fingerprint}))
-    return merge(parts)
-
-
-def sampling_of(args: argparse.Namespace) -> Sampling:
-    """The official sampler with a number of steps."""
-    return Sampling(num_timesteps=args.steps)
-
-
 @torch.no_grad()
-def baseline_of(pipeline: Runtime, seed: int, args: argparse.Namespace) -> Baseline:
-    """The float model on the held-out samples."""
-    asked = [*evaluate.held_out_questions(args.n, seed), *evaluate.held_out_descriptions(max(1, args.n // 4), seed)]
-    ids, logprobs, texts = [], [], []
-    for prompt in prompts_of(pipeline, asked):
-        answer = pipeline.answer(*prompt, evaluate.MAX_ANSWER_TOKENS)
-        ids.append(answer.ids)
-        texts.append(answer.text)
-        logprobs.append(pipeline.forced_logprobs(*prompt, answer.ids))
-    captions, traces = evaluate.held_out_captions(args.n, seed), []
-    for caption in captions[:args.traced]:
-        steps: list[Step] = []
-        pipeline.sample(pipeline.denoiser(caption.text, SIZE, SIZE, sampling_of(args)), seed, steps.append)
-        traces.append(steps)
-    return Baseline(asked, ids, logprobs, texts, captions, traces)
-
-
-def prompts_of(pipeline: Runtime, asked: list[tuple[Scene, Question]]) -> list[tuple]:
-    """The runtime's inputs for questions about scenes."""
-    with tempfile.TemporaryDirectory() as folder:
-        return [pipeline.ask(evaluate.request(scene, question, Path(folder)), RESOLUTION) for scene, question in asked]
-
-
-@torch.no_grad()
-def forced_logprobs(pipeline: Runtime, prompts: list[tuple], ids: list[list[int]]) -> list[Tensor]:
+def forced_logprobs(runtime: Runtime, requests: list[Request], ids: list[list[int]]) -> list[Tensor]:
     """Runtime.forced_logprobs of many answers; those with the same lengths of prompt and answer run together."""
     found: dict[int, Tensor] = {}
     alike = defaultdict(list)
-    for index, ((packed, _), answer) in enumerate(zip(prompts, ids, strict=True)):
-        alike[len(packed.ids), len(answer), packed.visuals, packed.splits].append(index)
+    for index, ((sequence, _), answer) in enumerate(zip(requests, ids, strict=True)):
+        alike[len(sequence.ids), len(answer), sequence.visuals, sequence.splits].append(index)
     for (_, count, *_), indices in alike.items():
         for start in range(0, len(indices), TOGETHER):
             part = indices[start:start + TOGETHER]
-            hidden = _hidden(pipeline, [prompts[index] for index in part], [ids[index][:-1] for index in part])
-            logits = pipeline.model.language_model.lm_head(hidden[:, -count:])[..., :len(pipeline.tokenizer)]
+            hidden = _hidden(runtime, [requests[index] for index in part], [ids[index][:-1] for index in part])
+            logits = runtime.model.language_model.lm_head(hidden[:, -count:])[..., :len(runtime.tokenizer)]
             found.update(zip(part, logits.float().log_softmax(-1), strict=True))
-    return [found[index] for index in range(len(prompts))]
+    return [found[index] for index in range(len(requests))]
 
 
-def _hidden(pipeline: Runtime, prompts: list[tuple], fed: list[list[int]]) -> Tensor:
-    """Final hidden states of the last calls of prompts and more tokens, all of the same lengths."""
-    model, (first, _) = pipeline.model, prompts[0]
-    x = torch.stack([model.embed(torch.cat([packed.ids, packed.ids.new_tensor(more)]))
-                     for (packed, _), more in zip(prompts, fed, strict=True)])
+def _hidden(runtime: Runtime, requests: list[Request], fed: list[list[int]]) -> Tensor:
+    """Final hidden states of the last calls of requests and more tokens, all of the same lengths."""
+    model, (first, _) = runtime.model, requests[0]
+    x = torch.stack([model.embed(torch.cat([sequence.ids, sequence.ids.new_tensor(more)]))
+                     for (sequence, _), more in zip(requests, fed, strict=True)])
     length = x.shape[1]
     rope = model.rope(mrope_positions(length, first.visuals))
-    rows = allocate(model.config, [length] * len(prompts), model.dtype, CPU)
+    rows = allocate(model.config, [length] * len(requests), model.dtype, CPU)
     *before, last = first.bounds()
     for (start, end), split in zip([*before, (last[0], length)], first.splits, strict=True):
         if split.content == VIT:
-            x[:, start + 1:end - 1] = torch.stack([vit_tokens for _, vit_tokens in prompts])
+            x[:, start + 1:end - 1] = torch.stack([vit_tokens for _, vit_tokens in requests])
         hidden = model.language_model.model({"und": x[:, start:end]}, tuple(part[:, :, start:end] for part in rope),
                                             rows, split.mode == "causal")["und"]
         for row in rows:
@@ -212,127 +115,77 @@ def _hidden(pipeline: Runtime, prompts: list[tuple], fed: list[list[int]]) -> Te
     return hidden
 
 
-def loaded(model: Path, packed: Path | None) -> Runtime:
-    """A model in float32; the weights of a packed folder are unpacked once."""
-    if packed is None:
-        return evaluate.load(model, None, "cpu", "float32")
-    folder = PackedFolder(packed)
-    prepare = functools.partial(swap_linears, folder=folder, dtype=torch.float32, device=CPU, mode="cached")
-    return Runtime.load(LancePaths.find(model), CPU, torch.float32, folder.checkpoint.path, prepare)
-
-
-def answers_of(pipeline: Runtime, seed: int, count: int) -> Answers:
+def answers_of(runtime: Runtime, seed: int, count: int) -> Answers:
     """The float model on `count` short questions and a fourth as many descriptions; others than in its Baseline."""
     asked = [*evaluate.held_out_questions(count, seed + APART),
              *evaluate.held_out_descriptions(max(1, count // 4), seed + APART)]
-    prompts = prompts_of(pipeline, asked)
-    ids = [pipeline.answer(*prompt, evaluate.MAX_ANSWER_TOKENS).ids for prompt in prompts]
-    return Answers(count, prompts, ids, forced_logprobs(pipeline, prompts, ids))
+    requests = harness.requests_of(runtime, asked)
+    ids = [runtime.answer(*request, evaluate.MAX_ANSWER_TOKENS).ids for request in requests]
+    return Answers(count, requests, ids, forced_logprobs(runtime, requests, ids))
 
 
-def divergence(pipeline: Runtime, answers: Answers) -> list[np.ndarray]:
+def divergence(runtime: Runtime, answers: Answers) -> list[np.ndarray]:
     """By answer, the KL of every token. Arrays: a tensor takes a file descriptor on its way to another process."""
-    found = forced_logprobs(pipeline, answers.prompts, answers.ids)
+    found = forced_logprobs(runtime, answers.requests, answers.ids)
     return [token_divergence(*pair).kl.numpy() for pair in zip(answers.logprobs, found, strict=True)]
 
 
-def pack(model: Path, work: Path, format_: str, method: str, stats: ActStats) -> Path:
-    """Quantize with one method; the folder."""
-    out = work / f"{format_}-{method}"
-    if method == "rtn":
-        stats = ActStats({}, [], [{"run_id": "none"}], 0)
-    captures, activations = [work / f"{task}.safetensors" for task in TASKS], None
-    if method == "ours":
-        activations = replay_of(model, captures, CPU)
-    if method == "ours_even":
-        config, calls, facts = capture.load_of(model, captures)
-        activations = Replay(config, calls, CPU, facts)
-    recipe = "published" if method == "published" else "ours"
-    with Checkpoint(model) as source:
-        convert.quantize_checkpoint(source, stats, CODECS[format_], out, recipe, CPU, False, activations)
-    return out
+@dataclass(frozen=True)
+class Judged:
+    """A model with one seed: its distance, and by answer the KL of every token, for short answers and descriptions."""
+
+    distance: Distance
+    short: list[np.ndarray]
+    long: list[np.ndarray]
+
+    @property
+    def kl(self) -> list[np.ndarray]:
+        """By answer, the KL of every token."""
+        return self.short + self.long
 
 
-@torch.no_grad()
-def distance(pipeline: Runtime, baseline: Baseline, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Rates of a model, and how far it is from the baseline on the baseline's own tokens and trajectories."""
-    texts, kl = [], []
-    for prompt, ids, logprobs in zip(prompts_of(pipeline, baseline.asked), baseline.ids, baseline.logprobs,
-                                     strict=True):
-        texts.append(pipeline.answer(*prompt, evaluate.MAX_ANSWER_TOKENS).text)
-        kl.append(token_divergence(logprobs, pipeline.forced_logprobs(*prompt, ids)).kl)
-    right = [text == question.answer for text, (_, question) in zip(texts, baseline.asked, strict=True)][:args.n]
-    errors = []
-    for caption, trace in zip(baseline.captions, baseline.traces, strict=False):
-        denoiser = pipeline.denoiser(caption.text, SIZE, SIZE, sampling_of(args))
-        velocity = torch.stack([denoiser.velocity(step.x, step.t) for step in trace])
-        errors.append(step_errors(velocity, torch.stack([step.velocity for step in trace])))
-    drawn = [shows(caption.scene, np.asarray(draw(pipeline, caption.text, seed * 1_000_003 + index, args)))
-             for index, caption in enumerate(baseline.captions)]
-    return {"answers": Share(sum(right), len(right)), "pictures": Share(sum(drawn), len(drawn)),
-            "same": Share(sum(ours == theirs for ours, theirs in zip(texts, baseline.texts, strict=True)), len(texts)),
-            "kl": torch.cat(kl).mean().item(),
-            "velocity": [statistics.fmean(step) for step in zip(*errors, strict=True)]}
-
-
-def draw(pipeline: Runtime, text: str, seed: int, args: argparse.Namespace) -> Any:
-    """A picture for a caption."""
-    return pipeline.decode(pipeline.sample(pipeline.denoiser(text, SIZE, SIZE, sampling_of(args)), seed))
-
-
-def measure(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Name of a model -> what `distance` found, for one seed."""
+def measure(seed: int, args: argparse.Namespace) -> dict[str, Judged]:
+    """Name of a model -> how far it is off, for one seed."""
     torch.set_num_threads(1)
-    found: dict[str, dict[str, Any]] = {}
+    plan, found = harness.plan_of(args), {}
     with tempfile.TemporaryDirectory() as folder:
-        work, model = Path(folder), args.model_path
-        if args.variant != "plain":
-            outliers.main(["--model_path", str(model), "--out", str(work / "variant"), *VARIANTS[args.variant]])
-            model = work / "variant" / export.MODEL_FOLDER
-        stats = calibrate(model, work, seed, args)
-        pipeline = loaded(model, None)
-        baseline, answers = baseline_of(pipeline, seed, args), answers_of(pipeline, seed, args.answers)
+        work = Path(folder)
+        model = harness.variant_of(args.model_path, args.variant, work)
+        stats = harness.calibrate(model, work, seed, plan.calibration, plan.sampling)
+        runtime = harness.load(model)
+        baseline, answers = harness.baseline_of(runtime, seed, plan), answers_of(runtime, seed, args.answers)
 
-        def judged(pipeline: Runtime) -> dict[str, Any]:
-            kl = divergence(pipeline, answers)
-            return distance(pipeline, baseline, seed, args) | {"kl": kl[:answers.short], "kl_long": kl[answers.short:]}
+        def judged(runtime: Runtime) -> Judged:
+            kl = divergence(runtime, answers)
+            return Judged(harness.distance(runtime, baseline, seed, plan), kl[:answers.short], kl[answers.short:])
 
-        found["float"] = judged(pipeline)
+        found["float"] = judged(runtime)
         for format_ in args.formats:
             for method in METHODS:
-                started = time.perf_counter()
-                packed = pack(model, work, format_, method, stats)
+                name, started = f"{format_} {method}", time.perf_counter()
+                packed = harness.pack(model, work / name, CODECS[format_], method, stats, captures_in(work))
                 seconds = time.perf_counter() - started
-                name = f"{format_} {method}"
-                found[name] = judged(loaded(model, packed))
-                print(f"seed {seed}  {name:<20} KL {np.concatenate(kl_of(found[name])).mean():.3e}  "
-                      f"velocity {statistics.fmean(found[name]['velocity']):.4f}  packed in {seconds:.0f} s",
+                found[name] = judged(harness.load_unpacked(model, packed))
+                print(f"seed {seed}  {name:<20} KL {np.concatenate(found[name].kl).mean():.3e}  "
+                      f"velocity {statistics.fmean(found[name].distance.velocity):.4f}  packed in {seconds:.0f} s",
                       file=sys.stderr)
     return found
 
 
-def summarize(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(name: str, rows: list[Judged]) -> dict[str, Any]:
     """One model over its seeds."""
-    def pooled(key: str) -> dict[str, Any]:
-        share = Share(sum(row[key].right for row in rows), sum(row[key].total for row in rows))
-        return {"rate": share.value, "interval": share.interval(), "n": share.total}
-
-    velocity = [statistics.fmean(row["velocity"]) for row in rows]
-    kl = [float(np.concatenate(kl_of(row)).mean()) for row in rows]
-    by_kind = {kind: statistics.fmean(float(np.concatenate(row[key]).mean()) for row in rows)
-               for kind, key in (("short", "kl"), ("descriptions", "kl_long"))}
-    tokens = np.concatenate([part for row in rows for part in kl_of(row)])
-    return {"model": name, "answers": pooled("answers"), "same": pooled("same"), "pictures": pooled("pictures"),
-            "kl": statistics.fmean(kl), "kl_by_seed": kl, "kl_by_kind": by_kind, "tokens": len(tokens),
-            "kl_in_top_percent": top_percent(tokens), "velocity": statistics.fmean(velocity),
-            "velocity_by_seed": velocity,
-            "velocity_by_step": [statistics.fmean(step) for step in zip(*(row["velocity"] for row in rows),
-                                                                        strict=True)]}
-
-
-def kl_of(found: dict[str, Any]) -> list[np.ndarray]:
-    """By answer, the KL of every token."""
-    return found["kl"] + found["kl_long"]
+    apart = [row.distance for row in rows]
+    velocity = [statistics.fmean(row.velocity) for row in apart]
+    kl = [float(np.concatenate(row.kl).mean()) for row in rows]
+    by_kind = {"short": [row.short for row in rows], "descriptions": [row.long for row in rows]}
+    tokens = np.concatenate([part for row in rows for part in row.kl])
+    return {"model": name, **{key: harness.pooled([getattr(row, key) for row in apart])
+                              for key in ("answers", "same", "pictures")},
+            "kl": statistics.fmean(kl), "kl_by_seed": kl,
+            "kl_by_kind": {kind: statistics.fmean(float(np.concatenate(parts).mean()) for parts in found)
+                           for kind, found in by_kind.items()},
+            "tokens": len(tokens), "kl_in_top_percent": top_percent(tokens), "velocity": statistics.fmean(velocity),
+            "velocity_by_seed": velocity, "velocity_by_step": harness.mean_by_step([row.velocity for row in apart])}
 
 
 def top_percent(kl: np.ndarray) -> float:
@@ -341,7 +194,7 @@ def top_percent(kl: np.ndarray) -> float:
     return float(np.sort(kl)[-max(1, len(kl) // 100):].sum()) / total if total else float("nan")
 
 
-def compare(rows: list[dict[str, Any]], runs: list[dict[str, dict[str, Any]]]) -> None:
+def compare(rows: list[dict[str, Any]], runs: list[dict[str, Judged]]) -> None:
     """Add each packed model's errors relative to the published recipe's in the same format."""
     by_name = {row["model"]: row for row in rows}
     for row in rows:
@@ -349,8 +202,8 @@ def compare(rows: list[dict[str, Any]], runs: list[dict[str, dict[str, Any]]]) -
         if name in by_name:
             published = by_name[name]
             row["kl_of_published"] = row["kl"] / published["kl"] if published["kl"] else float("nan")
-            row["kl_of_published_interval"] = ratio_interval([kl_of(run[row["model"]]) for run in runs],
-                                                             [kl_of(run[name]) for run in runs])
+            row["kl_of_published_interval"] = ratio_interval([run[row["model"]].kl for run in runs],
+                                                             [run[name].kl for run in runs])
             row["squared_of_published"] = (row["velocity"] / published["velocity"]) ** 2
 
 
@@ -396,8 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     compare(rows, runs)
     print(table(rows))
     settings = {key: value for key, value in vars(args).items() if key not in ("model_path", "workers")}
-    print(json.dumps({**settings, "model": args.model_path.name, "cpu": platform.processor() or platform.machine(),
-                      "torch": torch.__version__, "models": rows}))
+    print(json.dumps({**settings, **harness.machine(args.model_path), "models": rows}))
 
 
 if __name__ == "__main__":

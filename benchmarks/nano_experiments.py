@@ -24,58 +24,57 @@ import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-import awq_apply
-import awq_calibrate_single
-import awq_merge_stats
-import nvfp4_apply
-from lance_nano import evaluate, samples
-from lance_nano.evaluate import RESOLUTION, Share
-from lance_nano.scenes import SIZE
+from benchmarks import lance_nano_harness as harness
+from benchmarks.lance_nano_harness import TASKS
+from lance_nano import evaluate
+from lance_nano.evaluate import Share
+from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.cli import script
-from lance_quant.evaluation.metrics import relative_error, step_errors, token_divergence
+from lance_quant.evaluation.metrics import relative_error
 from lance_quant.formats import layout
-from lance_quant.lance.generation import Sampling, Step
+from lance_quant.formats.base import Codec, Int4, Nvfp4
+from lance_quant.lance.config import SEED
+from lance_quant.lance.generation import Sampling
 from lance_quant.lance.runtime import Runtime
 
-MODEL = Path(__file__).parent.parent / "lance_nano" / "checkpoint" / "Lance_nano"
-TASKS = ("x2t_image", "t2i")
 CALIBRATION_SAMPLES = 48
-TRACED = 16  # prompts and questions per seed whose velocities and token distributions are compared
+TRACED = 16  # captions and questions per seed whose velocities and token distributions are compared
 
 
 @dataclass(frozen=True)
-class Packed:
-    """How a packed folder is made: format, tasks and denoising steps of the calibration, flags of the apply script."""
+class Quantized:
+    """How a packed folder is made: format, method, tasks and denoising steps of the calibration."""
 
-    format: Literal["int4", "nvfp4"]
+    codec: Literal["int4", "nvfp4"]
+    method: str = "ours_diagonal"
     tasks: tuple[str, ...] = TASKS
     steps: int = 30
-    flags: tuple[str, ...] = ()
+    group_size: int = 64
+
+    def format(self) -> Codec:
+        """The storage format."""
+        return Int4(self.group_size) if self.codec == "int4" else Nvfp4()
 
 
-Weights = Packed | Literal["float", "8 bits"]  # 8 bits: the float model, rounded in memory
+Weights = Quantized | Literal["float", "8 bits"]  # 8 bits: the float model, rounded in memory
 
-
-def _int4(group_size: int, recipe: str) -> Packed:
-    return Packed("int4", flags=("--group_size", str(group_size), "--recipe", recipe))
-
-
-INT4, NVFP4 = _int4(64, "ours"), Packed("nvfp4")
-X2T_ONLY = {"INT4 g64, x2t only": Packed("int4", TASKS[:1], flags=INT4.flags),  # gen expert rounded plainly
-            "NVFP4, x2t only": Packed("nvfp4", TASKS[:1])}
+INT4, NVFP4 = Quantized("int4"), Quantized("nvfp4")
+X2T_ONLY = {"INT4 g64, x2t only": replace(INT4, tasks=TASKS[:1]),  # gen expert rounded plainly
+            "NVFP4, x2t only": replace(NVFP4, tasks=TASKS[:1])}
 BOTH_TASKS = {"INT4 g64, x2t + t2i": INT4, "NVFP4, x2t + t2i": NVFP4}
-TWO_STEPS = {"INT4 g64, 2 steps": Packed("int4", steps=2, flags=INT4.flags),  # what the published statistics saw
-             "NVFP4, 2 steps": Packed("nvfp4", steps=2)}
+TWO_STEPS = {"INT4 g64, 2 steps": replace(INT4, steps=2),  # what the published statistics saw
+             "NVFP4, 2 steps": replace(NVFP4, steps=2)}
 EXPERIMENTS: dict[str, Mapping[str, Weights]] = {
     "tasks": {"float": "float", **X2T_ONLY, **BOTH_TASKS},
-    "group_size": {"float": "float", **{f"INT4 g{size}, {recipe}": _int4(size, recipe)
-                                        for recipe in ("published", "ours") for size in (128, 64, 32)}},
+    "group_size": {"float": "float", **{f"INT4 g{size}, {name}": replace(INT4, group_size=size, method=method)
+                                        for name, method in (("published", "published"), ("ours", "ours_diagonal"))
+                                        for size in (128, 64, 32)}},
     # 8 bits are the control: an error that compounds would show there too, a sixteenth as large.
     "steps": {"float": "float", "8 bits g64": "8 bits", **BOTH_TASKS},
     "timesteps": {"float": "float", **TWO_STEPS, "INT4 g64, 30 steps": INT4, "NVFP4, 30 steps": NVFP4}}
@@ -85,7 +84,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = script.parser(__doc__)
     parser.add_argument("experiments", choices=EXPERIMENTS, nargs="+", help="the questions")
-    parser.add_argument("--model_path", type=Path, default=MODEL, help="a lance-nano folder")
+    harness.add_model(parser, variant=False)
     parser.add_argument("--n", type=int, default=200, help="questions and captions per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of scenes, captions and noise")
     parser.add_argument("--workers", type=int, default=1, help="models measured side by side")
@@ -97,8 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     wanted = list(dict.fromkeys(weights for name in args.experiments for weights in EXPERIMENTS[name].values()))
     with tempfile.TemporaryDirectory() as work:
-        folders = {weights: made(weights, args.model_path, Path(work)) for weights in wanted
-                   if isinstance(weights, Packed)}
+        folders = made([weights for weights in wanted if isinstance(weights, Quantized)], args.model_path, Path(work))
         jobs = [(args.model_path, weights, folders.get(weights), seed, args.n)
                 for weights in wanted for seed in args.seeds]
         with multiprocessing.get_context("spawn").Pool(args.workers, _one_thread) as pool:
@@ -109,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
               for name in args.experiments}
     for name, rows in tables.items():
         print(f"{name}:\n\n{table(rows)}\n")
-    print(json.dumps({"model": args.model_path.name, "n": args.n, "seeds": args.seeds, "experiments": tables}))
+    print(json.dumps({**harness.machine(args.model_path), "n": args.n, "seeds": args.seeds, "experiments": tables}))
 
 
 def _one_thread() -> None:
@@ -119,31 +117,17 @@ def _one_thread() -> None:
 # --- the weights ---------------------------------------------------------------------------------------------------
 
 
-def made(weights: Packed, model: Path, work: Path) -> Path:
-    """A packed folder, by the scripts of the pipeline."""
-    stats = calibrated(weights.tasks, weights.steps, model, work)
-    out = work / "-".join([weights.format, stats.stem, *weights.flags]).replace("--", "")
-    script = {"int4": awq_apply, "nvfp4": nvfp4_apply}[weights.format]
-    script.main(["--src", str(model), "--stats", str(stats), "--out", str(out), "--device", "cpu", *weights.flags])
-    return out
-
-
-def calibrated(tasks: tuple[str, ...], steps: int, model: Path, work: Path) -> Path:
-    """Merged statistics of `tasks` on training-like samples; made once."""
-    merged = work / f"{'+'.join(tasks)}_{steps}.pt"
-    if merged.exists():
-        return merged
-    if not (work / "samples").exists():
-        samples.write(work / "samples", CALIBRATION_SAMPLES, seed=0)
-    parts = []
-    for task in tasks:
-        parts.append(work / f"{task} of {merged.name}")
-        awq_calibrate_single.main([
-            "--task", task, "--model_path", str(model), "--example_json", str(work / f"samples/calibrate_{task}.json"),
-            "--resolution", RESOLUTION, "--video_height", str(SIZE), "--video_width", str(SIZE),
-            "--num_timesteps", str(steps), "--device", "cpu", "--out", str(parts[-1])])
-    awq_merge_stats.main(["--inputs", *map(str, parts), "--out", str(merged)])
-    return merged
+def made(wanted: list[Quantized], model: Path, work: Path) -> dict[Quantized, Path]:
+    """Their packed folders; statistics that several share are collected once."""
+    stats: dict[tuple[tuple[str, ...], int], ActStats] = {}
+    folders = {}
+    for index, weights in enumerate(wanted):
+        seen = weights.tasks, weights.steps
+        if seen not in stats:
+            stats[seen] = harness.calibrate(model, work, 0, dict.fromkeys(weights.tasks, CALIBRATION_SAMPLES),
+                                            Sampling(num_timesteps=weights.steps), captured=False, noise=SEED)
+        folders[weights] = harness.pack(model, work / f"packed {index}", weights.format(), weights.method, stats[seen])
+    return folders
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -151,12 +135,12 @@ def calibrated(tasks: tuple[str, ...], steps: int, model: Path, work: Path) -> P
 
 def load(model: Path, weights: Weights, folder: Path | None) -> Runtime:
     """A model on the CPU."""
-    pipeline = evaluate.load(model, folder, "cpu", "float32")
+    runtime = harness.load(model, folder)
     if weights == "8 bits":
-        for name in layout.linears(pipeline.model.config.num_hidden_layers):
-            weight = pipeline.model.get_submodule(name).weight
+        for name in layout.linears(runtime.model.config.num_hidden_layers):
+            weight = runtime.model.get_submodule(name).weight
             weight.data = round_to_8_bits(weight.data)
-    return pipeline
+    return runtime
 
 
 def round_to_8_bits(w: torch.Tensor, group_size: int = 64) -> torch.Tensor:
@@ -167,72 +151,60 @@ def round_to_8_bits(w: torch.Tensor, group_size: int = 64) -> torch.Tensor:
     return (((groups - low) / step).round() * step + low).reshape(w.shape)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A model with one seed: right answers and recognised pictures, KL per token; by step, means over the captions,
+    the velocity error on the float model's trajectory (`forced`), and the error of x_t where the model follows its own
+    (`free`)."""
+
+    answers: Share
+    pictures: Share
+    kl: float
+    forced: list[float]
+    free: list[float]
+
+
 @torch.no_grad()
-def measure(model: Path, weights: Weights, folder: Path | None, seed: int, n: int) -> dict[str, Any]:
+def measure(model: Path, weights: Weights, folder: Path | None, seed: int, n: int) -> Measured:
     """Rates and errors of a model with one seed."""
-    pipeline, reference = load(model, weights, folder), load(model, "float", None)
-    questions = evaluate.held_out_questions(n, seed)
+    runtime, reference = load(model, weights, folder), load(model, "float", None)
+    asked = evaluate.held_out_questions(n, seed)
     captions = evaluate.held_out_captions(n, seed)
-    answers = evaluate.total(evaluate.measure_answers(pipeline, questions))
-    pictures, _ = evaluate.measure_pictures(pipeline, captions, seed, None)
-    forced, free = velocity_errors(pipeline, reference, [caption.text for caption in captions[:TRACED]], seed)
-    return {"answers": answers, "pictures": evaluate.total(pictures),
-            "kl": answer_divergence(pipeline, reference, questions[:TRACED]), "velocity": forced, "free": free}
+    answers = evaluate.total(evaluate.measure_answers(runtime, asked))
+    pictures, _ = evaluate.measure_pictures(runtime, captions, seed, None)
+    forced, free = velocity_errors(runtime, reference, [caption.text for caption in captions[:TRACED]], seed)
+    requests = harness.requests_of(reference, asked[:TRACED])
+    ids = [reference.answer(*request, evaluate.MAX_ANSWER_TOKENS).ids for request in requests]
+    theirs = [reference.forced_logprobs(*request, one) for request, one in zip(requests, ids, strict=True)]
+    kl = harness.token_kl(runtime, requests, ids, theirs).mean().item()
+    return Measured(answers, evaluate.total(pictures), kl, forced, free)
 
 
-def answer_divergence(pipeline: Runtime, reference: Runtime, asked: list) -> float:
-    """KL in nats per token, over the reference's own answers."""
-    divergences = []
-    with tempfile.TemporaryDirectory() as folder:
-        for scene, question in asked:
-            request = evaluate.request(scene, question, Path(folder))
-            packed, vit_tokens = reference.ask(request, RESOLUTION)
-            ids = reference.answer(packed, vit_tokens, evaluate.MAX_ANSWER_TOKENS).ids
-            theirs = reference.forced_logprobs(packed, vit_tokens, ids)
-            divergences.append(token_divergence(theirs, pipeline.forced_logprobs(packed, vit_tokens, ids)).kl)
-    return torch.cat(divergences).mean().item()
-
-
-def velocity_errors(pipeline: Runtime, reference: Runtime, texts: list[str],
+def velocity_errors(runtime: Runtime, reference: Runtime, texts: list[str],
                     seed: int) -> tuple[list[float], list[float]]:
-    """Per step, means over the prompts: velocity error on the reference's trajectory, and the error of x_t when the
-    model follows its own."""
-    forced, free = [], []
-    for text in texts:
-        theirs, ours = trajectory(reference, text, seed), trajectory(pipeline, text, seed)
-        denoiser = pipeline.denoiser(text, SIZE, SIZE, Sampling())
-        replayed = torch.stack([denoiser.velocity(step.x, step.t) for step in theirs])
-        forced.append(step_errors(replayed, torch.stack([step.velocity for step in theirs])))
+    """`forced` and `free` of a Measured."""
+    sampling, free = Sampling(), []
+    traces = [harness.trajectory(reference, text, sampling, seed) for text in texts]
+    for text, theirs in zip(texts, traces, strict=True):
+        ours = harness.trajectory(runtime, text, sampling, seed)
         free.append([relative_error(mine.x, his.x) for mine, his in zip(ours, theirs, strict=True)])
-    return [[statistics.fmean(step) for step in zip(*errors, strict=True)] for errors in (forced, free)]
-
-
-def trajectory(pipeline: Runtime, text: str, seed: int) -> list[Step]:
-    """All steps of a free run."""
-    steps: list[Step] = []
-    pipeline.sample(pipeline.denoiser(text, SIZE, SIZE, Sampling()), seed, steps.append)
-    return steps
+    return (harness.mean_by_step(harness.velocity_errors(runtime, texts, traces, sampling)),
+            harness.mean_by_step(free))
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
 
 
-def summarize(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarize(name: str, rows: list[Measured]) -> dict[str, Any]:
     """One variant over its seeds."""
-    def pooled(key: str) -> dict[str, Any]:
-        share = Share(sum(row[key].right for row in rows), sum(row[key].total for row in rows))
-        return {"rate": share.value, "interval": share.interval(), "n": share.total}
-
     def spread(values: list[float]) -> dict[str, float]:
         return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values) if len(values) > 1 else 0.0}
 
-    def by_step(key: str) -> list[float]:
-        return [statistics.fmean(step) for step in zip(*(row[key] for row in rows), strict=True)]
-
-    return {"variant": name, "answers": pooled("answers"), "pictures": pooled("pictures"),
-            "kl": spread([row["kl"] for row in rows]),
-            "velocity": spread([statistics.fmean(row["velocity"]) for row in rows]),
-            "velocity_by_step": by_step("velocity"), "free_by_step": by_step("free")}
+    return {"variant": name, "answers": harness.pooled([row.answers for row in rows]),
+            "pictures": harness.pooled([row.pictures for row in rows]), "kl": spread([row.kl for row in rows]),
+            "velocity": spread([statistics.fmean(row.forced) for row in rows]),
+            "velocity_by_step": harness.mean_by_step([row.forced for row in rows]),
+            "free_by_step": harness.mean_by_step([row.free for row in rows])}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -82,8 +82,7 @@ def test_rounding_to_8_bits_by_hand():
 
 
 def test_experiment_rows_pool_the_seeds():
-    rows = [{"answers": Share(9, 10), "pictures": Share(10, 10), "kl": kl, "velocity": [0.1, 0.3], "free": [0.0, 0.2]}
-            for kl in (0.1, 0.3)]
+    rows = [nano_experiments.Measured(Share(9, 10), Share(10, 10), kl, [0.1, 0.3], [0.0, 0.2]) for kl in (0.1, 0.3)]
     row = nano_experiments.summarize("x", rows)
     assert row["answers"] == {"rate": 0.9, "interval": Share(18, 20).interval(), "n": 20}
     assert row["kl"]["mean"] == pytest.approx(0.2) and row["velocity"]["mean"] == pytest.approx(0.2)

@@ -11,8 +11,10 @@ from conftest import CPU
 
 from benchmarks import (
     activation_rounding,
+    bits_budget,
     fidelity_nano,
     fidelity_synthetic,
+    lance_nano_harness,
     outlier_ratios,
     quantize_cost,
     synthetic_lance,
@@ -123,13 +125,13 @@ def test_ratios_are_reported_beside_lances(tmp_path, capsys):
 
 def test_answers_run_together_give_what_each_gives_alone():
     """Three lengths of prompt and answer; float32 sums in another order: 2e-5 in log-probabilities of up to 20."""
-    pipeline = fidelity_nano.loaded(fidelity_nano.MODEL, None)
+    pipeline = lance_nano_harness.load(lance_nano_harness.MODEL)
     asked = [*evaluate.held_out_questions(3, 0), *evaluate.held_out_descriptions(1, 0)]
-    prompts = fidelity_nano.prompts_of(pipeline, [*asked, *asked[:2]])
-    ids = [pipeline.answer(*prompt, 48).ids for prompt in prompts]
-    together = fidelity_nano.forced_logprobs(pipeline, prompts, ids)
-    for prompt, answer, found in zip(prompts, ids, together, strict=True):
-        torch.testing.assert_close(found, pipeline.forced_logprobs(*prompt, answer), rtol=0, atol=2e-4)
+    requests = lance_nano_harness.requests_of(pipeline, [*asked, *asked[:2]])
+    ids = [pipeline.answer(*request, 48).ids for request in requests]
+    together = fidelity_nano.forced_logprobs(pipeline, requests, ids)
+    for request, answer, found in zip(requests, ids, together, strict=True):
+        torch.testing.assert_close(found, pipeline.forced_logprobs(*request, answer), rtol=0, atol=2e-4)
         assert found.argmax(-1).tolist() == answer
 
 
@@ -139,23 +141,24 @@ def test_nano_methods_are_measured_on_the_float_models_own_tokens(monkeypatch):
     args = fidelity_nano.parse_args(["--formats", "int4", "--answers", "2", "--n", "1", "--traced", "1", "--steps", "2",
                                      "--questions", "1", "--captions", "1"])
     found = fidelity_nano.measure(0, args)
-    assert np.concatenate(fidelity_nano.kl_of(found["float"])).max() < 1e-6
-    assert (len(found["float"]["kl"]), len(found["float"]["kl_long"])) == (2, 1)
-    assert max(found["float"]["velocity"]) < 1e-5
-    assert found["float"]["same"] == Share(2, 2)  # a short question and a description
-    assert len(found["int4 published"]["velocity"]) == 2 and 0 < max(found["int4 published"]["velocity"]) < 1
+    own, packed = found["float"], found["int4 published"].distance
+    assert np.concatenate(own.kl).max() < 1e-6 and (len(own.short), len(own.long)) == (2, 1)
+    assert max(own.distance.velocity) < 1e-5
+    assert own.distance.same == Share(2, 2)  # a short question and a description
+    assert len(packed.velocity) == 2 and 0 < max(packed.velocity) < 1
 
 
 def test_nano_needs_something_to_measure():
-    with pytest.raises(InputError, match="--answers 0: at least one"):
-        fidelity_nano.parse_args(["--answers", "0"])
+    for benchmark, flag in ((fidelity_nano, "answers"), (activation_rounding, "traced"), (bits_budget, "n")):
+        with pytest.raises(InputError, match=f"--{flag} 0: at least one"):
+            benchmark.parse_args([f"--{flag}", "0"])
 
 
 def test_nano_rows_pool_the_seeds_and_are_compared_with_published():
     short, long = np.full(2, 0.1), np.full(8, 0.1)
-    row = {"answers": Share(9, 10), "same": Share(8, 10), "pictures": Share(10, 10), "kl": [short], "kl_long": [long],
-           "velocity": [0.1, 0.3]}
-    better = row | {"kl": [0.5 * short], "kl_long": [0.2 * long], "velocity": [0.1, 0.1]}
+    apart = lance_nano_harness.Distance(Share(9, 10), Share(8, 10), Share(10, 10), 0.1, [0.1, 0.3])
+    row = fidelity_nano.Judged(apart, [short], [long])
+    better = fidelity_nano.Judged(dataclasses.replace(apart, velocity=[0.1, 0.1]), [0.5 * short], [0.2 * long])
     runs = [{"float": row, "int4 published": row, "int4 ours": better}] * 2
     rows = [fidelity_nano.summarize(name, [run[name] for run in runs]) for name in runs[0]]
     fidelity_nano.compare(rows, runs)
@@ -165,7 +168,7 @@ def test_nano_rows_pool_the_seeds_and_are_compared_with_published():
     assert rows[2]["kl_of_published_interval"] == pytest.approx([0.2, 0.5], abs=0.05)  # of two answers, one may be both
     assert rows[2]["squared_of_published"] == pytest.approx(0.25) and "kl_of_published" not in rows[0]
     assert "| int4 ours | 90.0 % (" in fidelity_nano.table(rows)
-    nothing = [{"int4 published": row | {"kl": [0 * short], "kl_long": [0 * long]}}]
+    nothing = [{"int4 published": fidelity_nano.Judged(apart, [0 * short], [0 * long])}]
     empty = [fidelity_nano.summarize("int4 published", [run["int4 published"] for run in nothing])]
     fidelity_nano.compare(empty, nothing)
     assert math.isnan(empty[0]["kl_of_published"]) and math.isnan(empty[0]["kl_in_top_percent"])
