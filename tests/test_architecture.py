@@ -11,7 +11,7 @@ SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
 QUANTIZER = sorted((ROOT / "lance_quant" / "methods").glob("*.py"))
 # The rooms of lance_quant/, from the ground up: a module imports from its own room and from those below it.
 FLOORS = ("errors", "storage", "distributed", "cpu", "formats", "lance", "kernels", "calibration", "methods",
-          "inference", "evaluation", "cli", "official")
+          "inference", "evaluation", "cli", "official", "serving")
 MOST_ROOMS, MOST_MODULES = 14, 16
 LIMIT = 45
 by_name = {"ids": lambda path: str(path.relative_to(ROOT))}

@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "lance_nano" / "README.md",
         *sorted((ROOT / "benchmarks").glob("*.md"))]
 STARTED = [path for folder in (".", "benchmarks", "examples", "lance_nano") for path in (ROOT / folder).glob("*.py")]
-SCRIPTS = ["awq_calibrate_single", "awq_merge_stats", "awq_apply", "nvfp4_apply", "run_baseline", "run_quant_eval"]
+SCRIPTS = ["awq_calibrate_single", "awq_merge_stats", "awq_apply", "nvfp4_apply", "run_baseline", "run_quant_eval",
+           "export_vllm"]
 
 
 def commands() -> list[str]:

@@ -1,0 +1,1 @@
+"""Serving elsewhere: packed weights in the layouts that vLLM and vllm-omni load."""
