@@ -19,11 +19,10 @@ import torch
 from safetensors.torch import save_file
 
 from lance_nano.model import NanoConfig, latent_positions
-from lance_nano.progress import load_state
+from lance_nano.progress import require_state
 from lance_nano.tokenizer import Words, write_tokenizer
 from lance_nano.vae import frame_vae, official_state
 from lance_quant.cli import script
-from lance_quant.errors import InputError
 from lance_quant.storage.atomic import whole_folder, write_json
 
 MODEL_FOLDER, VIT_FOLDER, VAE_FILE = "Lance_nano", "Qwen2.5-VL-ViT", "Wan2.2_VAE.pth"
@@ -109,13 +108,6 @@ def export(state: dict, vae_state: dict, out: Path) -> None:
             path.chmod(0o644)  # safetensors writes for the owner only
 
 
-def _read(path: Path, what: str) -> dict:
-    state = load_state(path)
-    if state is None:
-        raise InputError(f"{what} not found: {path}")
-    return state
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = script.parser(__doc__)
@@ -128,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    export(_read(args.state, "training state"), _read(args.vae, "codec"), args.out)
+    export(require_state(args.state, "training state"), require_state(args.vae, "codec"), args.out)
     script.log.info("wrote %s", args.out)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from lance_quant.errors import InputError
+
 log = logging.getLogger("lance_nano")
 
 
@@ -73,3 +75,11 @@ def save_state(path: Path, **state: object) -> None:
 def load_state(path: Path) -> dict | None:
     """The state a killed run left behind, or None."""
     return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+
+
+def require_state(path: Path, what: str) -> dict:
+    """`load_state`, or InputError where there is none."""
+    state = load_state(path)
+    if state is None:
+        raise InputError(f"{what} not found: {path}")
+    return state

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import random
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,12 @@ from lance_nano import optim
 from lance_nano.data import IGNORE, Packer
 from lance_nano.model import NanoConfig, NanoLance, NanoViT
 from lance_nano.pool import Pool, build_pool
-from lance_nano.progress import Clock, Means, generator_for, load_state, log, save_state, start_logging
+from lance_nano.progress import Clock, Means, generator_for, load_state, log, require_state, save_state, start_logging
 from lance_nano.questions import description, one_per_kind
 from lance_nano.scenes import Scene, held_out, layout_words, question_scene, render
 from lance_nano.tokenizer import Words, learned_words
 from lance_nano.vae import frame_vae
+from lance_quant.cli import script
 
 QUESTIONS, COPIES = 5, 2
 LAGGING = ("compare", "count")  # kinds learned last: asked about every picture that allows them
@@ -42,6 +43,29 @@ RATE, MUON_DECAY, ADAM_DECAY = 3e-3, 0.05, 0.01
 WARMUP, HOLD = 200, 0.6
 AVERAGE = 0.999
 LOG_EVERY, SAVE_EVERY = 100, 250
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a training run is made of; the flags explain them.
+
+    Raises:
+        InputError: there is no codec.
+    """
+
+    vae: Path
+    out: Path
+    minutes: float
+    steps: int
+    pictures: int
+    captions: int
+    pool: int
+    layers: int
+    seed: int
+    device: str
+
+    def __post_init__(self) -> None:
+        script.require_file(self.vae, "codec (lance_nano.train_vae makes one)")
 
 
 class Nano(nn.Module):
@@ -118,34 +142,35 @@ def optimiser_for(nano: Nano) -> optim.MuonAdamW:
 class Run:
     """The state of one training process and its loop."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
+    def __init__(self, options: Options):
+        self.options = options
         self.rank, _ = optim.world()
         self.packer = Packer(learned_words())
-        torch.manual_seed(args.seed)
-        self.nano = Nano(NanoConfig(padded_vocabulary(self.packer.words), layers=args.layers)).to(args.device)
+        torch.manual_seed(options.seed)
+        self.nano = Nano(NanoConfig(padded_vocabulary(self.packer.words), layers=options.layers))
+        self.nano.to(options.device)
         self.average = copy.deepcopy(self.nano).requires_grad_(False)
         self.optimiser = optimiser_for(self.nano)
         self.pool = self._pool()
         self.step, spent = 0, 0.0
-        if state := load_state(args.out):
+        if state := load_state(options.out):
             self.nano.load_state_dict(state["model"])
             self.average.load_state_dict(state["average"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.step, spent = state["step"], state["minutes"]
-        self.clock, self.means = Clock(args.minutes, spent), Means()
+        self.clock, self.means = Clock(options.minutes, spent), Means()
 
     def _pool(self) -> Pool:
         vae = frame_vae()
-        vae.load_state_dict(load_state(self.args.vae)["model"])
-        path = self.args.out.with_suffix(".latents.npy")
-        build_pool(path, vae.eval(), self.args.seed, self.args.pool)
-        return Pool(path, self.args.seed)
+        vae.load_state_dict(require_state(self.options.vae, "codec")["model"])
+        path = self.options.out.with_suffix(".latents.npy")
+        build_pool(path, vae.eval(), self.options.seed, self.options.pool)
+        return Pool(path, self.options.seed)
 
     def _fraction(self) -> float:
         """How much of the run is over, by steps or by the clock of the first process."""
-        if self.args.steps:
-            return self.step / self.args.steps
+        if self.options.steps:
+            return self.step / self.options.steps
         shared = torch.tensor([self.clock.fraction if self.rank == 0 else 0.0])
         optim.sum_over_processes([shared])
         return shared.item()
@@ -163,10 +188,10 @@ class Run:
             log.info("done: %d steps in %.1f min", self.step, self.clock.minutes)
 
     def _one_step(self, fraction: float) -> None:
-        args, rng = self.args, generator_for(self.args.seed, 1, self.step, self.rank)
+        options, rng = self.options, generator_for(self.options.seed, 1, self.step, self.rank)
         torch.manual_seed(rng.getrandbits(63))
-        answer, right = question_loss(self.nano, self.packer, rng, args.pictures, args.device)
-        flow = picture_loss(self.nano, self.packer, self.pool, rng, args.captions, args.device)
+        answer, right = question_loss(self.nano, self.packer, rng, options.pictures, options.device)
+        flow = picture_loss(self.nano, self.packer, self.pool, rng, options.captions, options.device)
         (answer + flow).backward()
         norm = self.optimiser.step(optim.schedule(self.step, fraction, WARMUP, HOLD))
         self.step += 1
@@ -177,56 +202,42 @@ class Run:
     def save(self) -> None:
         """Write the state file, complete or not at all."""
         save_state(
-            self.args.out, model=self.nano.state_dict(), average=self.average.state_dict(),
+            self.options.out, model=self.nano.state_dict(), average=self.average.state_dict(),
             optimiser=self.optimiser.state_dict(), config=asdict(self.nano.lance.config),
-            step=self.step, minutes=self.clock.minutes, seed=self.args.seed,
+            step=self.step, minutes=self.clock.minutes, seed=self.options.seed,
         )  # fmt: skip
 
 
-def train(args: argparse.Namespace) -> None:
+def train(options: Options) -> None:
     """One training process."""
     start_logging()
-    Run(args).train()
+    Run(options).train()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lance_nano.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--vae", type=Path, required=True, help="trained codec, of lance_nano.train_vae")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="state file (.pt); an existing one is continued"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=80.0, help="training time; the last 40 %% decay (%(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=0, help="if given, end and decay by steps instead of minutes"
-    )
-    parser.add_argument(
-        "--processes", type=int, default=3, help="single-thread processes, CPU only (%(default)s)"
-    )
-    parser.add_argument(
-        "--pictures", type=int, default=8, help="pictures to ask about per process (%(default)s)"
-    )
-    parser.add_argument("--captions", type=int, default=12, help="captions to draw per process (%(default)s)")
-    parser.add_argument(
-        "--pool", type=int, default=36000, help="caption scenes encoded beforehand (%(default)s)"
-    )
-    parser.add_argument("--layers", type=int, default=4, help="decoder layers (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (one process) (%(default)s)")
+    parser = script.parser(__doc__)
+    add = parser.add_argument
+    add("--vae", type=Path, required=True, help="trained codec, of lance_nano.train_vae")
+    add("--out", type=Path, required=True, help="state file (.pt); an existing one is continued")
+    add("--minutes", type=float, default=80.0, help="training time; the last 40 %% decay")
+    add("--steps", type=int, default=0, help="if given, end and decay by steps instead of minutes")
+    add("--processes", type=int, default=3, help="single-thread processes, CPU only")
+    add("--pictures", type=int, default=8, help="pictures to ask about per process")
+    add("--captions", type=int, default=12, help="captions to draw per process")
+    add("--pool", type=int, default=36000, help="caption scenes encoded beforehand")
+    add("--layers", type=int, default=4, help="decoder layers")
+    add("--seed", type=int, default=0, help="of weights, scenes and noise")
+    add("--device", default="cpu", help="cpu or cuda (one process)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
-    args = parse_args(argv)
-    optim.launch(train, args.processes, args)
+    given = vars(parse_args(argv))
+    processes = given.pop("processes")
+    optim.launch(train, processes, Options(**given))
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

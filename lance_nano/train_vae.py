@@ -24,6 +24,7 @@ from lance_nano.progress import Clock, Means, generator_for, load_state, log, sa
 from lance_nano.recognise import shows_layout
 from lance_nano.scenes import Scene, picture_scene, question_scene, render
 from lance_nano.vae import decode, encode, fold_statistics, frame_vae, to_unit
+from lance_quant.cli import script
 
 LATENT_NOISE = 0.05
 LATENT_PULL = 1e-4
@@ -130,23 +131,14 @@ def train(out: Path, minutes: float, batch: int, seed: int, device: str) -> None
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lance_nano.train_vae",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="trained codec (.pt); its .state resumes a run"
-    )
-    parser.add_argument(
-        "--minutes", type=float, default=20.0, help="training time; the last half decays (%(default)s)"
-    )
-    parser.add_argument(
-        "--processes", type=int, default=3, help="single-thread processes, CPU only (%(default)s)"
-    )
-    parser.add_argument("--batch", type=int, default=4, help="pictures per process and step (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, scenes and noise (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (one process) (%(default)s)")
+    parser = script.parser(__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="trained codec (.pt); its .state resumes a run")
+    add("--minutes", type=float, default=20.0, help="training time; the last half decays")
+    add("--processes", type=int, default=3, help="single-thread processes, CPU only")
+    add("--batch", type=int, default=4, help="pictures per process and step")
+    add("--seed", type=int, default=0, help="of weights, scenes and noise")
+    add("--device", default="cpu", help="cpu or cuda (one process)")
     return parser.parse_args(argv)
 
 
@@ -157,4 +149,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script.run(main)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from lance_quant.calibration import capture
 from lance_quant.calibration.activation_stats import Collector, model_fingerprint
+from lance_quant.cli import script
 from lance_quant.formats import layout
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.media import samples
@@ -25,6 +27,7 @@ CPU = torch.device("cpu")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which any test may do first
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
+os.environ["OMP_NUM_THREADS"] = "1"  # nor do processes that tests start take the cores of other tests
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -36,6 +39,24 @@ def recording(task: str, variant: str) -> SimpleNamespace:
     """One golden recording: `tensors`, `meta`."""
     return SimpleNamespace(tensors=load_file(GOLDENS / f"{task}.{variant}.safetensors"),
                            meta=json.loads((GOLDENS / f"{task}.{variant}.meta.json").read_text()))
+
+
+@pytest.fixture
+def ended(capsys) -> Callable[..., tuple[int, str]]:
+    """Call a script's `main` as its file does (cli.script.run): exit code, and what it said on stderr.
+
+    In this process: a new one would import torch and transformers again, 6 s of CPU.
+    """
+    def run(main: Callable[[list[str]], None], *flags: str) -> tuple[int, str]:
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as caught:
+                script.run(functools.partial(main, list(flags)))
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return caught.value.code, capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The rules that keep the tree readable, checked on the source."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ LIMIT = 45
 by_name = {"ids": lambda path: str(path.relative_to(ROOT))}
 
 
+@functools.cache
 def tree(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 

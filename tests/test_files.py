@@ -1,13 +1,10 @@
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 
 from lance_quant.errors import InputError
 from lance_quant.storage import atomic
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -65,19 +62,15 @@ def test_json_round_trip_and_its_errors(tmp_path):
         atomic.read_json(tmp_path / "c.json", "meta")
 
 
-def test_a_polite_kill_cleans_up_like_an_interrupt(tmp_path):
+def test_a_polite_kill_cleans_up_like_an_interrupt(ended, tmp_path):
     """SIGTERM in the middle of writing: exit 130, nothing left."""
-    code = ("import os, signal, pathlib, sys\n"
-            "from lance_quant.cli import script\n"
-            "from lance_quant.storage import atomic\n"
-            "def main():\n"
-            "    with atomic.whole_folder(pathlib.Path(sys.argv[1])) as folder:\n"
-            "        (folder / 'x').write_text('half')\n"
-            "        os.kill(os.getpid(), signal.SIGTERM)\n"
-            "script.run(main)\n")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True,
-                          check=False, cwd=ROOT)
-    assert done.returncode == 130 and "interrupted" in done.stderr
+    def main(_):
+        with atomic.whole_folder(tmp_path / "out") as folder:
+            (folder / "x").write_text("half")
+            signal.raise_signal(signal.SIGTERM)
+
+    code, said = ended(main)
+    assert code == 130 and "interrupted" in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -203,25 +201,20 @@ def test_a_packed_file_with_a_tensor_too_few_is_refused(work, tmp_path):
                              "--save_path_gen", str(tmp_path / "q")])
 
 
-def script(name: str, *flags: str) -> subprocess.CompletedProcess:
-    root = Path(__file__).parent.parent
-    return subprocess.run([sys.executable, str(root / name), *flags], capture_output=True, text=True, check=False)
-
-
 @pytest.mark.parametrize("flags, message", [
     (["--task", "t2j"], "invalid choice: 't2j'"),
     (["--task", "t2i", "--example_json", "none.json"], "sample file not found: none.json"),
     (["--task", "t2i", "--validation_num_timesteps", "0"], "num_timesteps 0 must be at least 1"),
-    (["--task", "t2i", "--device", "cuda:99"], "--device cuda:99"),
+    (["--task", "t2i", "--device", "cuda:99"], "device cuda:99: this torch sees"),
     (["--task", "t2i", "--video_height", "5000"], "each side must be 16 to 1024 pixels"),
     (["--task", "t2i", "--vae_path", "none.pth"], "VAE file not found: none.pth"),
 ])
-def test_user_mistakes_end_with_one_line_and_code_2(tmp_path, flags, message):
+def test_user_mistakes_end_with_one_line_and_code_2(ended, tmp_path, flags, message):
     defaults = {"--example_json": str(GOLDENS / "inputs" / "t2i.json"), "--save_path_gen": str(tmp_path / "r")}
     given = [item for pair in defaults.items() if pair[0] not in flags for item in pair]
-    done = script("run_baseline.py", *MODEL, *given, *flags)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    code, said = ended(run_baseline.main, *MODEL, *given, *flags)
+    assert code == 2
+    assert message in said.splitlines()[-1] and "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
 
 
