@@ -14,13 +14,11 @@ Next    run_quant_eval.py --awq_dir OUT
 
 import argparse
 
-from lance_quant.calibration import weight_sensitivity
-from lance_quant.calibration.layer_inputs import replay_of
 from lance_quant.cli import script
-from lance_quant.errors import InputError
-from lance_quant.formats.base import Int4
+from lance_quant.formats.int4 import Int4
 from lance_quant.inference.device import device_of
 from lance_quant.methods import convert
+from lance_quant.methods.conversion import Conversion
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,20 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     """Plan or convert, and print the result."""
     args = parse_args(argv)
     script.set_threads(args.threads)
-    codec, device = Int4(args.group_size), device_of(args.device)
-    measured = args.capture and args.bits_budget
-    effects = weight_sensitivity.effects_of(args.src, args.capture, device) if measured else None
-    sizes = convert.Sizes(args.bits_budget, args.head_bits, effects)
-    if args.dry_run:
-        print(convert.dry_run(args.src, codec, sizes, args.stats, device))
-        return
-    if args.stats is None or args.out is None:
-        raise InputError("--stats and --out are needed unless --dry_run is given")
-    if args.capture and args.recipe == "published":
-        raise InputError("--capture has no place in the published recipe: leave it out, or use --recipe ours")
-    replay = replay_of(args.src, args.capture, device) if args.capture else None
-    print(convert.convert(args.src, args.stats, args.out, codec, args.recipe, device, replay,
-                          args.resume, sizes).out)
+    conversion = Conversion(Int4(args.group_size), args.recipe, args.bits_budget, args.head_bits,
+                            device_of(args.device), args.resume)
+    print(convert.run(args.src, args.stats, args.capture, args.out, conversion, args.dry_run))
 
 
 if __name__ == "__main__":

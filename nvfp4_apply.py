@@ -14,12 +14,12 @@ Next    run_quant_eval.py --awq_dir OUT
 
 import argparse
 
-from lance_quant.calibration.layer_inputs import replay_of
 from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.formats.base import Nvfp4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.inference.device import device_of
 from lance_quant.methods import convert
+from lance_quant.methods.conversion import Conversion
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,18 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     codec = Nvfp4(args.slim)
     if args.block_size != codec.group_size:
         raise InputError(f"--block_size {args.block_size}: NVFP4 has blocks of {codec.group_size}")
-    sizes = convert.Sizes(head_bits=args.head_bits)
-    if args.dry_run:
-        print(convert.dry_run(args.src, codec, sizes))
-        return
-    if args.stats is None or args.out is None:
-        raise InputError("--stats and --out are needed unless --dry_run is given")
-    if args.capture and args.recipe == "published":
-        raise InputError("--capture has no place in the published recipe: leave it out, or use --recipe ours")
-    device = device_of(args.device)
-    replay = replay_of(args.src, args.capture, device) if args.capture else None
-    print(convert.convert(args.src, args.stats, args.out, codec, args.recipe, device, replay,
-                          args.resume, sizes).out)
+    conversion = Conversion(codec, args.recipe, head_bits=args.head_bits, device=device_of(args.device),
+                            resume=args.resume)
+    print(convert.run(args.src, args.stats, args.capture, args.out, conversion, args.dry_run))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """An extracted understanding path rounded for the activations that occur, into MLX's formats.
 
-lance_quant's recipe (ours.py) with MLX's grids as codecs: scales are searched and folded between norm and q/k/v, norm
+lance_quant's recipe (methods/layer.py) with MLX's formats: scales are searched and folded between norm and q/k/v, norm
 and gate/up, v and o, up and down, and every linear is rounded to grids fitted to its inputs, with GPTQ where layer
 inputs were captured. The head, which is 4 bits in MLX too, is treated in the same way behind the final norm; the
 embedding has no inputs and gets fitted grids. What comes out is an ordinary MLX file.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from apple.decoder import DecoderConfig
-from apple.mlx_codec import MlxCodec, codec_of
+from apple.mlx_codec import MlxCodec
 from apple.mlx_codes import Format
 from lance_quant.calibration import capture, gram, token_weights
 from lance_quant.calibration.activation_stats import ActStats
@@ -31,7 +31,7 @@ from lance_quant.calibration.layer_inputs import Replay
 from lance_quant.calibration.token_weights import Relevance
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
-from lance_quant.formats.base import quantize_searched
+from lance_quant.formats.blocks import quantize_searched
 from lance_quant.formats.weights import Weights
 from lance_quant.methods import awq, fuse, gptq, layer
 from lance_quant.storage.tensor_file import Checkpoint
@@ -109,7 +109,7 @@ def fitted_tensors(source: Checkpoint, folder: Path, fmt: Format, known: Calibra
     config = DecoderConfig.load(folder)
     _require_model(source, known, config.num_hidden_layers)
     dtype = source.specs[f"{NORM}.weight"].dtype
-    codec = codec_of(fmt, dtype)
+    codec = MlxCodec(fmt, dtype)
     for index in range(config.num_hidden_layers):
         weights = layer_weights(source, index, device)
         for name, tensor in layer_tensors(index, weights, codec, known, record):
@@ -143,12 +143,12 @@ def layer_tensors(index: int, weights: Weights, codec: MlxCodec, known: Calibrat
     packed = set()
     for group, done in layer.quantize_layer(index, weights, known.stats, codec, known.replay):
         log.info("%-24s %s", group.name, done)
-        for number, (name, parts) in enumerate(zip(group.linears, done.tensors, strict=True)):
+        for name, linear in zip(group.linears, done.linears, strict=True):
             short = name.removeprefix(layout.LLM_PREFIX)
             packed.add(f"{name}.weight")
-            record[short] = {"candidate": done.label, "error_before": done.before[number],
-                             "error_after": done.after[number], **done.details[number]}
-            yield from ((f"{short}.{suffix}", part.cpu()) for suffix, part in parts.items())
+            record[short] = {"candidate": done.label, "error_before": linear.before, "error_after": linear.after,
+                             **({} if linear.facts is None else linear.facts.entry())}
+            yield from ((f"{short}.{suffix}", part.cpu()) for suffix, part in linear.tensors.items())
     for name, tensor in weights.items():
         if name not in packed:
             yield name.removeprefix(layout.LLM_PREFIX), tensor.cpu()
@@ -207,21 +207,21 @@ def head_tensors(head: Tensor, norm: Tensor, codec: MlxCodec, replay: Replay | N
     of 1 over its channels.
     """
     m2 = norm.square() if replay is None else _head_moments(replay, norm, eps).mean_square
-    choice = awq.search([head], norm, m2, codec)
-    norm.copy_(choice.folded.norm)
-    fuse.multiply_columns(head, choice.folded.column)
+    found = awq.search([head], norm, m2, codec.quantizer)
+    norm.copy_(found.folded.norm)
+    fuse.multiply_columns(head, found.folded.column)
     moments = None if replay is None else _head_moments(replay, norm, eps)
-    importance, rounded = awq.importance(m2 / choice.folded.column**2), []
+    importance, rounded = awq.importance(m2 / found.folded.column**2), []
 
     def pack(rows: Tensor) -> dict[str, Tensor]:
         if moments is None:
             return _nearest(rows, importance, codec)
-        done = gptq.round_weight(rows.t().contiguous(), moments, codec, None)
+        done = gptq.round_weight(rows.t().contiguous(), moments, codec.quantizer, 1.0)
         rounded.append(done.method)
-        return codec.tensors(codec.encode(done.values.t().contiguous(), done.grid))
+        return codec.tensors(codec.quantizer.encode(done.values.t().contiguous(), done.grid))
 
     yield from _in_rows(HEAD, head, pack, codec)
-    record[HEAD] = {"candidate": choice.label, "error_before": choice.before[0], "error_after": choice.after[0],
+    record[HEAD] = {"candidate": found.candidate.label, "error_before": found.before[0], "error_after": found.after[0],
                     "rounding": "/".join(sorted(set(rounded))) or "searched",
                     "gram_tokens": 0 if moments is None else moments.n_tokens}
 
@@ -237,7 +237,7 @@ def _head_moments(replay: Replay, norm: Tensor, eps: float) -> gram.GramStats:
 
 
 def _nearest(rows: Tensor, importance: Tensor, codec: MlxCodec) -> dict[str, Tensor]:
-    (packed,) = quantize_searched(codec, [rows], importance, None)
+    (packed,) = quantize_searched(codec.quantizer, [rows], importance, 1.0)
     return codec.tensors(packed)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import lance_nano_harness as harness
 from benchmarks.lance_nano_harness import Distance, Plan
 from lance_quant.cli import script
-from lance_quant.formats.base import Nvfp4
+from lance_quant.formats.nvfp4 import Nvfp4
 
 METHODS = ("rtn", "ours_diagonal")
 KERNELS = {"weights": "reference", "weights and activations": "nvfp4_w4a4"}

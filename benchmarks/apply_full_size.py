@@ -38,9 +38,10 @@ from benchmarks import synthetic_lance
 from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.cli import script
 from lance_quant.formats import layout
-from lance_quant.formats.base import Codec, Int4, Nvfp4
-from lance_quant.formats.nvfp4 import E2M1_MAX, MAGNITUDES
-from lance_quant.methods import convert, published
+from lance_quant.formats.base import Codec
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import E2M1_MAX, MAGNITUDES, Nvfp4
+from lance_quant.methods import convert, plan, published
 from lance_quant.storage.tensor_file import Checkpoint, file_size
 
 LAYERS = 36  # of Lance_3B
@@ -122,7 +123,7 @@ def disk(name: str, source: Path, out: Path) -> dict[str, float]:
         for tensor in checkpoint.specs:
             for _ in checkpoint.pieces(tensor):
                 pass
-        left = file_size(convert.plan(checkpoint.specs, FORMATS[name][1]))
+        left = file_size(plan.plan(checkpoint.specs, FORMATS[name][1]))
         while left > 0:
             left -= file.write(zeros[:min(left, _PIECE)])
     return clock.read()

@@ -34,12 +34,13 @@ from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.calibration.layer_inputs import replay_of
 from lance_quant.cli import script
 from lance_quant.formats import layout
-from lance_quant.formats.base import Int4
+from lance_quant.formats.int4 import Int4
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.formats.weights import Weights
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.runtime import Runtime
 from lance_quant.methods import bit_allocation, convert
+from lance_quant.methods.conversion import Conversion
 from lance_quant.storage.tensor_file import Checkpoint
 
 
@@ -86,26 +87,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Shared:
-    """Effects that are measured once for all variants: scales, and so weights, are the same."""
+    """Sensitivities that are measured once for all variants: scales, and so weights, are the same."""
 
-    def __init__(self, effects: bit_allocation.Effects):
-        self._effects, self._layers = effects, {}
+    def __init__(self, sensitivity: bit_allocation.Sensitivity):
+        self._sensitivity, self._layers = sensitivity, {}
 
     def of_layer(self, index: int, weights: Weights) -> Mapping[str, torch.Tensor]:
-        """See budget.Effects."""
+        """Those of a layer, as bit_allocation.Sensitivity."""
         if index not in self._layers:
-            self._layers[index] = self._effects.of_layer(index, weights)
+            self._layers[index] = self._sensitivity.of_layer(index, weights)
         return self._layers[index]
 
 
-def pack(variant: Variant, work: Path, stats: ActStats, model: Path, effects: Shared) -> Path:
+def pack(variant: Variant, work: Path, stats: ActStats, model: Path, sensitivity: Shared) -> Path:
     """The variant's folder."""
     captures, out = captures_in(work), work / "packed" / str(variant)
     replay = replay_of(model, captures, CPU) if variant.gptq else None
+    conversion = Conversion(Int4(variant.group_size), bits_budget=variant.budget, head_bits=variant.head_bits,
+                            progress=False)
     with Checkpoint(model) as source:
-        convert.quantize_checkpoint(source, stats, Int4(variant.group_size), out, "ours", CPU, False, replay,
-                                    sizes=convert.Sizes(variant.budget, variant.head_bits,
-                                                        effects if variant.measured else None))
+        convert.quantize_checkpoint(source, stats, out, conversion, replay,
+                                    sensitivity if variant.measured else None)
     return out
 
 
@@ -127,9 +129,9 @@ def measure(seed: int, args: argparse.Namespace) -> dict[str, dict]:
         work = Path(folder)
         stats = harness.calibrate(model, work, seed, plan.calibration, plan.sampling)
         baseline = harness.baseline_of(harness.load(model), seed, plan)
-        effects = Shared(weight_sensitivity.effects_of(model, captures_in(work), CPU))
+        sensitivity = Shared(weight_sensitivity.effects_of(model, captures_in(work), CPU))
         for variant in variants(args.budgets, args.roundings):
-            packed = pack(variant, work, stats, model, effects)
+            packed = pack(variant, work, stats, model, sensitivity)
             found = distance(harness.load(model, packed), baseline, plan.sampling)
             out[str(variant)] = {**describe(packed), **found}
             print(f"seed {seed}  {variant!s:<36} velocity {found['velocity']:.4f}  KL {found['kl']:.3e}",

@@ -42,7 +42,9 @@ from benchmarks.lance_nano_harness import CPU, METHODS, Distance, Plan, Request,
 from lance_nano import evaluate
 from lance_quant.cli import script
 from lance_quant.evaluation.metrics import token_divergence
-from lance_quant.formats.base import Codec, Int4, Nvfp4
+from lance_quant.formats.base import Codec
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.lance.cache import allocate
 from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.tokens import VIT, mrope_positions

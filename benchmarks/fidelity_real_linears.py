@@ -34,7 +34,9 @@ from torch import Tensor, nn
 
 from lance_quant.calibration import gram
 from lance_quant.cli import script
-from lance_quant.formats.base import Codec, Int4, Nvfp4
+from lance_quant.formats.base import Codec, nearest_levels
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.methods import awq, gptq, published
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -89,8 +91,9 @@ def run(layer: nn.Module, hidden: Tensor, watched: tuple[str, ...] = ()) -> tupl
 def round_plainly(site: tuple[str, ...], weights: list[Tensor], packed: Tensor, exact: Tensor,
                   codec: Codec) -> list[Tensor]:
     """Nearest level of min-max grids."""
-    context = codec.context(max(float(w.abs().max()) for w in weights))
-    return [codec.dequantize(codec.quantize(w, context)) for w in weights]
+    quantizer = codec.quantizer
+    global_scale = quantizer.global_scale(max(float(w.abs().max()) for w in weights))
+    return [codec.dequantize(quantizer.quantize(w, global_scale)) for w in weights]
 
 
 def round_published(site: tuple[str, ...], weights: list[Tensor], packed: Tensor, exact: Tensor,
@@ -99,20 +102,21 @@ def round_published(site: tuple[str, ...], weights: list[Tensor], packed: Tensor
     means = [exact.abs().mean(0)] * len(weights)
     chosen = published.search([w.bfloat16() for w in weights], means, codec) if site in NORM_FED else None
     s = torch.ones_like(weights[0][0]) if chosen is None else chosen.s
-    return [codec.dequantize(codec.weight(published.pack(w.bfloat16().float() * s, codec), {})) / s for w in weights]
+    return [codec.dequantize(codec.weight(published.pack(w.bfloat16().float() * s, codec), None)) / s for w in weights]
 
 
 def round_diagonal(site: tuple[str, ...], weights: list[Tensor], packed: Tensor, exact: Tensor,
                    codec: Codec) -> list[Tensor]:
     """Ours without layer inputs: scales and grids by second moments."""
     m2 = exact.square().mean(0)
-    column = awq.search(weights, torch.ones_like(m2), m2, codec).folded.column
-    context = codec.context(max(float((w * column).abs().max()) for w in weights))
+    quantizer = codec.quantizer
+    column = awq.search(weights, torch.ones_like(m2), m2, quantizer).folded.column
+    global_scale = quantizer.global_scale(max(float((w * column).abs().max()) for w in weights))
     out = []
     for w in weights:
         scaled = (w * column).t().contiguous()
-        grid = codec.grid(scaled, awq.importance(m2 / column**2), context)
-        out.append(gptq.nearest_levels(codec, scaled, grid).t() / column)
+        grid = quantizer.grid(scaled, awq.importance(m2 / column**2), global_scale)
+        out.append(nearest_levels(quantizer, scaled, grid).t() / column)
     return out
 
 
@@ -120,12 +124,13 @@ def round_ours(site: tuple[str, ...], weights: list[Tensor], packed: Tensor, exa
                codec: Codec) -> list[Tensor]:
     """Ours with layer inputs: scales by second moments, then GPTQ towards the float model's outputs."""
     m2 = exact.square().mean(0)
-    column = awq.search(weights, torch.ones_like(m2), m2, codec).folded.column
-    context = codec.context(max(float((w * column).abs().max()) for w in weights))
+    quantizer = codec.quantizer
+    column = awq.search(weights, torch.ones_like(m2), m2, quantizer).folded.column
+    global_scale = quantizer.global_scale(max(float((w * column).abs().max()) for w in weights))
     sums = gram.GramAccumulator(len(m2))
     sums.add(packed / column, exact / column)
     moments = sums.moments()
-    return [gptq.round_weight((w * column).t().contiguous(), moments, codec, context).values.t() / column
+    return [gptq.round_weight((w * column).t().contiguous(), moments, quantizer, global_scale).values.t() / column
             for w in weights]
 
 

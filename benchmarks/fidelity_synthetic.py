@@ -37,13 +37,15 @@ from lance_quant.calibration.decoder_calls import Call
 from lance_quant.calibration.layer_inputs import Replay
 from lance_quant.cli import script
 from lance_quant.formats import layout
-from lance_quant.formats.base import Codec, Int4, Nvfp4
+from lance_quant.formats.base import Codec
+from lance_quant.formats.int4 import Int4
 from lance_quant.formats.layout import EXPERTS
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.weights import Weights
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import DecoderLayer, Rotary
-from lance_quant.methods import convert, layer
+from lance_quant.methods import layer, published
 
 CPU = torch.device("cpu")
 GROUP = 64  # inputs per group in the published ratios
@@ -223,13 +225,13 @@ def quantize(index: int, weights: Weights, method: str, codec: Codec, stats: Act
     if method.startswith("rtn"):
         stats = ActStats({}, [], [{"run_id": "none"}], 0)
     target = {name: w.clone() for name, w in weights.items()}
-    recipe = convert.quantize_published if method == "published" else layer.quantize_layer
+    groups = published.quantize_layer(index, target, stats, codec) if method == "published" else \
+        layer.quantize_layer(index, target, stats, codec, replay if method == "ours" else None)
     packed: Weights = {}
-    for group, done in recipe(index, target, stats, codec, replay if method == "ours" else None):
-        for name, tensors in zip(group.linears, done.tensors, strict=True):
+    for group, done in groups:
+        for name, linear in zip(group.linears, done.linears, strict=True):
             w = target[f"{name}.weight"]
-            packed[f"{name}.weight"] = codec.dequantize(codec.weight(
-                dict(tensors), codec.entry(w.shape, done.kind, done.context)))
+            packed[f"{name}.weight"] = codec.dequantize(codec.weight(dict(linear.tensors), done.global_scale))
             if method == "published" and group.norm is not None:  # it returns norms only
                 target[f"{name}.weight"] = w * weights[f"{group.norm}.weight"] / target[f"{group.norm}.weight"]
     target = {name: w.float() for name, w in target.items()}

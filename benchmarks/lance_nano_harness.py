@@ -42,6 +42,7 @@ from lance_quant.lance.generation import Sampling, Step
 from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.tokens import TokenSequence
 from lance_quant.methods import convert
+from lance_quant.methods.conversion import Conversion
 from lance_quant.storage.tensor_file import Checkpoint
 from quantized_linear import swap_linears
 
@@ -193,9 +194,9 @@ def pack(model: Path, out: Path, codec: Codec, method: str, stats: ActStats, cap
     if method == "ours_even":
         config, calls, facts = capture.load_of(model, captures)
         replay = Replay(config, calls, CPU, facts)
-    recipe = "published" if method == "published" else "ours"
+    conversion = Conversion(codec, "published" if method == "published" else "ours", progress=False)
     with Checkpoint(model) as source:
-        convert.quantize_checkpoint(source, stats, codec, out, recipe, CPU, False, replay)
+        convert.quantize_checkpoint(source, stats, out, conversion, replay)
     return out
 
 

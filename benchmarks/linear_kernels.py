@@ -29,9 +29,10 @@ from torch import Tensor
 from lance_quant.cli import script
 from lance_quant.errors import InputError
 from lance_quant.evaluation.run_folder import device_name
-from lance_quant.formats.base import Codec, Int4, Nvfp4, PackedWeight
-from lance_quant.formats.int4 import Int4Weight
-from lance_quant.formats.nvfp4 import MAGNITUDES, Nvfp4Weight
+from lance_quant.formats.base import Codec
+from lance_quant.formats.int4 import Int4, Int4Weight
+from lance_quant.formats.nvfp4 import MAGNITUDES, Nvfp4, Nvfp4Weight
+from lance_quant.formats.weights import PackedWeight
 from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.kernels import comfy_kitchen, cpu, dispatch, nvfp4_w4a4, ops
 

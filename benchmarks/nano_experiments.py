@@ -38,7 +38,9 @@ from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.cli import script
 from lance_quant.evaluation.metrics import relative_error
 from lance_quant.formats import layout
-from lance_quant.formats.base import Codec, Int4, Nvfp4
+from lance_quant.formats.base import Codec
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.lance.config import SEED
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.runtime import Runtime

@@ -54,7 +54,8 @@ from benchmarks.random_lance import (
 from benchmarks.synthetic_lance import PRESETS, vit_tower
 from lance_quant.cli import script
 from lance_quant.evaluation.run_folder import device_name, versions
-from lance_quant.formats.base import Codec, PackedWeight
+from lance_quant.formats.base import Codec
+from lance_quant.formats.weights import PackedWeight
 from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.inference.memory import peak_memory, reset_peak_memory
 from lance_quant.kernels import dispatch

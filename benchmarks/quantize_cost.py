@@ -37,13 +37,15 @@ from lance_quant.calibration.decoder_calls import Call
 from lance_quant.calibration.layer_inputs import Replay
 from lance_quant.cli import script
 from lance_quant.formats import layout
-from lance_quant.formats.base import Codec, Int4, Nvfp4
+from lance_quant.formats.base import Codec
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.weights import Weights
 from lance_quant.inference.device import device_of
 from lance_quant.lance.config import LATENT_CHANNELS, LanceConfig
 from lance_quant.lance.linear import Linear
 from lance_quant.lance.mot import DecoderLayer, RMSNorm
-from lance_quant.methods import convert, layer
+from lance_quant.methods import layer, published
 
 METHODS = ("rtn", "published", "ours_diagonal", "ours")
 CODECS: dict[str, Codec] = {"int4": Int4(64), "nvfp4": Nvfp4()}
@@ -140,10 +142,11 @@ def measure(method: str, args: argparse.Namespace) -> dict[str, float]:
     replay = None
     if method == "ours":
         replay = timed_replay(config, weights, args.tokens, device)
-    recipe = convert.quantize_published if method == "published" else layer.quantize_layer
+    groups = published.quantize_layer(0, weights, stats, codec) if method == "published" else \
+        layer.quantize_layer(0, weights, stats, codec, replay)
     layer_bytes = sum(w.nbytes for w in weights.values())
     started, cpu = time.perf_counter(), cpu_seconds()
-    for group, done in recipe(0, weights, stats, codec, replay):
+    for group, done in groups:
         print(f"{method:<14} {group.name:<22} {done.seconds:7.1f} s", file=sys.stderr, flush=True)
     _wait(device)
     found = {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - cpu, "layer_bytes": layer_bytes,

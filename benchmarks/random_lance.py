@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lance_quant.formats import int8, layout
-from lance_quant.formats.base import Codec, Int4, Nvfp4
-from lance_quant.formats.int4 import Int4Weight
+from lance_quant.formats.base import Codec
+from lance_quant.formats.int4 import Int4, Int4Weight
 from lance_quant.formats.layout import EXPERTS, Expert
-from lance_quant.formats.nvfp4 import Nvfp4Weight
+from lance_quant.formats.nvfp4 import Nvfp4, Nvfp4Weight
 from lance_quant.kernels.quantized_linear import Int8Embedding, Int8Linear, WQLinearINT4, WQLinearNVFP4
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_kernels import CODECS, random_weight  # noqa: E402
 
-from lance_quant.formats.base import Int4  # noqa: E402
+from lance_quant.formats.int4 import Int4  # noqa: E402
 from lance_quant.kernels import triton_kernels  # noqa: E402
 from lance_quant.kernels.ops import parts_of  # noqa: E402
 

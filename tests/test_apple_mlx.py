@@ -17,13 +17,14 @@ from test_apple_extract import real_config
 import awq_calibrate_single
 from apple import compare_mlx, export_coreml, export_mlx, extract_und, measure_nano, mlx_fold
 from apple.decoder import DecoderConfig, load_decoder
-from apple.mlx_codec import codec_of
+from apple.mlx_codec import MlxCodec
 from apple.mlx_codes import FORMATS, dequantize, fake_quant_io, quantize
 from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.calibration.decoder_calls import Call
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
-from lance_quant.formats.base import Grid, nearest_levels, quantize_searched
+from lance_quant.formats.base import Grid, nearest_levels
+from lance_quant.formats.blocks import quantize_searched
 from lance_quant.lance.config import LanceConfig
 from lance_quant.storage.tensor_file import Checkpoint, TensorSpec
 
@@ -115,7 +116,7 @@ def awkward(rows=64, columns=256):
 
 
 def fitted(w, codec, importance):
-    (packed,) = quantize_searched(codec, [w], importance, None)
+    (packed,) = quantize_searched(codec.quantizer, [w], importance, 1.0)
     return codec.tensors(packed)
 
 
@@ -130,7 +131,7 @@ def test_fitted_grids_are_never_worse_and_mostly_better(name):
     plain = quantize(w, fmt)
     if name == "4bit":  # both with the scales that a bfloat16 file holds
         plain = {"weight": plain["weight"], **{part: plain[part].bfloat16() for part in ("scales", "biases")}}
-    better = fitted(w, codec_of(fmt, torch.bfloat16), importance)
+    better = fitted(w, MlxCodec(fmt, torch.bfloat16), importance)
     assert {part: (t.dtype, t.shape) for part, t in better.items()} == {
         part: (t.dtype, t.shape) for part, t in plain.items()}
     assert (errors(better) <= errors(plain) * (1 + 1e-5) + 1e-20).all()
@@ -141,14 +142,14 @@ def test_fitted_grids_are_never_worse_and_mostly_better(name):
 def test_levels_survive_the_file(name):
     """nearest -> encode -> bytes -> dequantize gives the same numbers, and steps are what a file can hold."""
     w, fmt = awkward(), FORMATS[name]
-    codec = codec_of(fmt, torch.bfloat16)
+    codec = MlxCodec(fmt, torch.bfloat16)
     w_io = w.t().contiguous()
-    grid = codec.grid(w_io, torch.ones(256), None)
-    values = nearest_levels(codec, w_io, grid).t().contiguous()
+    grid = codec.quantizer.grid(w_io, torch.ones(256))
+    values = nearest_levels(codec.quantizer, w_io, grid).t().contiguous()
     # a bias is rounded from -zero * step, both float32
-    torch.testing.assert_close(codec.dequantize(codec.encode(values, grid)), values, rtol=1e-6, atol=0)
-    positive = grid.step.abs()
-    assert torch.equal(codec.storable(positive), positive)
+    torch.testing.assert_close(codec.dequantize(codec.quantizer.encode(values, grid)), values, rtol=1e-6, atol=0)
+    positive = grid.scale.abs()
+    assert torch.equal(codec.quantizer.storable(positive), positive)
 
 
 @formats
@@ -156,12 +157,12 @@ def test_a_coarser_step_is_stored_as_it_is_used(name):
     """GPTQ changes steps behind a grid's back, and what it then encodes must lie where it thinks: to half a unit in
     the last place of a bfloat16 bias, 2^-9 of its largest weight."""
     fmt = FORMATS[name]
-    codec = codec_of(fmt, torch.bfloat16)
+    codec = MlxCodec(fmt, torch.bfloat16)
     w_io = awkward()[6:].t().contiguous()
-    grid = codec.grid(w_io, torch.ones(256), None)
-    moved = Grid(codec.storable(grid.step.abs() * 1.4), grid.zero)
-    values = nearest_levels(codec, w_io, moved).t().contiguous()
-    back = codec.dequantize(codec.encode(values, moved))
+    grid = codec.quantizer.grid(w_io, torch.ones(256))
+    moved = Grid(codec.quantizer.storable(grid.scale.abs() * 1.4), grid.zero)
+    values = nearest_levels(codec.quantizer, w_io, moved).t().contiguous()
+    back = codec.dequantize(codec.quantizer.encode(values, moved))
     assert (back - values).abs().max() <= 2**-9 * values.abs().max()
 
 
@@ -248,7 +249,7 @@ def test_folding_changes_nothing_but_the_rounding(extracted, calibration, name):
     model, config = load_decoder(extracted, torch.float32), DecoderConfig.load(extracted)
     ids = torch.arange(50)[None]
     before = model(ids)
-    known, codec = mlx_fold.Calibration(ActStats.load(calibration[0]), ""), codec_of(FORMATS[name], torch.bfloat16)
+    known, codec = mlx_fold.Calibration(ActStats.load(calibration[0]), ""), MlxCodec(FORMATS[name], torch.bfloat16)
     tensors = {f"language_model.{key}": tensor.clone() for key, tensor in model.state_dict().items()}
     for index in range(config.num_hidden_layers):
         own = {key: tensors[key] for key in layout.of_layer(tensors, index)}
@@ -294,7 +295,7 @@ def test_the_head_is_weighted_by_the_norm_in_front_of_it():
 
     plain = error(quantize(head, FORMATS["4bit"]), norm)
     folded = norm.clone()
-    codec = codec_of(FORMATS["4bit"], torch.float32)
+    codec = MlxCodec(FORMATS["4bit"], torch.float32)
     tensors = {key.removeprefix("lm_head."): tensor for key, tensor in mlx_fold.head_tensors(
         head.clone(), folded, codec, None, 1e-6, {})}
     assert error(tensors, folded) < 0.6 * plain

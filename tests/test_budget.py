@@ -13,15 +13,17 @@ from test_packed import edit
 from test_work import contents
 
 import awq_apply
+from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
-from lance_quant.formats.base import Int4
+from lance_quant.formats.int4 import Int4
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.cache import allocate
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.runtime import Runtime
-from lance_quant.methods import bit_allocation, convert, quant_report
+from lance_quant.methods import bit_allocation, convert, layer, plan, quant_report
 from lance_quant.methods.bit_allocation import Option
+from lance_quant.methods.conversion import Conversion
 from lance_quant.storage.tensor_file import Checkpoint
 from quantized_linear import swap_linears
 
@@ -35,8 +37,8 @@ def total(chosen):
     return sum(option.nbytes for option in chosen.values())
 
 
-def harm(chosen):
-    return sum(option.harm for option in chosen.values())
+def distortion(chosen):
+    return sum(option.distortion for option in chosen.values())
 
 
 def test_what_is_larger_and_no_better_or_beaten_by_a_mixture_is_not_on_the_hull():
@@ -56,7 +58,7 @@ OPTIONS = {"small": [Option(128, 10, 9.0), Option(64, 12, 5.0), Option(32, 16, 3
     (999, {"small": 32, "large": 64}),
 ])
 def test_allocations_by_hand(nbytes, sizes):
-    """Most harm per byte first; of equals the first name; a step that does not fit leaves room for smaller ones."""
+    """Most distortion per byte first, of equals the first name; a step that does not fit leaves room for less."""
     chosen = bit_allocation.allocate(OPTIONS, nbytes)
     assert {name: option.group_size for name, option in chosen.items()} == sizes and total(chosen) <= nbytes
 
@@ -76,18 +78,18 @@ def test_against_every_combination():
         combinations = [dict(zip(options, found, strict=True)) for found in itertools.product(*options.values())]
         for nbytes in range(40, 161, 7):
             chosen = bit_allocation.allocate(options, nbytes)
-            best = min(harm(found) for found in combinations if total(found) <= nbytes)
+            best = min(distortion(found) for found in combinations if total(found) <= nbytes)
             assert total(chosen) <= nbytes
-            largest_step = max(old.harm - new.harm for found in options.values()
+            largest_step = max(old.distortion - new.distortion for found in options.values()
                                for old, new in itertools.pairwise(bit_allocation.hull(found)))
-            assert harm(chosen) <= best + largest_step
+            assert distortion(chosen) <= best + largest_step
         steps = sorted((step for found in options.values() for step in itertools.pairwise(bit_allocation.hull(found))),
                        key=lambda step: -bit_allocation.gain(*step))
         nbytes = 40
         for old, new in steps:
             nbytes += new.nbytes - old.nbytes
-            best = min(harm(found) for found in combinations if total(found) <= nbytes)
-            assert harm(bit_allocation.allocate(options, nbytes)) == pytest.approx(best, abs=1e-12)
+            best = min(distortion(found) for found in combinations if total(found) <= nbytes)
+            assert distortion(bit_allocation.allocate(options, nbytes)) == pytest.approx(best, abs=1e-12)
 
 
 def test_sizes_are_those_of_the_codec_and_of_bfloat16():
@@ -109,12 +111,8 @@ def test_a_budget_below_the_minimum_names_one_that_is_accepted():
             bit_allocation.limit(shapes, bits)
 
 
-def sizes(bits, head_bits=16):
-    return convert.Sizes(bits, head_bits)
-
-
 def run(out, bits, resume=False):
-    return convert.convert(SRC, STATS, out, Int4(64), "ours", CPU, resume=resume, sizes=sizes(bits))
+    return convert.convert(SRC, STATS, out, Conversion(Int4(64), bits_budget=bits, resume=resume))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +125,7 @@ def mixed(tmp_path_factory):
 
 @pytest.mark.parametrize("bits", [LEAST, 4.6, 15.9])
 def test_the_dry_run_promises_the_bytes_and_the_budget_holds(tmp_path, bits):
-    text = convert.dry_run(SRC, Int4(64), sizes(bits), STATS).splitlines()
+    text = plan.dry_run(SRC, Conversion(Int4(64), bits_budget=bits), STATS).splitlines()
     report = run(tmp_path / "out", bits)
     file = tmp_path / "out" / Int4.state_file
     assert int(text[-1].removeprefix("output_bytes: ")) == report.nbytes == file.stat().st_size
@@ -141,20 +139,20 @@ def test_the_dry_run_promises_the_bytes_and_the_budget_holds(tmp_path, bits):
         assert folder.bits_per_weight == 8 * stored / weights
 
 
-def test_a_larger_budget_never_does_more_harm():
+def test_a_larger_budget_never_distorts_more():
     with Checkpoint(SRC) as source:
-        stats = convert.ActStats.load(STATS)
+        stats = ActStats.load(STATS)
         found = {}
         for index in range(3):
             weights = {name: source.read(name, torch.float32) for name in layout.of_layer(source.specs, index)}
             found |= bit_allocation.measure(index, weights, stats, Int4(64), None)
     assert list(found) == [name for index in range(3) for group in layout.groups(index) for name in group.linears]
-    for options in found.values():  # finer groups, less harm; bfloat16 next to none
-        harms = [option.harm for option in options]
-        assert harms == sorted(harms, reverse=True) and harms[-1] < 1e-5 < harms[0] < 0.1
+    for options in found.values():  # finer groups, less distortion; bfloat16 next to none
+        distortions = [option.distortion for option in options]
+        assert distortions == sorted(distortions, reverse=True) and distortions[-1] < 1e-5 < distortions[0] < 0.1
     least = sum(options[0].nbytes for options in found.values())
-    harms = [harm(bit_allocation.allocate(found, least + extra)) for extra in range(0, 400_000, 20_000)]
-    assert harms == sorted(harms, reverse=True) and harms[0] > harms[-1]
+    distortions = [distortion(bit_allocation.allocate(found, least + extra)) for extra in range(0, 400_000, 20_000)]
+    assert distortions == sorted(distortions, reverse=True) and distortions[0] > distortions[-1]
 
 
 def test_small_budgets_mix_group_sizes_and_large_ones_keep_bfloat16(tmp_path, mixed):
@@ -196,17 +194,17 @@ def test_the_report_shows_the_group_size_of_every_linear(mixed):
 
 
 def test_an_interrupted_job_goes_on_without_measuring_again_and_ends_the_same(tmp_path, monkeypatch, mixed):
-    quantize = convert.RECIPES["ours"]
+    quantize = layer.quantize_layer
 
     def stops(index, *args, **kwargs):
         if index == 1:
             raise KeyboardInterrupt
         return quantize(index, *args, **kwargs)
 
-    monkeypatch.setitem(convert.RECIPES, "ours", stops)
+    monkeypatch.setattr(layer, "quantize_layer", stops)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", 6.0, resume=True)
-    monkeypatch.setitem(convert.RECIPES, "ours", quantize)
+    monkeypatch.setattr(layer, "quantize_layer", quantize)
     for bits in (4.7, None):
         with pytest.raises(InputError, match="job with another bits_budget"):
             run(tmp_path / "out", bits, resume=True)

@@ -12,9 +12,11 @@ from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.cpu import rounding
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
-from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.packed_folder import PackedFolder
-from lance_quant.methods import convert
+from lance_quant.methods import convert, plan
+from lance_quant.methods.conversion import Conversion
 from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, file_size
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -29,12 +31,12 @@ GIGA = 10**9
 def run(out, codec=Int4(64), stats=None, src=MODEL, recipe="ours"):  # noqa: B008 - frozen
     stats = ActStats.load(STATS) if stats is None else stats
     with Checkpoint(src) as source:
-        return convert.quantize_checkpoint(source, stats, codec, out, recipe, CPU, progress=False)
+        return convert.quantize_checkpoint(source, stats, out, Conversion(codec, recipe, progress=False))
 
 
 @codecs
 def test_the_dry_run_promises_the_bytes_that_a_run_writes(tmp_path, codec):
-    promised = int(convert.dry_run(MODEL, codec).splitlines()[-1].removeprefix("output_bytes: "))
+    promised = int(plan.dry_run(MODEL, Conversion(codec)).splitlines()[-1].removeprefix("output_bytes: "))
     report = run(tmp_path / "out", codec)
     assert promised == report.nbytes == (tmp_path / "out" / codec.state_file).stat().st_size
 
@@ -48,13 +50,13 @@ def test_the_real_key_tables_land_on_the_published_sizes(tmp_path, codec, model,
     path = real_keys.write_headers_only(tmp_path, model)
     # To a few bytes: the order of the tensors decides how many digits their offsets have.
     assert abs(path.stat().st_size - real_keys.SOURCE_BYTES[model]) < 5000
-    assert convert.dry_run(path, codec).splitlines()[-1] == f"output_bytes: {size}"
+    assert plan.dry_run(path, Conversion(codec)).splitlines()[-1] == f"output_bytes: {size}"
 
 
 @pytest.mark.parametrize("model, limit", [("Lance_3B", 4.40 * GIGA), ("Lance_3B_Video", 6.24 * GIGA)])
 def test_slim_saves_a_bit_per_weight(tmp_path, model, limit):
     with Checkpoint(real_keys.write_headers_only(tmp_path, model)) as source:
-        assert file_size(convert.plan(source.specs, Nvfp4(slim=True))) <= limit
+        assert file_size(plan.plan(source.specs, Nvfp4(slim=True))) <= limit
 
 
 def decibel(w, back):
@@ -167,8 +169,8 @@ def test_a_run_gives_the_same_bytes_twice(tmp_path):
 
 @codecs
 def test_the_number_of_threads_changes_nothing(tmp_path, monkeypatch, codec):
-    monkeypatch.setattr("lance_quant.formats.base._CPU_ROWS", 16)
-    monkeypatch.setattr("lance_quant.formats.base._CPU_BLOCK", 16 * 64)
+    monkeypatch.setattr("lance_quant.formats.blocks._CPU_ROWS", 16)
+    monkeypatch.setattr("lance_quant.formats.blocks._CPU_BLOCK", 16 * 64)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):

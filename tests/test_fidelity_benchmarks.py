@@ -23,7 +23,7 @@ from lance_nano import evaluate
 from lance_nano.evaluate import Share
 from lance_quant.calibration.layer_inputs import Replay
 from lance_quant.errors import InputError
-from lance_quant.formats.base import Int4
+from lance_quant.formats.int4 import Int4
 
 CONFIG_OF = fidelity_synthetic.config_of
 # Lance's structure, smaller than any --shrink.

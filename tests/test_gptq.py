@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from lance_quant.calibration import gram
-from lance_quant.formats.base import Int4, Nvfp4, nearest_levels
+from lance_quant.formats.base import nearest_levels
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.methods import gptq
 
 CODECS = [Int4(32), Nvfp4()]
 codecs = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+quantizers = pytest.mark.parametrize("quantizer", [codec.quantizer for codec in CODECS], ids=["int4", "nvfp4"])
 IN, OUT = 96, 24
 
 
@@ -25,8 +28,8 @@ def correlated(tokens, seed=1):
     return rand(tokens, 12, seed=seed) @ rand(12, IN, seed=99) + 0.3 * rand(tokens, IN, seed=seed + 1)
 
 
-def context_of(codec, w):
-    return codec.context(float(w.abs().max()))
+def global_scale_of(quantizer, w):
+    return quantizer.global_scale(float(w.abs().max()))
 
 
 def moments_of(x, exact=None):
@@ -45,71 +48,71 @@ def objective(w, back, moments):
     return float((off * (gram @ off)).sum())
 
 
-@codecs
-def test_correlated_inputs_gain_a_lot_over_nearest_rounding(codec):
+@quantizers
+def test_correlated_inputs_gain_a_lot_over_nearest_rounding(quantizer):
     """New tokens of the same kind; measured 5 to 8 times."""
     w, moments, fresh = weight(), moments_of(correlated(4096)), correlated(1024, seed=50)
-    context = context_of(codec, w)
-    done = gptq.round_weight(w, moments, codec, context)
-    grid = codec.grid(w, moments.mean_square, context)
+    global_scale = global_scale_of(quantizer, w)
+    done = gptq.round_weight(w, moments, quantizer, global_scale)
+    grid = quantizer.grid(w, moments.mean_square, global_scale)
     assert done.method == "gptq" and done.reason is None
-    assert output_error(w, done.values, fresh) < 0.4 * output_error(w, nearest_levels(codec, w, grid), fresh)
+    assert output_error(w, done.values, fresh) < 0.4 * output_error(w, nearest_levels(quantizer, w, grid), fresh)
 
 
-@codecs
-def test_uncorrelated_inputs_leave_nothing_to_propagate(codec):
+@quantizers
+def test_uncorrelated_inputs_leave_nothing_to_propagate(quantizer):
     """A diagonal Gram matrix: whatever the order of the columns, the loop is nearest rounding."""
     w, order = weight(), torch.randperm(IN, generator=torch.Generator().manual_seed(3))
-    grid = codec.grid(w, torch.ones(IN), context_of(codec, w))
+    grid = quantizer.grid(w, torch.ones(IN), global_scale_of(quantizer, w))
     factor = gptq.inverse_factor(torch.eye(IN) * 7, 0.01, order)
-    assert torch.equal(gptq.propagate(w, order, factor, grid, codec), nearest_levels(codec, w, grid))
+    assert torch.equal(gptq.propagate(w, order, factor, grid, quantizer), nearest_levels(quantizer, w, grid))
 
 
 @codecs
 def test_values_are_levels_of_the_grid_and_pack_exactly(codec):
-    w = weight()
-    context = context_of(codec, w)
-    done = gptq.round_weight(w, moments_of(correlated(4096)), codec, context)
-    assert torch.equal(nearest_levels(codec, done.values, done.grid), done.values)
-    packed = codec.encode(done.values.t().contiguous(), done.grid, context)
+    w, quantizer = weight(), codec.quantizer
+    global_scale = global_scale_of(quantizer, w)
+    done = gptq.round_weight(w, moments_of(correlated(4096)), quantizer, global_scale)
+    assert torch.equal(nearest_levels(quantizer, done.values, done.grid), done.values)
+    packed = quantizer.encode(done.values.t().contiguous(), done.grid, global_scale)
     assert torch.equal(codec.dequantize(packed), done.values.t())
-    assert torch.equal(codec.storable(done.grid.step, context), done.grid.step)
+    assert torch.equal(quantizer.storable(done.grid.scale, global_scale), done.grid.scale)
 
 
-@codecs
-def test_blocks_change_nothing(codec, monkeypatch):
+@quantizers
+def test_blocks_change_nothing(quantizer, monkeypatch):
     """The lazy update of what is behind a block is a regrouping of the same sums."""
     w, moments = weight(), moments_of(correlated(4096))
-    grid = codec.grid(w, moments.mean_square, context_of(codec, w))
+    grid = quantizer.grid(w, moments.mean_square, global_scale_of(quantizer, w))
     order = torch.arange(IN)
     factor = gptq.inverse_factor(moments.gram, 0.01, order)
-    whole = gptq.propagate(w, order, factor, grid, codec)
+    whole = gptq.propagate(w, order, factor, grid, quantizer)
     monkeypatch.setattr(gptq, "BLOCK", 16)
-    apart = gptq.propagate(w, order, factor, grid, codec)
+    apart = gptq.propagate(w, order, factor, grid, quantizer)
     assert (whole != apart).float().mean() < 0.01  # sums in another order may tip a value halfway between levels
 
 
-@codecs
+@quantizers
 @pytest.mark.parametrize("seed", range(4))
-def test_coordinate_descent_never_raises_its_objective(codec, seed):
+def test_coordinate_descent_never_raises_its_objective(quantizer, seed):
     w, moments = weight(seed), moments_of(correlated(3000, seed=seed))
-    context = context_of(codec, w)
-    grid = codec.grid(w, moments.mean_square, context)
-    start = nearest_levels(codec, w, grid)
-    values, _ = gptq.descend(w, start, grid, moments, codec, context)
+    global_scale = global_scale_of(quantizer, w)
+    grid = quantizer.grid(w, moments.mean_square, global_scale)
+    start = nearest_levels(quantizer, w, grid)
+    values, _ = gptq.descend(w, start, grid, moments, quantizer, global_scale)
     assert objective(w, values, moments) < objective(w, start, moments)
-    assert torch.equal(nearest_levels(codec, w, grid), start), "the grid that was passed in is left alone"
+    assert torch.equal(nearest_levels(quantizer, w, grid), start), "the grid that was passed in is left alone"
 
 
-@codecs
-def test_the_target_moves_towards_the_float_models_output(codec):
+@quantizers
+def test_the_target_moves_towards_the_float_models_output(quantizer):
     """Inputs that earlier rounding changed: aiming at W x beats aiming at W xq."""
     exact = correlated(4096)
     packed = exact @ (torch.eye(IN) + 0.03 * rand(IN, IN, seed=7))
-    w, context = weight(), context_of(codec, weight())
+    w, global_scale = weight(), global_scale_of(quantizer, weight())
     paired = moments_of(packed, exact)
-    aimed = gptq.round_weight(w, paired, codec, context)
-    plain = gptq.round_weight(w, dataclasses.replace(paired, cross=None), codec, context)
+    aimed = gptq.round_weight(w, paired, quantizer, global_scale)
+    plain = gptq.round_weight(w, dataclasses.replace(paired, cross=None), quantizer, global_scale)
     wanted = exact @ w
     assert ((packed @ aimed.values - wanted) ** 2).sum() < 0.8 * ((packed @ plain.values - wanted) ** 2).sum()
 
@@ -130,15 +133,15 @@ def test_one_linears_sums_say_what_the_general_ones_say():
                                rtol=1e-4, atol=1e-6)
 
 
-@codecs
-def test_the_target_makes_up_for_what_the_residual_stream_lacks(codec):
+@quantizers
+def test_the_target_makes_up_for_what_the_residual_stream_lacks(quantizer):
     """Stream and output together are nearer to the float model's than with the output alone as the target."""
     exact, packed, missing = drifted()
     w, left = weight(), {}
     for name, known in (("output", torch.zeros_like(missing)), ("stream", missing)):
         sums = gram.GramAccumulator(IN, weight=w.t())
         sums.add(packed, exact, known)
-        values = gptq.round_weight(w, sums.moments(), codec, context_of(codec, w)).values
+        values = gptq.round_weight(w, sums.moments(), quantizer, global_scale_of(quantizer, w)).values
         left[name] = float((exact @ w + missing - packed @ values).square().sum())
     assert left["stream"] < 0.7 * left["output"]
 
@@ -164,8 +167,8 @@ def test_a_token_that_counts_twice_is_there_twice():
                 torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-4, atol=1e-4)
 
 
-@codecs
-def test_a_token_that_counts_more_is_met_more_closely(codec):
+@quantizers
+def test_a_token_that_counts_more_is_met_more_closely(quantizer):
     """Two halves of the tokens with directions of their own; the error moves to the half that counts for less."""
     w, x = weight(), torch.cat([correlated(2048), correlated(2048, seed=2).flip(1)])
     errors = []
@@ -174,7 +177,7 @@ def test_a_token_that_counts_more_is_met_more_closely(codec):
         counts[louder] = 1.98
         sums = gram.GramAccumulator(IN, counts=counts)
         sums.add(x, x)
-        values = gptq.round_weight(w, sums.moments(), codec, context_of(codec, w)).values
+        values = gptq.round_weight(w, sums.moments(), quantizer, global_scale_of(quantizer, w)).values
         errors.append([float((x[half] @ (values - w)).square().sum()) for half in (slice(0, 2048), slice(2048, 4096))])
     assert errors[0][0] < 0.9 * errors[1][0] and errors[1][1] < 0.9 * errors[0][1], errors
 
@@ -198,7 +201,7 @@ def test_held_back_tokens_are_judged_by_what_they_count():
     sums = gram.GramAccumulator(IN, counts=counts)
     sums.add(packed, exact)
     moments = sums.moments()
-    done = gptq.round_weight(weight(), moments, Int4(32), None)
+    done = gptq.round_weight(weight(), moments, Int4(32).quantizer, 1.0)
     held = sums._is_held(torch.arange(len(exact)))
     off = (packed[held] @ done.values - exact[held] @ weight()).square().sum(1)
     signal = (exact[held] @ weight()).square().sum(1)
@@ -211,7 +214,7 @@ def test_held_back_tokens_judge_the_stream_as_well():
     sums.add(packed, exact, missing)
     moments = sums.moments()
     assert len(moments.held_missing) == len(moments.held) == len(moments.held_float)
-    done = gptq.round_weight(weight(), moments, Int4(32), None)
+    done = gptq.round_weight(weight(), moments, Int4(32).quantizer, 1.0)
     wanted = moments.held_float @ weight()
     error = (moments.held @ done.values - wanted - moments.held_missing).square().sum() / wanted.square().sum()
     assert done.after == pytest.approx(float(error), rel=1e-4)
@@ -233,22 +236,23 @@ def test_without_a_difference_the_target_is_the_weight():
     torch.testing.assert_close(gptq.aim(weight(), moments), weight())
 
 
-@codecs
-def test_the_same_numbers_give_the_same_weight(codec):
+@quantizers
+def test_the_same_numbers_give_the_same_weight(quantizer):
     w, moments = weight(), moments_of(correlated(4096))
-    first, second = (gptq.round_weight(w, moments, codec, context_of(codec, w)) for _ in range(2))
-    assert torch.equal(first.values, second.values) and torch.equal(first.grid.step, second.grid.step)
+    first, second = (gptq.round_weight(w, moments, quantizer, global_scale_of(quantizer, w)) for _ in range(2))
+    assert torch.equal(first.values, second.values) and torch.equal(first.grid.scale, second.grid.scale)
 
 
-@codecs
-def test_it_keeps_nearest_rounding_where_held_back_tokens_prefer_it(codec):
+@quantizers
+def test_it_keeps_nearest_rounding_where_held_back_tokens_prefer_it(quantizer):
     """Calibrated on one direction, judged on white noise: what was compensated there is an error here."""
     w, moments = weight(), moments_of(correlated(4096))
     noise = rand(512, IN, seed=8)
-    done = gptq.round_weight(w, dataclasses.replace(moments, held=noise, held_float=noise), codec, context_of(codec, w))
-    grid = codec.grid(w, moments.mean_square, context_of(codec, w))
+    global_scale = global_scale_of(quantizer, w)
+    done = gptq.round_weight(w, dataclasses.replace(moments, held=noise, held_float=noise), quantizer, global_scale)
+    grid = quantizer.grid(w, moments.mean_square, global_scale)
     assert (done.method, done.reason) == ("nearest", "better on held-back tokens") and done.after == done.before
-    assert torch.equal(done.values, nearest_levels(codec, w, grid))
+    assert torch.equal(done.values, nearest_levels(quantizer, w, grid))
 
 
 def silent(x):
@@ -261,41 +265,41 @@ def silent_group(x):
     return x
 
 
-@codecs
+@quantizers
 @pytest.mark.parametrize("x", [silent(correlated(512)), silent_group(correlated(512)), correlated(1),
                                correlated(40), torch.ones(512, IN)],
                          ids=["silent channel", "silent group", "one token", "few tokens", "rank one"])
-def test_degenerate_inputs_give_finite_levels(codec, x):
+def test_degenerate_inputs_give_finite_levels(quantizer, x):
     w = weight()
-    done = gptq.round_weight(w, moments_of(x), codec, context_of(codec, w))
-    assert torch.isfinite(done.values).all() and torch.isfinite(done.grid.step).all()
-    assert torch.equal(nearest_levels(codec, done.values, done.grid), done.values)
+    done = gptq.round_weight(w, moments_of(x), quantizer, global_scale_of(quantizer, w))
+    assert torch.isfinite(done.values).all() and torch.isfinite(done.grid.scale).all()
+    assert torch.equal(nearest_levels(quantizer, done.values, done.grid), done.values)
     assert output_error(w, done.values, x) < 0.02
 
 
-@codecs
+@quantizers
 @pytest.mark.parametrize("x", [torch.zeros(512, IN), torch.zeros(0, IN), torch.full((512, IN), float("nan"))],
                          ids=["silence", "no token", "NaN"])
-def test_without_usable_statistics_rounding_is_plain_and_says_why(codec, x):
+def test_without_usable_statistics_rounding_is_plain_and_says_why(quantizer, x):
     w = weight()
-    done = gptq.round_weight(w, moments_of(x), codec, context_of(codec, w))
-    grid = codec.grid(w, torch.ones(IN), context_of(codec, w))
+    done = gptq.round_weight(w, moments_of(x), quantizer, global_scale_of(quantizer, w))
+    grid = quantizer.grid(w, torch.ones(IN), global_scale_of(quantizer, w))
     assert (done.method, done.reason) == ("nearest", "no usable Gram matrix")
-    assert torch.equal(done.values, nearest_levels(codec, w, grid))
+    assert torch.equal(done.values, nearest_levels(quantizer, w, grid))
 
 
-@codecs
-def test_a_gram_matrix_that_cannot_be_inverted_is_named(codec):
+@quantizers
+def test_a_gram_matrix_that_cannot_be_inverted_is_named(quantizer):
     moments = moments_of(correlated(512))
     broken = dataclasses.replace(moments, gram=moments.gram - 2 * torch.eye(IN) * moments.gram.diagonal().min())
-    done = gptq.round_weight(weight(), broken, codec, context_of(codec, weight()))
+    done = gptq.round_weight(weight(), broken, quantizer, global_scale_of(quantizer, weight()))
     assert (done.method, done.reason) == ("nearest", "singular Gram matrix")
 
 
-@codecs
-def test_a_zero_weight_stays_zero(codec):
-    done = gptq.round_weight(torch.zeros(IN, OUT), moments_of(correlated(512)), codec, codec.context(0.0))
-    assert (done.values == 0).all() and torch.isfinite(done.grid.step).all()
+@quantizers
+def test_a_zero_weight_stays_zero(quantizer):
+    done = gptq.round_weight(torch.zeros(IN, OUT), moments_of(correlated(512)), quantizer, quantizer.global_scale(0.0))
+    assert (done.values == 0).all() and torch.isfinite(done.grid.scale).all()
 
 
 def test_one_run_of_tokens_in_eight_is_held_back_and_never_counted_twice():

@@ -12,14 +12,16 @@ from torch import nn
 
 from lance_quant.errors import InputError
 from lance_quant.formats import int8, layout
-from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.kernels import base, cpu
 from lance_quant.kernels.quantized_linear import Int8Embedding, Int8Linear, swap_int8_head, swap_linears
 from lance_quant.kernels.reference import Reference
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.runtime import Runtime
-from lance_quant.methods import convert
+from lance_quant.methods import convert, plan
+from lance_quant.methods.conversion import Conversion
 
 SRC = GOLDENS / "checkpoint" / "Lance_3B"
 STATS = GOLDENS / "published" / "act_stats.pt"
@@ -210,7 +212,7 @@ def test_the_head_is_one_node_of_a_compiled_graph():
 
 
 def write(out, codec):
-    return convert.convert(SRC, STATS, out, codec, "ours", CPU, sizes=convert.Sizes(head_bits=8))
+    return convert.convert(SRC, STATS, out, Conversion(codec, head_bits=8))
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +224,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("codec", [Int4(64), Nvfp4(), Nvfp4(slim=True)], ids=str)
 def test_the_dry_run_promises_the_bytes_and_only_the_two_tables_shrink(tmp_path, codec):
-    plain = int(convert.dry_run(SRC, codec).splitlines()[-1].split()[-1])
-    promised = convert.dry_run(SRC, codec, convert.Sizes(head_bits=8)).splitlines()
+    plain = int(plan.dry_run(SRC, Conversion(codec)).splitlines()[-1].split()[-1])
+    promised = plan.dry_run(SRC, Conversion(codec, head_bits=8)).splitlines()
     report = write(tmp_path / "out", codec)
     file = tmp_path / "out" / codec.state_file
     assert int(promised[-1].split()[-1]) == report.nbytes == file.stat().st_size < plain
@@ -241,7 +243,7 @@ def test_the_dry_run_promises_the_bytes_and_only_the_two_tables_shrink(tmp_path,
 def test_the_sizes_of_the_real_model(tmp_path, model, codec, size):
     """Half of two tables of 151936 x 2048 in bfloat16 less, 2 bytes per row more; smaller offsets in the header."""
     path = real_keys.write_headers_only(tmp_path, model)
-    plain, small = (int(convert.dry_run(path, codec, convert.Sizes(head_bits=bits)).split()[-1]) for bits in (16, 8))
+    plain, small = (int(plan.dry_run(path, Conversion(codec, head_bits=bits)).split()[-1]) for bits in (16, 8))
     assert small == size and abs(plain - small - 2 * 151936 * (2048 - 2)) < 10_000
 
 
@@ -305,15 +307,15 @@ def test_nan_in_the_table_is_refused_by_name(tmp_path):
     tensors[f"{HEAD}.weight"][2, 3] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="lm_head.weight holds NaN"):
-        convert.convert(tmp_path, STATS, tmp_path / "out", Int4(64), "ours", CPU, sizes=convert.Sizes(head_bits=8))
+        convert.convert(tmp_path, STATS, tmp_path / "out", Conversion(Int4(64), head_bits=8))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_published_recipe_knows_no_8_bit_head(tmp_path):
     with pytest.raises(InputError, match="--head_bits 8 is not part of the published recipe"):
-        convert.convert(SRC, STATS, tmp_path / "out", Int4(64), "published", CPU, sizes=convert.Sizes(head_bits=8))
+        Conversion(Int4(64), "published", head_bits=8)
 
 
 def test_a_packed_checkpoint_with_an_8_bit_head_is_no_source(folder):
     with pytest.raises(InputError, match="packed already"):
-        convert.dry_run(folder / Int4.state_file, Int4(64))
+        plan.dry_run(folder / Int4.state_file, Conversion(Int4(64)))

@@ -12,9 +12,9 @@ from torch import Tensor
 from benchmarks import linear_kernels
 from lance_quant.cpu import compile_c
 from lance_quant.errors import InputError
-from lance_quant.formats.base import Int4, Nvfp4, dequantize_to
-from lance_quant.formats.int4 import Int4Weight
-from lance_quant.formats.nvfp4 import Nvfp4Weight
+from lance_quant.formats.blocks import dequantize_to
+from lance_quant.formats.int4 import Int4, Int4Weight
+from lance_quant.formats.nvfp4 import Nvfp4, Nvfp4Weight
 from lance_quant.kernels import base, cpu
 from lance_quant.kernels.quantized_linear import WQLinearINT4, WQLinearNVFP4, merge_rows
 

@@ -9,8 +9,8 @@ import torch
 from test_kernels import exact, generator, layer, random_weight
 
 from lance_quant.errors import InputError
-from lance_quant.formats.base import Int4, Nvfp4
-from lance_quant.formats.int4 import Int4Weight
+from lance_quant.formats.int4 import Int4, Int4Weight
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.kernels import autotune, comfy_kitchen, dispatch, triton_w4a16
 from lance_quant.kernels.base import CALLS
 from lance_quant.kernels.ops import Derived, parts_of

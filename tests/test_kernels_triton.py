@@ -14,7 +14,8 @@ pytest.importorskip("triton", reason="triton is in requirements-dev.txt")
 from test_kernels import CODECS, exact, generator, random_weight  # noqa: E402
 
 from lance_quant.formats import int8  # noqa: E402
-from lance_quant.formats.base import Int4, Nvfp4  # noqa: E402
+from lance_quant.formats.int4 import Int4  # noqa: E402
+from lance_quant.formats.nvfp4 import Nvfp4  # noqa: E402
 from lance_quant.kernels import triton_kernels, triton_w4a16  # noqa: E402
 from lance_quant.kernels.ops import parts_of  # noqa: E402
 

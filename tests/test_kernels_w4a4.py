@@ -6,8 +6,8 @@ from test_kernels import generator, layer
 
 from lance_quant.errors import InputError
 from lance_quant.formats import int8, nvfp4
-from lance_quant.formats.base import Int4, Nvfp4
-from lance_quant.formats.nvfp4 import Nvfp4Weight
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4, Nvfp4Weight
 from lance_quant.kernels import dispatch, nvfp4_w4a4
 from lance_quant.kernels.base import CALLS, warn_once
 from lance_quant.kernels.quantized_linear import Int8Linear, merge_rows
@@ -28,7 +28,7 @@ def activations(rows, n_in, seed=0):
 def weight(codec, n_out=48, n_in=64, seed=0):
     """As a file has it."""
     q = nvfp4.quantize(torch.randn(n_out, n_in, generator=generator(seed)) * 0.02)
-    return codec.weight(codec.tensors(q), {"global_scale": q.global_scale})
+    return codec.weight(codec.tensors(q), q.global_scale)
 
 
 def around(value):

@@ -11,7 +11,8 @@ from conftest import CPU, GOLDENS, relative
 from torch import nn
 
 import run_baseline
-from lance_quant.formats import base
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.inference import tasks
 from lance_quant.lance import compiled, understanding
@@ -21,6 +22,7 @@ from lance_quant.lance.generation import Sampling
 from lance_quant.lance.merge import merge_projections, stacked
 from lance_quant.lance.runtime import Runtime
 from lance_quant.methods import convert
+from lance_quant.methods.conversion import Conversion
 from quantized_linear import swap_linears
 
 CLOSE = 1e-5  # see test_lance_mot.py
@@ -59,14 +61,14 @@ def test_merging_takes_every_group_and_no_memory(merged, pipeline):
         merge_projections(merged.model)
 
 
-FORMATS = {"int4": base.Int4(32), "nvfp4": base.Nvfp4(), "slim": base.Nvfp4(slim=True)}
+FORMATS = {"int4": Int4(32), "nvfp4": Nvfp4(), "slim": Nvfp4(slim=True)}
 
 
 @pytest.mark.parametrize("mode", ["ondemand", "cached"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_packed_weights_merge_without_being_unpacked(paths, prompts, tmp_path, name, mode):
     convert.convert(GOLDENS / "checkpoint/Lance_3B", GOLDENS / "published/act_stats.pt", tmp_path / name,
-                    FORMATS[name], "ours", CPU)
+                    Conversion(FORMATS[name]))
 
     def loaded(**how):
         folder = PackedFolder(tmp_path / name)
@@ -191,7 +193,7 @@ def test_compiled_denoising_is_the_official_one_and_compiles_once_per_shape(path
 def test_packed_steps_are_compiled_once_too(paths, prompts, traced, tmp_path, kernel):
     """Neither the choice of a kernel nor the count of its calls is in the graphs."""
     convert.convert(GOLDENS / "checkpoint/Lance_3B", GOLDENS / "published/act_stats.pt", tmp_path / "packed",
-                    base.Int4(32), "ours", CPU)
+                    Conversion(Int4(32)))
     latents, two = [], Sampling(num_timesteps=2)
     for compile_too in (False, True):
         with PackedFolder(tmp_path / "packed") as folder:
@@ -244,7 +246,7 @@ def test_a_recorded_graph_answers_as_officially(x2t, questions):
 @pytest.mark.parametrize("name", FORMATS)
 def test_packed_layers_answer_in_a_recorded_graph_as_without(questions, tmp_path, name):
     convert.convert(GOLDENS / "checkpoint/Lance_3B", GOLDENS / "published/act_stats.pt", tmp_path / name,
-                    FORMATS[name], "ours", CPU)
+                    Conversion(FORMATS[name]))
     answers, device = [], torch.device("cuda")
     for compile_too in (False, True):
         with PackedFolder(tmp_path / name) as folder:

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from lance_quant.errors import InputError
 from lance_quant.formats import nvfp4, packed_folder
-from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.storage.tensor_file import TensorSpec
 

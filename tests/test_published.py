@@ -5,8 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.methods import convert, published
+from lance_quant.methods.conversion import Conversion
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = [("int4_g64", Int4(64)), ("int4_g32", Int4(32)), ("nvfp4", Nvfp4())]
@@ -16,7 +18,7 @@ CASES = [("int4_g64", Int4(64)), ("int4_g32", Int4(32)), ("nvfp4", Nvfp4())]
 def test_the_published_recipe_writes_the_published_tensors(tmp_path, name, codec):
     stats = GOLDENS / "published" / "act_stats.pt"
     model = GOLDENS / "checkpoint" / "Lance_3B"
-    convert.convert(model, stats, tmp_path / "out", codec, "published", torch.device("cpu"))
+    convert.convert(model, stats, tmp_path / "out", Conversion(codec, "published"))
     ours = load_file(tmp_path / "out" / codec.state_file)
     theirs = load_file(GOLDENS / "published" / name / codec.state_file)
     assert ours.keys() == theirs.keys()

@@ -3,12 +3,13 @@ import json
 import math
 
 import pytest
-import torch
 from conftest import GOLDENS
 
-from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.methods import convert, quant_report
+from lance_quant.methods.conversion import Conversion
 
 STATS = GOLDENS / "published" / "act_stats.pt"
 MODEL = GOLDENS / "checkpoint" / "Lance_3B"
@@ -44,7 +45,7 @@ class Page(html.parser.HTMLParser):
 def folder(request, tmp_path_factory):
     codec, recipe = request.param
     out = tmp_path_factory.mktemp("report") / "out"
-    convert.convert(MODEL, STATS, out, codec, recipe, torch.device("cpu"))
+    convert.convert(MODEL, STATS, out, Conversion(codec, recipe))
     return out, recipe
 
 

@@ -9,11 +9,13 @@ from torch import nn
 
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
-from lance_quant.formats.base import Int4, Nvfp4
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.kernels import quantized_linear
 from lance_quant.kernels.quantized_linear import WQLinearINT4, WQLinearNVFP4, swap_linears
 from lance_quant.methods import convert
+from lance_quant.methods.conversion import Conversion
 
 GOLDENS = Path(__file__).parent / "goldens"
 CPU = torch.device("cpu")
@@ -41,8 +43,8 @@ def toy(device="meta"):
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("packed")
     for name, codec in (("int4", Int4(32)), ("nvfp4", Nvfp4()), ("slim", Nvfp4(slim=True))):
-        convert.convert(GOLDENS / "checkpoint" / "Lance_3B", GOLDENS / "published" / "act_stats.pt", root / name, codec,
-                        "ours", CPU)
+        convert.convert(GOLDENS / "checkpoint" / "Lance_3B", GOLDENS / "published" / "act_stats.pt", root / name,
+                        Conversion(codec))
     return {"published_int4": GOLDENS / "published" / "int4_g64", "published_nvfp4": GOLDENS / "published" / "nvfp4",
             **{name: root / name for name in ("int4", "nvfp4", "slim")}}
 

@@ -6,7 +6,10 @@ import torch
 from lance_quant.calibration import gram
 from lance_quant.cpu import rounding
 from lance_quant.cpu.weighted_sums import totals, weighted_squares
-from lance_quant.formats.base import Int4, Nvfp4, errors_by_definition, measured_by_definition, quantize_measured
+from lance_quant.formats.base import errors_by_definition, measured_by_definition
+from lance_quant.formats.blocks import quantize_measured
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.methods import awq, gptq
 
 CODECS = [Int4(8), Int4(16), Int4(32), Int4(64), Int4(128), Int4(24), Nvfp4(), Nvfp4(slim=True)]
@@ -46,8 +49,8 @@ CASES = list(weights(Int4(8)))
 cases = pytest.mark.parametrize("case", CASES)
 
 
-def context_of(codec, w):
-    return codec.context(float(w.abs().max()))
+def global_scale_of(codec, w):
+    return codec.quantizer.global_scale(float(w.abs().max()))
 
 
 def equal(ours, theirs):
@@ -65,9 +68,9 @@ def all_equal(ours, theirs):
 @cases
 def test_plain_rounding_is_the_definition(codec, case, monkeypatch):
     w = weights(codec)[case]
-    found = codec.quantize(w, context_of(codec, w))
+    found = codec.quantizer.quantize(w, global_scale_of(codec, w))
     monkeypatch.setattr(rounding, "serves", lambda w, group_size: False)
-    assert all_equal(found, codec.quantize(w, context_of(codec, w)))
+    assert all_equal(found, codec.quantizer.quantize(w, global_scale_of(codec, w)))
 
 
 @needs_c
@@ -75,23 +78,25 @@ def test_plain_rounding_is_the_definition(codec, case, monkeypatch):
 @cases
 @pytest.mark.parametrize("importance", ["lognormal", "one"])
 def test_searched_grids_bytes_and_sums_are_those_of_the_definition(codec, case, importance, monkeypatch):
-    w = weights(codec)[case]
+    w, quantizer = weights(codec)[case], codec.quantizer
+    global_scale = global_scale_of(codec, w)
     weight = torch.ones(w.shape[1]) if importance == "one" else rand(w.shape[1], seed=4).mul(2).exp()
-    found, grid = codec.measured(w, weight, context_of(codec, w)), codec.grid(w.t(), weight, context_of(codec, w))
+    found, grid = quantizer.measured(w, weight, global_scale), quantizer.grid(w.t(), weight, global_scale)
     monkeypatch.setattr(rounding, "serves", lambda w, group_size: False)
-    expected = measured_by_definition(codec, w, weight, context_of(codec, w))
+    expected = measured_by_definition(quantizer, w, weight, global_scale)
     assert all_equal(found.q, expected.q) and equal(found.sums, expected.sums)
-    assert all_equal(grid, codec.grid(w.t().contiguous(), weight, context_of(codec, w)))
+    assert all_equal(grid, quantizer.grid(w.t().contiguous(), weight, global_scale))
 
 
 @needs_c
 @codecs
 @cases
 def test_errors_of_candidates_are_those_of_the_definition(codec, case):
-    w = weights(codec)[case]
+    w, quantizer = weights(codec)[case], codec.quantizer
     factors, each = rand(5, w.shape[1], seed=5).exp(), rand(6, w.shape[1], seed=6).exp()
-    contexts = [context_of(codec, w * factor) for factor in factors]
-    assert equal(codec.errors(w, factors, each, contexts), errors_by_definition(codec, w, factors, each, contexts))
+    global_scales = [global_scale_of(codec, w * factor) for factor in factors]
+    assert equal(quantizer.errors(w, factors, each, global_scales),
+                 errors_by_definition(quantizer, w, factors, each, global_scales))
 
 
 @needs_c
@@ -101,7 +106,7 @@ def test_strides_change_nothing(codec):
     n_in, weight = width_of(codec), torch.ones(width_of(codec))
     whole = rand(60, 3 * n_in)
     for w in (whole[::3, n_in:2 * n_in], rand(n_in, 20).t(), rand(2 * n_in, 20).t()[:, ::2]):
-        found, expected = (codec.measured(x, weight, context_of(codec, w)) for x in (w, w.contiguous()))
+        found, expected = (codec.quantizer.measured(x, weight, global_scale_of(codec, w)) for x in (w, w.contiguous()))
         assert all_equal(found.q, expected.q) and equal(found.sums, expected.sums)
 
 
@@ -109,22 +114,24 @@ def test_strides_change_nothing(codec):
 @codecs
 def test_a_group_gives_the_same_with_and_without_a_compiler(codec, monkeypatch):
     """Both ways through everything that quantizing from statistics does, blocks and totals included."""
-    monkeypatch.setattr("lance_quant.formats.base._CPU_ROWS", 16)
-    monkeypatch.setattr("lance_quant.formats.base._CPU_BLOCK", 32 * codec.group_size)
+    monkeypatch.setattr("lance_quant.formats.blocks._CPU_ROWS", 16)
+    monkeypatch.setattr("lance_quant.formats.blocks._CPU_BLOCK", 32 * codec.group_size)
     n_in = 6 * width_of(codec)
     group, m2 = [rand(37, n_in) * 0.02, rand(20, n_in, seed=1) * 0.03], rand(n_in, seed=2).exp()
 
     def results():
-        choice = awq.search(group, torch.ones(n_in), m2, codec)
-        scaled = [w * choice.folded.column for w in group]
-        importance = awq.importance(m2 / choice.folded.column**2)
-        packed, errors = quantize_measured(codec, scaled, importance, context_of(codec, torch.cat(scaled)))
-        return choice, packed, errors
+        scale = awq.search(group, torch.ones(n_in), m2, codec.quantizer)
+        scaled = [w * scale.folded.column for w in group]
+        importance = awq.importance(m2 / scale.folded.column**2)
+        global_scale = global_scale_of(codec, torch.cat(scaled))
+        packed, errors = quantize_measured(codec.quantizer, scaled, importance, global_scale)
+        return scale, packed, errors
 
-    choice, packed, errors = results()
+    scale, packed, errors = results()
     monkeypatch.setattr(rounding, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
-    plain_choice, plain_packed, plain_errors = results()
-    assert (choice.label, choice.before, choice.after) == (plain_choice.label, plain_choice.before, plain_choice.after)
+    plain_scale, plain_packed, plain_errors = results()
+    assert (scale.candidate.label, scale.before, scale.after) == \
+        (plain_scale.candidate.label, plain_scale.before, plain_scale.after)
     assert errors == plain_errors
     assert all(all_equal(q, plain) for q, plain in zip(packed, plain_packed, strict=True))
 
@@ -142,11 +149,11 @@ def test_gptq_gives_the_same_with_and_without_a_compiler(codec, n_out, monkeypat
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = gptq.round_weight(w_io, moments, codec, context_of(codec, w_io))
+        found = gptq.round_weight(w_io, moments, codec.quantizer, global_scale_of(codec, w_io))
     finally:
         torch.set_num_threads(before)
     monkeypatch.setattr(rounding, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
-    expected = gptq.round_weight(w_io, moments, codec, context_of(codec, w_io))
+    expected = gptq.round_weight(w_io, moments, codec.quantizer, global_scale_of(codec, w_io))
     assert found.method == expected.method == "gptq"
     assert torch.equal(found.values, expected.values) and all_equal(found.grid, expected.grid)
 
@@ -156,13 +163,13 @@ def test_gptq_gives_the_same_with_and_without_a_compiler(codec, n_out, monkeypat
 def test_revisited_gradients_are_those_of_the_definition(codec, monkeypatch):
     n, n_out = 2 * codec.group_size, 37
     x, target = rand(3 * n, n), rand(n, n_out, seed=1)
-    grid = codec.grid(target, torch.ones(n), context_of(codec, target))
+    grid = codec.quantizer.grid(target, torch.ones(n), global_scale_of(codec, target))
     results = []
     for served in (True, False):
         if not served:
             monkeypatch.setattr(rounding, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
         values, gradient = rand(n, n_out, seed=2), rand(n, n_out, seed=3) * n
-        gptq._revisit(values, gradient, x.t() @ x, 0, grid, codec)
+        gptq._revisit(values, gradient, x.t() @ x, 0, grid, codec.quantizer)
         results.append((values, gradient))
     assert all_equal(*results)
 
@@ -173,9 +180,10 @@ def test_revisited_gradients_are_those_of_the_definition(codec, monkeypatch):
 def test_what_is_not_finite_is_refused(codec, value):
     w = rand(20, width_of(codec))
     w[17, 5] = value
-    for quantize in (codec.quantize, lambda w, context: codec.measured(w, torch.ones(w.shape[1]), context)):
+    quantizer, one = codec.quantizer, torch.ones(w.shape[1])
+    for quantize in (quantizer.quantize, lambda w, global_scale: quantizer.measured(w, one, global_scale)):
         with pytest.raises(ValueError, match="NaN or Inf"):
-            quantize(w, codec.context(1.0))
+            quantize(w, quantizer.global_scale(1.0))
 
 
 def test_only_float32_on_the_cpu_in_groups_of_multiples_of_8_is_served(no_compiler, monkeypatch):

@@ -113,7 +113,7 @@ def test_every_captured_call_reads_what_is_kept(captured):
 
 def test_a_budget_with_captures_takes_their_word(captured, tmp_path, monkeypatch):
     """The same budget, but other choices."""
-    monkeypatch.setattr(awq, "GRID", 2)
+    monkeypatch.setattr(awq, "ALPHA_STEPS", 2)
     rest = ["--src", str(SRC), "--stats", str(captured / "all.pt"), "--device", "cpu", "--bits_budget", "4.6"]
     captures = ["--capture", *map(str, captures_in(captured))]
     merge([ActStats.load(captured / f"{task}.pt") for task in TASKS]).save(captured / "all.pt")

@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 import export_vllm
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
-from lance_quant.formats.base import Int4, Nvfp4
-from lance_quant.formats.nvfp4 import MAGNITUDES, Nvfp4Weight
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import MAGNITUDES, Nvfp4, Nvfp4Weight
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.mot import LatentPositions
 from lance_quant.methods import convert
+from lance_quant.methods.conversion import Conversion
 from lance_quant.serving import omni_folder, weight_layouts
 from lance_quant.storage.tensor_file import TensorFileWriter, TensorSpec, write_tensors
 
@@ -39,7 +40,7 @@ def packed(tmp_path_factory):
     """Packed folders of the golden checkpoint, by name."""
     root = tmp_path_factory.mktemp("packed")
     for name, codec in CODECS.items():
-        convert.convert(MODEL, STATS, root / name, codec, "ours", CPU)
+        convert.convert(MODEL, STATS, root / name, Conversion(codec))
     return {name: root / name for name in CODECS}
 
 
@@ -221,7 +222,7 @@ def test_group_sizes_without_a_kernel_are_refused(sizes):
 
 
 def test_an_8_bit_head_is_refused(tmp_path):
-    convert.convert(MODEL, STATS, tmp_path / "head", Int4(64), "ours", CPU, sizes=convert.Sizes(head_bits=8))
+    convert.convert(MODEL, STATS, tmp_path / "head", Conversion(Int4(64), head_bits=8))
     with pytest.raises(InputError, match=r"8-bit head .* pack it again without --head_bits"):
         export(tmp_path / "head", tmp_path / "out")
 
@@ -405,6 +406,6 @@ def test_zero_weights_export(tmp_path):
     write_tensors(tmp_path / "model.safetensors",
                   {name: torch.zeros_like(tensor) for name, tensor in load_file(MODEL / "model.safetensors").items()})
     for codec, decode in ((Int4(64), awq_values), (Nvfp4(slim=True), modelopt_values)):
-        convert.convert(tmp_path / "model.safetensors", STATS, tmp_path / codec.name, codec, "ours", CPU)
+        convert.convert(tmp_path / "model.safetensors", STATS, tmp_path / codec.name, Conversion(codec))
         state = load_file(export(tmp_path / codec.name, tmp_path / f"out_{codec.name}") / "Lance_3B/model.safetensors")
         assert all(not decode(state, name).any() for name in layout.linears(3))

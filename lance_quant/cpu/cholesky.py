@@ -1,6 +1,7 @@
-"""Factors of large Gram matrices, in blocks, so that nearly all of the work is matrix products (matmul.py).
+"""Blocked Cholesky factorization, inversion and triangular solves, for the large Gram matrices of GPTQ.
 
-Everything is in place where it can be: a real down_proj's matrix takes 0.5 GB.
+Nearly all of the work is matrix products (matmul.py). Everything is in place where it can be: a real down_proj's matrix
+takes 0.5 GB.
 """
 
 import torch
@@ -34,7 +35,7 @@ def cholesky_(a: Tensor) -> bool:
 
 
 def invert_lower_(a: Tensor) -> None:
-    """Replace a lower triangular matrix [n, n] by its inverse."""
+    """Replace a lower triangular float32 matrix [n, n] by its inverse."""
     n = len(a)
     for start in range(0, n, BLOCK):
         end = min(start + BLOCK, n)
@@ -50,7 +51,13 @@ def invert_lower_(a: Tensor) -> None:
 
 
 def solve_lower_(factor: Tensor, b: Tensor, transposed: bool = False) -> None:
-    """Replace b [n, m] by x with factor x = b, or with factor^T x = b; `factor` [n, n] is lower triangular."""
+    """Replace b by the x with factor x = b, or with factor^T x = b.
+
+    Args:
+        factor: float32 [n, n], lower triangular.
+        b: float32 [n, m].
+        transposed: take factor^T.
+    """
     n = len(factor)
     starts = range(0, n, BLOCK)
     for start in reversed(starts) if transposed else starts:

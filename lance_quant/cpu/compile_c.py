@@ -1,6 +1,6 @@
-"""C sources of this package, compiled on the machine when they are first needed, and kept for later runs.
+"""Just-in-time compilation of this package's C sources, kept in a cache for later runs.
 
-A library is made for the CPU at hand, so no wheel can carry it; a user without a compiler gets the reason in words, and
+A library is made for the CPU at hand, so no wheel can carry it. A user without a compiler gets the reason in words, and
 callers then do the same in PyTorch.
 """
 

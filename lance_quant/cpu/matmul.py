@@ -1,4 +1,4 @@
-"""float32 matrix products on the CPU, by the faster of the two libraries that PyTorch brings.
+"""float32 GEMM on the CPU, by the faster of the two libraries that PyTorch brings.
 
 PyTorch gives float32 products to MKL, which takes its AVX2 code on AMD processors even where they have AVX-512. oneDNN,
 which PyTorch keeps for its other dtypes, uses what is there and takes half the time (benchmarks/RESULTS.md). The rule
@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[..., in] times [out, in] transposed, plus bias [out]: [..., out]. Views are fine; there is no gradient."""
+    """[..., in] times [out, in] transposed, plus bias [out] -> [..., out].
+
+    Views are fine. On the CPU in float32 there is no gradient.
+    """
     if x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and w.numel() and _onednn_is_faster():
         flat = _dense(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
         y = torch.ops.mkldnn._linear_pointwise(flat, _dense(w), bias, "none", [], "")

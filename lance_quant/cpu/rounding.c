@@ -1,6 +1,6 @@
 /* Searching and rounding of 4-bit weights; rounding.py compiles and calls this. The definitions are in int4.py, nvfp4.py,
-   sums.py and gptq.py, and what is computed here is equal to them in every bit: the same float32 operations in the same
-   order, none contracted. Plain C for compilers that vectorize `omp simd` loops.
+   weighted_sums.py and gptq.py, and what is computed here is equal to them in every bit: the same float32 operations in
+   the same order, none contracted. Plain C for compilers that vectorize `omp simd` loops.
 
    A tile is one group of inputs of OUTS outputs, transposed into x[input * OUTS + output], so that every output is a
    lane: nothing is summed across lanes, and all passes over a tile find it in the first cache. */
@@ -41,7 +41,7 @@ INLINE float at_most(float x, float bound) { return x > bound ? bound : x; }
 INLINE float power_of_two(float x) { return of_bits(bits_of(x) & 0x7F800000u); }
 INLINE float inverse_power(float power) { return of_bits(0x7F000000u - bits_of(power)); }
 
-/* sums.weighted_squares, `off` being an expression of input i and output o: eight sums beside one another, folded in
+/* weighted_sums.weighted_squares, `off` being an expression of input i and output o: eight sums beside one another, folded in
    halves. */
 #define SUM_SQUARES(totals, size, weight, off)                                                        \
     float sums[8][OUTS] = {0};                                                                        \

@@ -1,8 +1,9 @@
-"""Searching and rounding in C (rounding.c), to the bit what int4.py, nvfp4.py, sums.py and gptq.py give in PyTorch.
+"""CPU kernels of the grid search and of GPTQ's loops, in C (rounding.c).
 
-A weight of Lance is rounded a few dozen times while its scales and grids are searched, each time in half a dozen passes
-of PyTorch over memory; here all of them run over a piece that stays in the first cache. Since the bits are the same, a
-file does not depend on whether there was a compiler. It is plain C: any CPU that Linux or macOS runs on will do.
+To the bit they give what int4.py, nvfp4.py, weighted_sums.py and gptq.py give in PyTorch, so a file does not depend on
+whether there was a compiler. A weight of Lance is rounded a few dozen times while its scales and grids are searched.
+PyTorch takes half a dozen passes over memory for each; here all of them run over a piece that stays in the first cache.
+It is plain C: any CPU that Linux or macOS runs on will do.
 """
 
 import ctypes
@@ -28,19 +29,19 @@ _FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "
           "-fno-signed-zeros", "-fopenmp-simd", "-shared", "-fPIC")
 
 
-class Quantized(NamedTuple):
-    """What the C functions give for a weight [out, in]; what was not asked for is None.
+class Outputs(NamedTuple):
+    """What the C functions give for a weight [out, in]; what was not asked for is empty.
 
     packed: uint8 [out, in/2]
     scale: [out, groups] as stored, bfloat16 or E4M3 bytes
-    zero: uint8 [out, groups]; None for NVFP4
-    sums: float32 [2, out, groups], sums.weighted_squares of the weight and of what rounding changes
+    zero: uint8 [out, groups]; empty for NVFP4
+    sums: float32 [2, out, groups], weighted_sums.weighted_squares of the weight and of what rounding changes
     """
 
-    packed: Tensor | None
+    packed: Tensor
     scale: Tensor
-    zero: Tensor | None
-    sums: Tensor | None
+    zero: Tensor
+    sums: Tensor
 
 
 def serves(w: Tensor, group_size: int) -> bool:
@@ -55,11 +56,13 @@ def unavailable() -> str | None:
 
 
 def quantize_int4(w: Tensor, group_size: int, importance: Tensor | None = None, rounds: Sequence[Sequence] = (),
-                  pack: bool = True) -> Quantized:
-    """int4.quantize, or with `importance` [in] and rounds of moves int4.search_grid_io and int4.round_io.
+                  pack: bool = True) -> Outputs:
+    """int4.quantize, or with `importance` and rounds of moves int4.search_grid_io and int4.round_io.
 
     Args:
         w: float32 [out, in], of any strides.
+        importance: float32 [in], weight of a squared error in each column.
+        rounds: as int4.ROUNDS.
         pack: False: only grids.
 
     Raises:
@@ -76,8 +79,18 @@ def quantize_int4(w: Tensor, group_size: int, importance: Tensor | None = None, 
 
 
 def quantize_nvfp4(w: Tensor, group_size: int, global_scale: float, importance: Tensor | None = None,
-                   steps: Sequence[int] = (), pack: bool = True) -> Quantized:
-    """nvfp4.quantize, or with `importance` and `steps` nvfp4.search_scales_io and nvfp4.round_io; see quantize_int4."""
+                   steps: Sequence[int] = (), pack: bool = True) -> Outputs:
+    """nvfp4.quantize, or with `importance` and `steps` nvfp4.search_scales_io and nvfp4.round_io.
+
+    Args:
+        w: float32 [out, in], of any strides.
+        importance: float32 [in], weight of a squared error in each column.
+        steps: as nvfp4.SCALE_STEPS.
+        pack: False: only scales.
+
+    Raises:
+        ValueError: NaN or Inf in `w`.
+    """
     out, wanted = _outputs(w, group_size, torch.uint8, False, importance, pack)
     weight = _contiguous(importance)
     _checked(_library().nvfp4_quantize(ctypes.byref(_weight(w, group_size)), _address(weight), global_scale,
@@ -87,7 +100,7 @@ def quantize_nvfp4(w: Tensor, group_size: int, global_scale: float, importance: 
 
 
 def errors_int4(w: Tensor, group_size: int, factors: Tensor, weights: Tensor) -> Tensor:
-    """codec.errors_by_definition: sums.weighted_squares of the weight, and of what int4.quantize changes in it with its
+    """base.errors_by_definition: weighted squares of the weight, and of what int4.quantize changes in it with its
     columns multiplied.
 
     Args:
@@ -107,7 +120,7 @@ def errors_int4(w: Tensor, group_size: int, factors: Tensor, weights: Tensor) ->
 
 def errors_nvfp4(w: Tensor, group_size: int, factors: Tensor, weights: Tensor,
                  global_scales: Sequence[float]) -> Tensor:
-    """As errors_int4, of nvfp4.quantize with each of `global_scales`."""
+    """As errors_int4, of nvfp4.quantize with each of `global_scales`: float32 [1 + n, out, blocks]."""
     factors, weights = factors.contiguous(), weights.contiguous()
     out = _errors(w, group_size, len(factors))
     _checked(_library().nvfp4_errors(ctypes.byref(_weight(w, group_size)), _address(factors), _address(weights),
@@ -115,41 +128,47 @@ def errors_nvfp4(w: Tensor, group_size: int, factors: Tensor, weights: Tensor,
     return out
 
 
-def revisit(values: Tensor, gradient: Tensor, local: Tensor, grids: "Grids", outputs: slice) -> None:
-    """gptq._revisit of some outputs; `values` and `gradient` [n, out] are updated in place.
+def revisit(values: Tensor, gradient: Tensor, local: Tensor, grids: "RowGrids", outputs: slice) -> None:
+    """gptq._revisit of some outputs; `values` and `gradient` are updated in place.
 
     Args:
+        values, gradient: float32 [n, out], contiguous.
         local: float32 [n, n].
+        grids: of the n rows.
     """
     assert values.is_contiguous() and gradient.is_contiguous()
     _checked(_library().gptq_revisit(_address(values), _address(gradient), _address(local.contiguous()),
                                      ctypes.byref(grids), len(values), outputs.start, outputs.stop))
 
 
-def propagate(block: Tensor, errors: Tensor, factor: Tensor, grids: "Grids", outputs: slice) -> None:
-    """The loop of gptq.propagate over the rows of a block [n, out], for some outputs: they become their nearest levels,
-    and `errors` [n, out] what is handed on.
+def propagate(block: Tensor, errors: Tensor, factor: Tensor, grids: "RowGrids", outputs: slice) -> None:
+    """The loop of gptq.propagate over the rows of a block, for some outputs: they become their nearest levels, and
+    `errors` what is handed on.
 
     Args:
+        block, errors: float32 [n, out], contiguous.
         factor: float32 [n, n].
+        grids: of the n rows.
     """
     assert block.is_contiguous() and errors.is_contiguous()
     _checked(_library().gptq_propagate(_address(block), _address(errors), _address(factor.contiguous()),
                                        ctypes.byref(grids), len(block), outputs.start, outputs.stop))
 
 
-class Grids(ctypes.Structure):
-    """`Grids` of rounding.c: of the groups [n] that some rows are in.
+class RowGrids(ctypes.Structure):
+    """`Grids` of rounding.c: the grids of some rows.
 
-    step, zero: float32 [all groups, out]; zero is None for NVFP4
+    Args:
+        scale, zero: float32 [all groups, out]; zero is None for NVFP4.
+        groups: int64 [n], the group that each row is in.
     """
 
     _fields_ = [("scales", ctypes.c_void_p), ("zeros", ctypes.c_void_p), ("groups", ctypes.c_void_p),
                 ("n_out", ctypes.c_int64)]
 
-    def __init__(self, step: Tensor, zero: Tensor | None, groups: Tensor):
-        self.tensors = step.contiguous(), _contiguous(zero), groups.long().contiguous()  # kept alive
-        super().__init__(*map(_address, self.tensors), step.shape[1])
+    def __init__(self, scale: Tensor, zero: Tensor | None, groups: Tensor):
+        self.tensors = scale.contiguous(), _contiguous(zero), groups.long().contiguous()  # kept alive
+        super().__init__(*map(_address, self.tensors), scale.shape[1])
 
 
 class _Weight(ctypes.Structure):
@@ -170,13 +189,13 @@ def _weight(w: Tensor, group_size: int) -> _Weight:
 
 
 def _outputs(w: Tensor, group_size: int, scale: torch.dtype, has_zero: bool, importance: Tensor | None,
-             pack: bool) -> tuple[Quantized, _Wanted]:
-    def empty(*shape: int, dtype: torch.dtype = torch.uint8, wanted: bool = True) -> Tensor | None:
-        return torch.empty(shape, dtype=dtype, device="cpu") if wanted else None
+             pack: bool) -> tuple[Outputs, _Wanted]:
+    def empty(*shape: int, dtype: torch.dtype = torch.uint8, wanted: bool = True) -> Tensor:
+        return torch.empty(shape if wanted else 0, dtype=dtype, device="cpu")
 
     n_out, n_in = w.shape
     groups, measured = n_in // group_size, pack and importance is not None
-    out = Quantized(empty(n_out, n_in // 2, wanted=pack), empty(n_out, groups, dtype=scale),
+    out = Outputs(empty(n_out, n_in // 2, wanted=pack), empty(n_out, groups, dtype=scale),
                     empty(n_out, groups, wanted=has_zero),
                     empty(2, n_out, groups, dtype=torch.float32, wanted=measured))
     return out, _Wanted(_address(out.packed), _address(out.sums))
@@ -191,7 +210,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+    return None if x is None or not x.numel() else x.data_ptr()
 
 
 def _checked(status: int) -> None:

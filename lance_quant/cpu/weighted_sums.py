@@ -1,4 +1,4 @@
-"""Sums of weighted squares in an order of their own, so that compiled code (rounding.c) can give the same bits.
+"""Reproducible reductions: sums of weighted squares in a fixed order, so that C (rounding.c) gives the same bits.
 
 Shape suffixes: o out, i in, g group.
 """
@@ -38,7 +38,11 @@ def weighted_squares(off_gio: Tensor, weight_gi: Tensor) -> Tensor:
 
 
 def totals(parts: Sequence[Tensor]) -> list[float]:
-    """Sums over outputs and groups of float32 [n, out, groups], n numbers; how outputs are divided among the parts does
-    not matter, because the sums of rows are added up exactly before they are rounded."""
+    """Sums over outputs and groups, n numbers, rounded once.
+
+    Args:
+        parts: float32 [n, out, groups] each, some of the outputs. How outputs are divided among the parts does not
+            matter, because the sums of rows are added up exactly.
+    """
     rows = torch.cat([part.sum(2, dtype=torch.float64) for part in parts], 1)
     return [math.fsum(each) for each in rows.tolist()]

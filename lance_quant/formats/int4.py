@@ -1,4 +1,4 @@
-"""INT4: four-bit codes on an integer grid with one scale and one zero point per group of inputs.
+"""INT4, group-wise asymmetric: four-bit codes with one scale and one zero point per group of inputs.
 
     w[o, i] = (code[o, i] - zero[o, i // group_size]) * scale[o, i // group_size]
 
@@ -6,15 +6,24 @@ A group always contains 0, so `zero` fits four bits and exact zeros stay exact. 
 is stored, before the codes are chosen: a code is the nearest level of the grid that the file describes. Source of the
 min-max grid: llm-awq's pseudo-quantizer (arXiv:2306.00978).
 
+The functions define the format in PyTorch. `Int4Quantizer` searches and rounds by them, in C where that gives the same
+bits. `Int4` is the storage format.
+
 Shape suffixes: o out, i in, g group; a block tensor has the axis of one group's inputs where `dim` says.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lance_quant.cpu import rounding
 from lance_quant.cpu.weighted_sums import weighted_squares
+from lance_quant.errors import InputError
+from lance_quant.formats.base import Grid, Measured, Scaling, errors_by_definition, measured_by_definition
+from lance_quant.storage.tensor_file import TensorSpec
 
 LEVELS = 15  # steps between the lowest and the highest of the 16 codes
 # The range search: by how much of a group's min-max range its ends below and above 0 are moved, round by round, the
@@ -208,3 +217,132 @@ def encode(values: Tensor, scale: Tensor, zero: Tensor) -> Int4Weight:
     blocks_ogi = values.view(*scale.shape, -1)
     code_oi = _codes(blocks_ogi, scale[..., None], zero[..., None]).view(values.shape).byte()
     return Int4Weight(pack_nibbles(code_oi), scale.bfloat16(), zero.byte())
+
+
+@dataclass(frozen=True)
+class Int4Quantizer:
+    """Grids, rounding and errors of INT4, in C where that runs; no global scale. The methods are those of Quantizer."""
+
+    group_size: int
+
+    def runs_in_c(self, w: Tensor) -> bool:
+        """Whether `measured` and `errors` of a weight [out, in] run in C."""
+        return rounding.serves(w, self.group_size)
+
+    def global_scale(self, amax: float) -> float:
+        """1: linears share nothing."""
+        return 1.0
+
+    def quantize(self, w: Tensor, global_scale: float = 1.0) -> Int4Weight:
+        """The module's `quantize` of a weight [out, in]."""
+        if not self.runs_in_c(w):
+            return quantize(w, self.group_size)
+        found = rounding.quantize_int4(w, self.group_size)
+        return Int4Weight(found.packed, found.scale, found.zero)
+
+    def fake_quant_io(self, w_io: Tensor, global_scale: float = 1.0) -> Tensor:
+        """The module's `fake_quant_io`: [in, out] -> [in, out]."""
+        return fake_quant_io(w_io, self.group_size)
+
+    def grid(self, w_io: Tensor, importance: Tensor, global_scale: float = 1.0) -> Grid:
+        """The grids [groups, out] of `search_grid_io` for a weight [in, out] and importance [in]."""
+        if not self.runs_in_c(w_io.t()):
+            scale, zero = search_grid_io(w_io, self.group_size, importance)
+            return Grid(scale.float(), zero)
+        found = rounding.quantize_int4(w_io.t(), self.group_size, importance, ROUNDS, pack=False)
+        return Grid(found.scale.t().float().contiguous(), found.zero.t().float().contiguous())
+
+    def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
+        """The module's `nearest`: [n, out] -> [n, out]."""
+        return nearest(w_io, grid.scale, _zero_of(grid))
+
+    def round_io(self, w_io: Tensor, grid: Grid, global_scale: float = 1.0) -> tuple[Int4Weight, Tensor]:
+        """The module's `round_io` of a weight [in, out]."""
+        return round_io(w_io, grid.scale, _zero_of(grid))
+
+    def measured(self, w: Tensor, importance: Tensor, global_scale: float = 1.0) -> Measured[Int4Weight]:
+        """A weight [out, in] packed with searched grids, for importance [in], and its errors [2, out, groups]."""
+        if not self.runs_in_c(w):
+            return measured_by_definition(self, w, importance, global_scale)
+        found = rounding.quantize_int4(w, self.group_size, importance, ROUNDS)
+        return Measured(Int4Weight(found.packed, found.scale, found.zero), found.sums)
+
+    def errors(self, w: Tensor, factors: Tensor, weights: Tensor, global_scales: Sequence[float]) -> Tensor:
+        """Errors [1 + n, out, groups] of a weight [out, in] rounded to nearest with columns multiplied [n, in]."""
+        if not self.runs_in_c(w):
+            return errors_by_definition(self, w, factors, weights, global_scales)
+        return rounding.errors_int4(w, self.group_size, factors, weights)
+
+    def storable(self, scale: Tensor, global_scale: float = 1.0) -> Tensor:
+        """Scales of any shape rounded to bfloat16."""
+        return scale.clamp(min=MIN_SCALE).bfloat16().float()
+
+    def encode(self, values: Tensor, grid: Grid, global_scale: float = 1.0) -> Int4Weight:
+        """The module's `encode` of values [out, in] with a grid [groups, out]."""
+        return encode(values, grid.scale.t().contiguous(), _zero_of(grid).t().contiguous())
+
+
+def _zero_of(grid: Grid) -> Tensor:
+    assert grid.zero is not None, "an INT4 grid has a zero point"
+    return grid.zero
+
+
+@dataclass(frozen=True)
+class Int4:
+    """The storage format: asymmetric 4-bit integers, one scale and zero point per `group_size` inputs.
+
+    Raises:
+        InputError: the group size is not positive.
+    """
+
+    group_size: int = 64
+    name: ClassVar[str] = "int4"
+    state_file: ClassVar[str] = "awq_state_dict.safetensors"
+    meta_file: ClassVar[str] = "awq_meta.json"
+    SCHEMES: ClassVar[dict[Scaling, str]] = {"searched": "asym_int4_grouped_awq",
+                                             "unsearched": "asym_int4_grouped_no_awq",
+                                             "plain": "asym_int4_grouped_minmax"}
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise InputError(f"group size {self.group_size} is not positive")
+
+    @property
+    def quantizer(self) -> Int4Quantizer:
+        """What chooses the levels that this format stores."""
+        return Int4Quantizer(self.group_size)
+
+    def require_fits(self, linear: str, shape: Sequence[int]) -> None:
+        """Raise InputError, with the linear and the sizes that would work, if `shape` [out, in] cannot be packed."""
+        width = shape[-1]
+        if width % 2 or width % self.group_size:
+            fitting = [size for size in (16, 32, 64, 128, 256) if width % size == 0]
+            raise InputError(f"group size {self.group_size} does not divide the {width} inputs of {linear}; "
+                             f"sizes that work there: {', '.join(map(str, fitting)) or f'none but {width}'}")
+
+    def dequantize(self, q: Int4Weight) -> Tensor:
+        """The module's `dequantize`: float32 [out, in]."""
+        return dequantize(q)
+
+    def tensors(self, q: Int4Weight) -> dict[str, Tensor]:
+        """qweight uint8 [out, in/2], scales bfloat16 and zeros uint8 [out, groups]."""
+        return {"qweight": q.packed, "scales": q.scale, "zeros": q.zero}
+
+    def weight(self, tensors: dict[str, Tensor], global_scale: float | None = None) -> Int4Weight:
+        """The inverse of `tensors`."""
+        return Int4Weight(tensors["qweight"], tensors["scales"], tensors["zeros"])
+
+    def specs(self, shape: Sequence[int]) -> dict[str, TensorSpec]:
+        """Suffix -> dtype and shape on disk of a weight [out, in]."""
+        n_out, n_in = shape
+        per_group = (n_out, n_in // self.group_size)
+        return {"qweight": TensorSpec(torch.uint8, (n_out, n_in // 2)),
+                "scales": TensorSpec(torch.bfloat16, per_group), "zeros": TensorSpec(torch.uint8, per_group)}
+
+    def entry(self, shape: Sequence[int], scaling: Scaling, global_scale: float | None = None) -> dict[str, Any]:
+        """The published meta fields of one weight."""
+        return {"shape": list(shape), "n_bit": 4, "group_size": self.group_size, "scheme": self.SCHEMES[scaling]}
+
+    def header(self) -> dict[str, Any]:
+        """The published meta fields of a file."""
+        return {"n_bit": 4, "group_size": self.group_size, "scheme": self.SCHEMES["searched"]}

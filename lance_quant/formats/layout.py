@@ -1,4 +1,4 @@
-"""The names in a Lance checkpoint: the 14 quantizable linears of a layer, their norms, experts and fusion groups.
+"""Tensor names of a Lance checkpoint: the 14 quantizable linears of a layer, their norms, experts and fusion groups.
 
 The only place where they are spelled. Every layer holds two experts: `und` (text and ViT tokens, plain names) and
 `gen` (VAE latent tokens, `_moe_gen` names). Attention linears carry the suffix themselves (`q_proj_moe_gen`), MLP
@@ -64,7 +64,7 @@ def _group(layer: int, place: str, expert: Expert) -> Group:
 
 
 def linear(layer: int, expert: Expert, kind: str) -> str:
-    """Module name of one linear, by its kind (see kind_of)."""
+    """Module name of one linear, by its kind, one of KINDS."""
     return next(name for group in groups(layer) if group.expert == expert
                 for name in group.linears if kind_of(name) == kind)
 

@@ -1,28 +1,38 @@
-"""NVFP4: four-bit floats (E2M1) with an E4M3 scale per 16 inputs and one power of two per tensor.
+"""NVFP4, two-level block scaling: four-bit floats (E2M1), an E4M3 scale per 16 inputs, a global scale per tensor.
 
     w[o, i] = E2M1[code[o, i]] * E4M3[scale[o, i // 16]] * G
 
-Without G the block scales of a trained layer (about 0.005) fall among E4M3's subnormals and lose 5-15 %. G is a power
-of two, so E4M3 * G has at most four significant bits and is exact in bfloat16: a file can carry the scales twice, in
-the published `scales_bf16` and as bytes, without saying two different things. G leaves a factor of 448/256 below the
-E4M3 maximum, so that a later scale search may enlarge a block's scale by 1.5. The scale is rounded to E4M3 before the
-codes are chosen. Everything is float32 arithmetic and comparisons: no float8 dtype (Apple GPUs have none).
+Without the global scale G the block scales of a trained layer (about 0.005) fall among E4M3's subnormals and lose
+5-15 %. G is a power of two, so E4M3 * G has at most four significant bits and is exact in bfloat16: a file can carry
+the scales twice, in the published `scales_bf16` and as bytes, without saying two different things. G leaves a factor of
+448/256 below the E4M3 maximum, so that the scale search may enlarge a block's scale by 1.5. The scale is rounded to
+E4M3 before the codes are chosen. Everything is float32 arithmetic and comparisons: no float8 dtype (Apple GPUs have
+none). The format is NVIDIA's (Blackwell); the search for scales is after mit-han-lab/fouroversix.
 
 E2M1: bit 3 is the sign, bits 2..0 count 0, 0.5, 1, 1.5, 2, 3, 4, 6. A value halfway between two goes to the smaller
 magnitude; a negative value that rounds to zero keeps its sign (code 8), as in the published files.
+
+The functions define the format in PyTorch. `Nvfp4Quantizer` searches and rounds by them, in C where that gives the same
+bits. `Nvfp4` is the storage format.
 
 Shape suffixes: o out, i in, b block; a block tensor has the axis of one block's inputs where `dim` says.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lance_quant.cpu import rounding
 from lance_quant.cpu.weighted_sums import weighted_squares
+from lance_quant.errors import InputError
+from lance_quant.formats.base import Grid, Measured, Scaling, errors_by_definition, measured_by_definition
 from lance_quant.formats.int4 import pack_nibbles, pack_nibbles_io, unpack_nibbles
+from lance_quant.storage.tensor_file import TensorSpec
 
 BLOCK = 16
 E2M1_MAX = 6.0
@@ -66,18 +76,18 @@ def _power_of_two(x: Tensor) -> Tensor:
 
 
 def round_e4m3(x: Tensor) -> Tensor:
-    """float32 in [2^-9, 448] -> nearest E4M3 value, ties to even, as float32."""
+    """float32 in [2^-9, 448], any shape -> nearest E4M3 value, ties to even, as float32."""
     step = _power_of_two(x).clamp_(min=2.0**-6).mul_(2.0**-3)
     return (x / step).round_().mul_(step)
 
 
 def encode_e4m3(x: Tensor) -> Tensor:
-    """Non-negative E4M3 values (float32) -> their bytes (uint8)."""
+    """Non-negative E4M3 values (float32, any shape) -> their bytes (uint8)."""
     return _bits_of(x).byte()
 
 
 def decode_e4m3(code: Tensor) -> Tensor:
-    """Bytes of non-negative E4M3 numbers (uint8) -> their values (float32)."""
+    """Bytes of non-negative E4M3 numbers (uint8, any shape) -> their values (float32)."""
     exponent, mantissa = (code >> 3).int(), (code & 7).float()
     unit = ((exponent.clamp(min=1) + (127 - 10)) << 23).view(torch.float32)  # 2^(e - 7 - 3)
     return (mantissa + 8 * (exponent > 0)).mul_(unit)
@@ -174,7 +184,7 @@ def _values(device: torch.device) -> Tensor:
 def fake_quant_io(w_io: Tensor, global_scale: float) -> Tensor:
     """`dequantize(quantize(w))` of a transposed float32 weight, without packing: [in, out] -> [in, out].
 
-    Why inputs come first: see int4.fake_quant_io.
+    Inputs come first for speed, as in int4.fake_quant_io.
     """
     blocks_bio = w_io.view(-1, BLOCK, w_io.shape[1])
     sizes_bio = blocks_bio.abs()
@@ -273,6 +283,7 @@ def encode(values: Tensor, scale: Tensor, global_scale: float) -> Nvfp4Weight:
     Args:
         values: float32 [out, in], every one a level of its block.
         scale: float32 [out, blocks], an E4M3 value times global_scale.
+        global_scale: a power of two.
     """
     blocks_obi = values.view(*scale.shape, BLOCK)
     code_oi = _codes(_magnitudes(blocks_obi.abs(), scale[..., None]), blocks_obi).view(values.shape)
@@ -287,3 +298,135 @@ def _codes(magnitude: Tensor, signed: Tensor) -> Tensor:
 def _indices(magnitude: Tensor) -> Tensor:
     """The inverse of MAGNITUDES, as float32."""
     return torch.minimum(torch.minimum(magnitude * 2, magnitude + 2), magnitude * 0.5 + 4)
+
+
+@dataclass(frozen=True)
+class Nvfp4Quantizer:
+    """Scales, rounding and errors of NVFP4, in C where that runs. The methods are those of Quantizer."""
+
+    group_size: ClassVar[int] = BLOCK
+
+    def runs_in_c(self, w: Tensor) -> bool:
+        """Whether `measured` and `errors` of a weight [out, in] run in C."""
+        return rounding.serves(w, BLOCK)
+
+    def global_scale(self, amax: float) -> float:
+        """The power of two of `global_scale_for`."""
+        return global_scale_for(amax)
+
+    def quantize(self, w: Tensor, global_scale: float) -> Nvfp4Weight:
+        """The module's `quantize` of a weight [out, in]."""
+        if not self.runs_in_c(w):
+            return quantize(w, global_scale)
+        found = rounding.quantize_nvfp4(w, BLOCK, global_scale)
+        return Nvfp4Weight(found.packed, found.scale, global_scale)
+
+    def fake_quant_io(self, w_io: Tensor, global_scale: float) -> Tensor:
+        """The module's `fake_quant_io`: [in, out] -> [in, out]."""
+        return fake_quant_io(w_io, global_scale)
+
+    def grid(self, w_io: Tensor, importance: Tensor, global_scale: float) -> Grid:
+        """The scales [blocks, out] of `search_scales_io` for a weight [in, out] and importance [in]."""
+        if not self.runs_in_c(w_io.t()):
+            return Grid(search_scales_io(w_io, global_scale, importance), None)
+        found = rounding.quantize_nvfp4(w_io.t(), BLOCK, global_scale, importance, SCALE_STEPS, pack=False)
+        return Grid(decode_e4m3(found.scale.t().contiguous()).mul_(global_scale), None)
+
+    def nearest(self, w_io: Tensor, grid: Grid) -> Tensor:
+        """The module's `nearest`: [n, out] -> [n, out]."""
+        return nearest(w_io, grid.scale)
+
+    def round_io(self, w_io: Tensor, grid: Grid, global_scale: float) -> tuple[Nvfp4Weight, Tensor]:
+        """The module's `round_io` of a weight [in, out]."""
+        return round_io(w_io, grid.scale, global_scale)
+
+    def measured(self, w: Tensor, importance: Tensor, global_scale: float) -> Measured[Nvfp4Weight]:
+        """A weight [out, in] packed with searched scales, for importance [in], and its errors [2, out, blocks]."""
+        if not self.runs_in_c(w):
+            return measured_by_definition(self, w, importance, global_scale)
+        found = rounding.quantize_nvfp4(w, BLOCK, global_scale, importance, SCALE_STEPS)
+        return Measured(Nvfp4Weight(found.packed, found.scale, global_scale), found.sums)
+
+    def errors(self, w: Tensor, factors: Tensor, weights: Tensor, global_scales: Sequence[float]) -> Tensor:
+        """Errors [1 + n, out, blocks] of a weight [out, in] rounded to nearest with columns multiplied [n, in]."""
+        if not self.runs_in_c(w):
+            return errors_by_definition(self, w, factors, weights, global_scales)
+        return rounding.errors_nvfp4(w, BLOCK, factors, weights, global_scales)
+
+    def storable(self, scale: Tensor, global_scale: float) -> Tensor:
+        """Scales of any shape rounded to E4M3 times the global scale."""
+        return round_e4m3((scale / global_scale).clamp(MIN_E4M3, E4M3_MAX)) * global_scale
+
+    def encode(self, values: Tensor, grid: Grid, global_scale: float) -> Nvfp4Weight:
+        """The module's `encode` of values [out, in] with a grid [blocks, out]."""
+        return encode(values, grid.scale.t().contiguous(), global_scale)
+
+
+@dataclass(frozen=True)
+class Nvfp4:
+    """The storage format.
+
+    slim: store the E4M3 bytes only (4.5 bits per weight) instead of the published pair of scale tensors (5.5), of which
+        readers use the bfloat16 one. The values are the same.
+    """
+
+    slim: bool = False
+    name: ClassVar[str] = "nvfp4"
+    state_file: ClassVar[str] = "nvfp4_state_dict.safetensors"
+    meta_file: ClassVar[str] = "nvfp4_meta.json"
+    SCHEMES: ClassVar[dict[Scaling, str]] = {"searched": "nvfp4_awq", "unsearched": "nvfp4_minmax",
+                                             "plain": "nvfp4_minmax"}
+
+    @property
+    def group_size(self) -> int:
+        """The block size, which the format fixes."""
+        return BLOCK
+
+    @property
+    def quantizer(self) -> Nvfp4Quantizer:
+        """What chooses the levels that this format stores."""
+        return Nvfp4Quantizer()
+
+    def require_fits(self, linear: str, shape: Sequence[int]) -> None:
+        """Raise InputError, with the linear and its width, if `shape` [out, in] cannot be packed."""
+        if shape[-1] % BLOCK:
+            raise InputError(f"NVFP4 needs a multiple of {BLOCK} inputs; {linear} has {shape[-1]}")
+
+    def dequantize(self, q: Nvfp4Weight) -> Tensor:
+        """The module's `dequantize`: float32 [out, in]."""
+        return dequantize(q)
+
+    def tensors(self, q: Nvfp4Weight) -> dict[str, Tensor]:
+        """qweight uint8 [out, in/2], and the scales [out, in/16] once (slim) or in both published types."""
+        if self.slim:
+            return {"qweight": q.packed, "scales_e4m3": q.scale}
+        scale = scale_values(q).cpu().bfloat16()  # cpu: Apple GPUs cannot make float8
+        return {"qweight": q.packed, "scales_bf16": scale,
+                "scales_fp8": scale.float().to(torch.float8_e4m3fn).view(torch.uint8)}
+
+    def weight(self, tensors: dict[str, Tensor], global_scale: float | None) -> Nvfp4Weight:
+        """The inverse of `tensors`. `scales_fp8` is not read: it repeats `scales_bf16` with less precision."""
+        if not self.slim:
+            return Nvfp4Weight(tensors["qweight"], tensors["scales_bf16"], 1.0)
+        assert global_scale is not None, "a slim folder without global scales is refused when it is opened"
+        return Nvfp4Weight(tensors["qweight"], tensors["scales_e4m3"], global_scale)
+
+    def specs(self, shape: Sequence[int]) -> dict[str, TensorSpec]:
+        """Suffix -> dtype and shape on disk of a weight [out, in]."""
+        n_out, n_in = shape
+        per_block = (n_out, n_in // BLOCK)
+        packed = {"qweight": TensorSpec(torch.uint8, (n_out, n_in // 2))}
+        if self.slim:
+            return {**packed, "scales_e4m3": TensorSpec(torch.uint8, per_block)}
+        return {**packed, "scales_bf16": TensorSpec(torch.bfloat16, per_block),
+                "scales_fp8": TensorSpec(torch.uint8, per_block)}
+
+    def entry(self, shape: Sequence[int], scaling: Scaling, global_scale: float | None) -> dict[str, Any]:
+        """The published meta fields of one weight; the published recipe has no global scale (None) to name."""
+        shared = {} if global_scale is None else {"global_scale": global_scale}
+        return {"shape": list(shape), "block_size": BLOCK, "scheme": self.SCHEMES[scaling], **shared}
+
+    def header(self) -> dict[str, Any]:
+        """The published meta fields of a file."""
+        return {"block_size": BLOCK, "scheme": "nvfp4_e2m1_block_fp8scale",
+                "fp4_lut_pos": list(MAGNITUDES), "layout": "slim" if self.slim else "published"}

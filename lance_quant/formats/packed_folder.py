@@ -1,4 +1,6 @@
-"""Packed folders: one safetensors file and one meta JSON, in the layout that Reza2kn/lance-quant published.
+"""Packed folders, the on-disk format of a quantized model: one safetensors file and one meta JSON.
+
+The layout is the one that Reza2kn/lance-quant published:
 
     awq_state_dict.safetensors   + awq_meta.json     INT4:  NAME.qweight, NAME.scales, NAME.zeros
     nvfp4_state_dict.safetensors + nvfp4_meta.json   NVFP4: NAME.qweight, NAME.scales_bf16, NAME.scales_fp8
@@ -25,7 +27,10 @@ import torch
 
 from lance_quant.errors import InputError
 from lance_quant.formats import int8, layout, nvfp4
-from lance_quant.formats.base import Codec, Int4, Nvfp4, PackedWeight
+from lance_quant.formats.base import Codec
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.nvfp4 import Nvfp4
+from lance_quant.formats.weights import PackedWeight
 from lance_quant.storage import atomic
 from lance_quant.storage.resume import Work
 from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size
@@ -57,7 +62,7 @@ class PackedFolder:
     meta: the meta JSON
     linears: module name -> LinearSpec
     kept: module name -> (out, in) of linears that a budget left in bfloat16
-    head: module name -> (out, in) of an 8-bit head and embedding, see int8.py
+    head: module name -> (out, in) of an 8-bit head and embedding (int8.py)
     checkpoint: all tensors of the file by name
 
     Raises:
@@ -90,7 +95,7 @@ class PackedFolder:
         codec, spec = self.codec(linear), self.linears[linear]
         tensors = {suffix: self.checkpoint.read(f"{linear}.{suffix}", device=device)
                    for suffix in codec.specs(spec.shape) if suffix != "scales_fp8"}
-        return codec.weight(tensors, {"global_scale": spec.global_scale})
+        return codec.weight(tensors, spec.global_scale)
 
     @property
     def bits_per_weight(self) -> float:
@@ -162,11 +167,13 @@ def _kept(meta: Mapping[str, Any], path: Path) -> dict[str, tuple[int, int]]:
     listed = meta.get(KEPT, {})
     shapes = {name: entry.get("shape") if isinstance(entry, dict) else None for name, entry in listed.items()} \
         if isinstance(listed, dict) else {KEPT: None}
+    kept = {}
     for name, shape in shapes.items():
         if not name.endswith(".weight") or name in meta["per_weight"] or not isinstance(shape, list) \
                 or len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
             raise InputError(f"{path}: meta entry {name!r} in {KEPT} is not that of a linear in bfloat16")
-    return {name.removesuffix(".weight"): tuple(shape) for name, shape in shapes.items()}
+        kept[name.removesuffix(".weight")] = (shape[0], shape[1])
+    return kept
 
 
 def _linear_spec(name: str, entry: Any, kind: str, slim: bool) -> LinearSpec:
@@ -196,7 +203,7 @@ def _text(spec: TensorSpec) -> str:
 
 @dataclass
 class PackedWriter:
-    """Where a conversion puts its tensors and its meta; see `new_folder`."""
+    """Where a conversion puts its tensors and its meta (`new_folder`)."""
 
     tensors: TensorFileWriter
     meta: dict[str, Any]
@@ -209,6 +216,9 @@ def new_folder(path: Path, codec: Codec, specs: Mapping[str, TensorSpec],
     """Create a packed folder, whole or not at all; `specs` says what its file will hold.
 
     Args:
+        path: of the folder.
+        codec: names its files.
+        specs: dtype and shape of every tensor, by name.
         work: keeps what is written if the block fails, and tells which tensors an earlier run wrote; without it an
             unfinished folder is removed.
 
@@ -255,7 +265,7 @@ def table(specs: Mapping[str, TensorSpec]) -> str:
 
 
 def sizes(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """Bytes by kind, see `table`."""
+    """Bytes by kind, as `table` lists them."""
     out: Counter[str] = Counter()
     for name, spec in specs.items():
         out[_kind(name)] += spec.nbytes

@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lance_quant.formats.base import Codec, PackedWeight
+from lance_quant.formats.base import Codec
+from lance_quant.formats.weights import PackedWeight
 from lance_quant.kernels import comfy_kitchen, triton_w4a16
 from lance_quant.kernels.ops import define, parts_of
 from lance_quant.storage.user_cache import user_cache

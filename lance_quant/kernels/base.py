@@ -15,8 +15,9 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from lance_quant.formats.base import Codec, PackedWeight
+from lance_quant.formats.base import Codec
 from lance_quant.formats.int8 import Int8Weight
+from lance_quant.formats.weights import PackedWeight
 
 log = logging.getLogger("lance_quant")
 

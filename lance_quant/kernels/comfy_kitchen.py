@@ -19,7 +19,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from lance_quant.formats.base import Codec, Int4, PackedWeight
+from lance_quant.formats.base import Codec
+from lance_quant.formats.int4 import Int4
+from lance_quant.formats.weights import PackedWeight
 from lance_quant.kernels import triton_w4a16
 from lance_quant.kernels.base import CALLS
 from lance_quant.kernels.ops import Derived, define, parts_of

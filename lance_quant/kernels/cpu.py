@@ -33,8 +33,9 @@ from torch import Tensor
 
 from lance_quant.cpu import compile_c, matmul
 from lance_quant.formats import nvfp4
-from lance_quant.formats.base import Codec, PackedWeight
+from lance_quant.formats.base import Codec
 from lance_quant.formats.int8 import Int8Weight
+from lance_quant.formats.weights import PackedWeight
 from lance_quant.kernels.base import CALLS
 from lance_quant.kernels.ops import define, parts_of
 

@@ -25,8 +25,9 @@ from collections.abc import Callable
 import torch
 
 from lance_quant.errors import InputError
-from lance_quant.formats.base import Codec, PackedWeight
+from lance_quant.formats.base import Codec
 from lance_quant.formats.nvfp4 import Nvfp4Weight
+from lance_quant.formats.weights import PackedWeight
 from lance_quant.kernels import nvfp4_w4a4
 from lance_quant.kernels.autotune import Autotuned
 from lance_quant.kernels.base import KERNEL_CHOICES, Kernel, KernelChoice, warn_once

@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lance_quant.formats import nvfp4
-from lance_quant.formats.base import Codec, Nvfp4, PackedWeight, dequantize_to
-from lance_quant.formats.nvfp4 import Nvfp4Weight
+from lance_quant.formats.base import Codec
+from lance_quant.formats.blocks import dequantize_to
+from lance_quant.formats.nvfp4 import Nvfp4, Nvfp4Weight
+from lance_quant.formats.weights import PackedWeight
 from lance_quant.kernels.base import CALLS, warn_once
 from lance_quant.kernels.ops import Derived, define, parts_of
 from lance_quant.kernels.reference import Reference

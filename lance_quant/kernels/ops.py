@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from lance_quant.formats.base import PackedWeight
 from lance_quant.formats.int4 import Int4Weight
+from lance_quant.formats.weights import PackedWeight
 
 
 def parts_of(q: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor | None]:

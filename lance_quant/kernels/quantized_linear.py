@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from lance_quant.errors import InputError
 from lance_quant.formats import int8
-from lance_quant.formats.base import Codec, Int4, Nvfp4, PackedWeight, dequantize_to
-from lance_quant.formats.int4 import Int4Weight
+from lance_quant.formats.base import Codec
+from lance_quant.formats.blocks import dequantize_to
+from lance_quant.formats.int4 import Int4, Int4Weight
 from lance_quant.formats.int8 import Int8Weight
-from lance_quant.formats.nvfp4 import Nvfp4Weight
+from lance_quant.formats.nvfp4 import Nvfp4, Nvfp4Weight
 from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.formats.weights import PackedWeight
 from lance_quant.kernels import dispatch
 from lance_quant.kernels.base import Kernel, KernelChoice
 from lance_quant.storage.tensor_file import require_finite

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lance_quant.formats import int8
-from lance_quant.formats.base import Codec, PackedWeight, dequantize_to
+from lance_quant.formats.base import Codec
+from lance_quant.formats.blocks import dequantize_to
+from lance_quant.formats.weights import PackedWeight
 from lance_quant.kernels.base import CALLS
 
 

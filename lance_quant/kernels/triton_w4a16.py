@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lance_quant.formats import int8
-from lance_quant.formats.base import Codec, PackedWeight
+from lance_quant.formats.base import Codec
+from lance_quant.formats.weights import PackedWeight
 from lance_quant.kernels.base import CALLS
 from lance_quant.kernels.ops import define, parts_of
 

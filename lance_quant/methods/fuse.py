@@ -1,4 +1,6 @@
-"""Moving a scale per channel between a linear and what precedes it, without changing what a layer computes.
+"""Scale folding: a scale per channel moved between a linear and what precedes it (AWQ, SmoothQuant arXiv:2211.10438).
+
+What a layer computes does not change. There are three places.
 
 Norm to q/k/v and to gate/up, free per expert. A norm ends with y = x_hat * norm, a linear reads W y. Dividing `norm` by
 s and multiplying the columns of W by s leaves W y as it was. The file stores norms in bfloat16, so the divided norm is
@@ -79,7 +81,7 @@ def heads_of(q_norm: Tensor, v: Tensor, o: Tensor) -> Heads:
 
 
 def divide_rows(weight: Tensor, bias: Tensor | None, s: Tensor) -> None:
-    """Divide the outputs of a linear [out, in] by s [out], in place, its bias included."""
+    """Divide the outputs of a linear [out, in] by s [out], in place, its bias [out] included."""
     weight.div_(s[:, None])
     if bias is not None:
         bias.div_(s)

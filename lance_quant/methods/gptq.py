@@ -1,31 +1,33 @@
-"""GPTQ: rounding a weight column by column, each column's error made good by those that are still to come.
+"""GPTQ (arXiv:2210.17323): rounding a weight column by column, each column's error made good by those still to come.
 
 Nearest rounding minimises |What - W|; what matters is |(What - W) x| on the inputs that occur, and those are
-correlated. With H = sum x x^T the error of one column can be compensated by the others (GPTQ, arXiv:2210.17323). Here:
+correlated. With the Gram matrix (Hessian) H = sum x x^T the error of one column can be compensated by the others. Here:
 
 - Static groups: every group's grid is searched on the original weight, so that columns can be rounded in the order of
   falling E[x^2] and the file needs no permutation.
-- Afterwards every code is revisited, others fixed (coordinate descent), and every step is refitted by least squares.
+- Afterwards every code is revisited, others fixed (coordinate descent), and every scale is refitted by least squares.
 - In a model whose earlier layers are packed already, the inputs xq differ from the float model's x, and so does the
   residual stream rq from r, to which o_proj and down_proj add. The target is then moved towards what makes the outputs
   agree: W* = W + f (sum (W (x - xq) + r - rq) xq^T)(H + lam I)^-1, and H is that of xq.
-- Tokens count by what an error there does (relevance.py), in H and in the target.
+- Tokens have weights, by what an error there does to the outputs (token_weights.py), in H and in the target.
 - Tokens are held back from H. Where nearest rounding is better on them, it is kept.
 
 Measured on trained linears (36 of all-MiniLM-L6-v2, output error of the whole model, docs/experiments.md).
-What goes column by column runs in C where it can (rounding.py), to the same bits.
+What goes column by column runs in C where it can (cpu/rounding.py), to the same bits.
 Weights are [in, out] here: a step of the loop then works on rows, which are contiguous. Suffixes: i in, o out.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lance_quant.calibration.gram import GramStats
 from lance_quant.cpu import cholesky, matmul, rounding
-from lance_quant.formats.base import Codec, Grid, block_threads, map_blocks, map_threads, nearest_levels
+from lance_quant.formats.base import Grid, Quantizer, nearest_levels
+from lance_quant.formats.blocks import Block, block_threads, map_blocks, map_threads
 
 BLOCK = 128  # columns per step: what is behind a block is corrected once per block, by a matrix product
 OUTPUTS = 512  # that a worker rounds at a time
@@ -35,7 +37,7 @@ ASYMMETRY_DAMPING = 0.05  # lam / mean diagonal
 
 
 @dataclass(frozen=True)
-class Rounded:
+class GptqResult:
     """A weight on its grid.
 
     values: float32 [in, out], levels of `grid`
@@ -47,48 +49,51 @@ class Rounded:
 
     values: Tensor
     grid: Grid
-    method: str
+    method: Literal["gptq", "nearest"]
     reason: str | None
     before: float | None = None
     after: float | None = None
 
 
 @torch.no_grad()
-def round_weight(w_io: Tensor, moments: GramStats, codec: Codec, context: float | None) -> Rounded:
-    """Round a weight [in, out] for the inputs that `moments` describes; see the module docstring.
+def round_weight(w_io: Tensor, moments: GramStats, quantizer: Quantizer, global_scale: float) -> GptqResult:
+    """Round a weight [in, out] for the inputs that `moments` describes, by the steps of the module docstring.
 
     Args:
         w_io: float32 [in, out], finite.
         moments: of the inputs.
-        codec, context: the format, see Codec.
+        quantizer, global_scale: of the format.
     """
     importance = moments.mean_square.clamp(min=1e-8 * float(moments.mean_square.max()))
     if not torch.isfinite(moments.gram).all() or moments.n_tokens == 0 or not importance.max() > 0:
-        grid = codec.grid(w_io, torch.ones_like(importance), context)
-        return Rounded(nearest_levels(codec, w_io, grid), grid, "nearest", "no usable Gram matrix")
-    plain = _grid(w_io, importance, codec, context)
-    nearest = nearest_levels(codec, w_io, plain)
+        grid = quantizer.grid(w_io, torch.ones_like(importance), global_scale)
+        return GptqResult(nearest_levels(quantizer, w_io, grid), grid, "nearest", "no usable Gram matrix")
+    plain = _grid(w_io, importance, quantizer, global_scale)
+    nearest = nearest_levels(quantizer, w_io, plain)
     before = _held_error(w_io, nearest, moments)
     target = aim(w_io, moments)
     order = torch.argsort(moments.gram.diagonal(), descending=True)
     factor = None if target is None else inverse_factor(moments.gram, moments.damping, order)
-    if factor is None:
-        return Rounded(nearest, plain, "nearest", "singular Gram matrix", before, before)
-    grid = _grid(target, importance, codec, context)
-    values = propagate(target, order, factor, grid, codec)
+    if target is None or factor is None:
+        return GptqResult(nearest, plain, "nearest", "singular Gram matrix", before, before)
+    grid = _grid(target, importance, quantizer, global_scale)
+    values = propagate(target, order, factor, grid, quantizer)
     del factor  # as large as the Gram matrix, 0.5 GB for a real down_proj
-    values, grid = descend(target, values, grid, moments, codec, context)
+    values, grid = descend(target, values, grid, moments, quantizer, global_scale)
     after = _held_error(w_io, values, moments)
-    if after is not None and not after <= before:
-        return Rounded(nearest, plain, "nearest", "better on held-back tokens", before, before)
-    return Rounded(values, grid, "gptq", None, before, after)
+    if before is not None and after is not None and not after <= before:
+        return GptqResult(nearest, plain, "nearest", "better on held-back tokens", before, before)
+    return GptqResult(values, grid, "gptq", None, before, after)
 
 
-def _grid(w_io: Tensor, importance: Tensor, codec: Codec, context: float | None) -> Grid:
-    """Codec.grid, some outputs at a time: that fits a cache."""
-    parts = map_blocks(lambda block: codec.grid(w_io[:, block.rows].contiguous(), importance, context), [w_io.t()])
-    step, zero = ([getattr(part, key) for part in parts] for key in ("step", "zero"))
-    return Grid(torch.cat(step, 1), None if zero[0] is None else torch.cat(zero, 1))
+def _grid(w_io: Tensor, importance: Tensor, quantizer: Quantizer, global_scale: float) -> Grid:
+    """Quantizer.grid, some outputs at a time: that fits a cache."""
+
+    def search(block: Block) -> Grid:
+        return quantizer.grid(w_io[:, block.rows].contiguous(), importance, global_scale)
+
+    scales, zeros = zip(*map_blocks(search, [w_io.t()]), strict=True)
+    return Grid(torch.cat(scales, 1), None if zeros[0] is None else torch.cat(zeros, 1))
 
 
 def _held_error(w_io: Tensor, back_io: Tensor, moments: GramStats) -> float | None:
@@ -104,13 +109,16 @@ def _held_error(w_io: Tensor, back_io: Tensor, moments: GramStats) -> float | No
 
 def aim(w_io: Tensor, moments: GramStats) -> Tensor | None:
     """W* of the module docstring [in, out]; `w_io` itself where the inputs agree, None where H is singular."""
-    if moments.cross is None and moments.pull is None:
+    if moments.pull is not None:
+        moved = moments.pull.clone()
+    elif moments.cross is not None:
+        moved = matmul.linear(moments.cross.t(), w_io.t())
+    else:
         return w_io
     factor = moments.gram.clone()
     factor.diagonal().add_(ASYMMETRY_DAMPING * float(factor.diagonal().mean()))
     if not cholesky.cholesky_(factor):
         return None
-    moved = matmul.linear(moments.cross.t(), w_io.t()) if moments.pull is None else moments.pull.clone()
     cholesky.solve_lower_(factor, moved)
     cholesky.solve_lower_(factor, moved, transposed=True)
     return moved.mul_(ASYMMETRY).add_(w_io)
@@ -137,7 +145,7 @@ def inverse_factor(gram: Tensor, damping: float, order: Tensor) -> Tensor | None
     return factor if torch.isfinite(factor).all() else None
 
 
-def propagate(w_io: Tensor, order: Tensor, factor: Tensor, grid: Grid, codec: Codec) -> Tensor:
+def propagate(w_io: Tensor, order: Tensor, factor: Tensor, grid: Grid, quantizer: Quantizer) -> Tensor:
     """The GPTQ loop: levels [in, out] for a weight [in, out].
 
     Args:
@@ -146,16 +154,16 @@ def propagate(w_io: Tensor, order: Tensor, factor: Tensor, grid: Grid, codec: Co
         grid: static grids of the weight's groups.
     """
     left, out = w_io[order], torch.empty_like(w_io)
-    groups, in_c = order // codec.group_size, codec.runs_in_c(w_io.t())
+    groups, in_c = order // quantizer.group_size, quantizer.runs_in_c(w_io.t())
     for start in range(0, len(order), BLOCK):
         end = min(start + BLOCK, len(order))
         block, own = left[start:end], factor[start:end, start:end].contiguous()
         errors = torch.empty_like(block)
         if in_c:
-            grids = rounding.Grids(grid.step, grid.zero, groups[start:end])
+            grids = rounding.RowGrids(grid.scale, grid.zero, groups[start:end])
             map_threads(partial(rounding.propagate, block, errors, own, grids), _some_outputs(block.shape[1]))
         else:
-            _propagate_block(block, errors, own, grid.at(groups[start:end]), codec)
+            _propagate_block(block, errors, own, grid.at(groups[start:end]), quantizer)
         left[end:] -= matmul.linear(factor[start:end, end:].t(), errors.t())
     out[order] = left
     return out
@@ -165,7 +173,7 @@ def _some_outputs(n_out: int) -> list[slice]:
     return [slice(first, min(first + OUTPUTS, n_out)) for first in range(0, n_out, OUTPUTS)]
 
 
-def _propagate_block(block: Tensor, errors: Tensor, factor: Tensor, grid: Grid, codec: Codec) -> None:
+def _propagate_block(block: Tensor, errors: Tensor, factor: Tensor, grid: Grid, quantizer: Quantizer) -> None:
     """Round the rows of a block [n, out] in order, each one's error, handed on to the next; in place, errors too.
 
     Args:
@@ -174,7 +182,7 @@ def _propagate_block(block: Tensor, errors: Tensor, factor: Tensor, grid: Grid, 
     """
     diagonal = factor.diagonal().tolist()
     for row in range(len(block)):
-        level = codec.nearest(block[row], grid.at(row))
+        level = quantizer.nearest(block[row], grid.at(row))
         torch.sub(block[row], level, out=errors[row])
         errors[row] /= diagonal[row]
         block[row] = level
@@ -182,9 +190,9 @@ def _propagate_block(block: Tensor, errors: Tensor, factor: Tensor, grid: Grid, 
         block[row + 1:] -= factor[row, row + 1:, None] * errors[row]
 
 
-def descend(target: Tensor, values: Tensor, grid: Grid, moments: GramStats, codec: Codec,
-            context: float | None) -> tuple[Tensor, Grid]:
-    """Revisit every code and every step SWEEPS times, each time taking what is best while all others are fixed.
+def descend(target: Tensor, values: Tensor, grid: Grid, moments: GramStats, quantizer: Quantizer,
+            global_scale: float) -> tuple[Tensor, Grid]:
+    """Revisit every code and every scale SWEEPS times, each time taking what is best while all others are fixed.
 
     Args:
         target: [in, out] weight that is approximated.
@@ -193,9 +201,9 @@ def descend(target: Tensor, values: Tensor, grid: Grid, moments: GramStats, code
     Returns:
         Levels and grid; tr (values - target)^T H (values - target), H damped, never rises.
     """
-    gram, values, step = moments.gram, values.clone(), grid.step.clone()
+    gram, values = moments.gram, values.clone()
     damping = moments.damping * float(gram.diagonal().mean())
-    grid, size = Grid(step, grid.zero), codec.group_size
+    grid, size = Grid(grid.scale.clone(), grid.zero), quantizer.group_size
     span, off = size * max(1, BLOCK // size), values - target
     for _ in range(SWEEPS):
         for start in range(0, len(target), span):
@@ -203,42 +211,42 @@ def descend(target: Tensor, values: Tensor, grid: Grid, moments: GramStats, code
             gradient = matmul.linear(gram[start:end], off.t()).add_(off[start:end], alpha=damping)
             local = gram[start:end, start:end].clone()
             local.diagonal().add_(damping)
-            _revisit(values[start:end], gradient, local, start, grid, codec)
+            _revisit(values[start:end], gradient, local, start, grid, quantizer)
             with block_threads():  # threads would wait for one another after each of these short operations
                 for group in range(start // size, end // size):
                     rows = slice(group * size - start, (group + 1) * size - start)
-                    _refit(values[start:end][rows], gradient, local, rows, grid.at(group).step, codec, context)
+                    _refit(values[start:end][rows], gradient, local, rows, grid.scale[group], quantizer, global_scale)
             torch.sub(values[start:end], target[start:end], out=off[start:end])
     return values, grid
 
 
-def _revisit(values: Tensor, gradient: Tensor, local: Tensor, start: int, grid: Grid, codec: Codec) -> None:
+def _revisit(values: Tensor, gradient: Tensor, local: Tensor, start: int, grid: Grid, quantizer: Quantizer) -> None:
     """One sweep over the codes of some columns; `values` and `gradient` [n, out] are updated in place."""
-    groups = torch.arange(start, start + len(values)) // codec.group_size
-    if codec.runs_in_c(values.t()):
-        grids = rounding.Grids(grid.step, grid.zero, groups)
+    groups = torch.arange(start, start + len(values)) // quantizer.group_size
+    if quantizer.runs_in_c(values.t()):
+        grids = rounding.RowGrids(grid.scale, grid.zero, groups)
         map_threads(partial(rounding.revisit, values, gradient, local, grids), _some_outputs(values.shape[1]))
         return
     diagonal = local.diagonal().tolist()
     for row in range(len(values)):
-        best = codec.nearest(values[row] - gradient[row] / diagonal[row], grid.at(int(groups[row])))
+        best = quantizer.nearest(values[row] - gradient[row] / diagonal[row], grid.at(int(groups[row])))
         moved = best - values[row]
         values[row] = best
         gradient += local[row, :, None] * moved  # as in _propagate_block
 
 
-def _refit(values: Tensor, gradient: Tensor, local: Tensor, rows: slice, step: Tensor, codec: Codec,
-           context: float | None) -> None:
-    """Least-squares steps [out] of one group, codes fixed, where that is better after rounding; all in place."""
-    units = values / step
+def _refit(values: Tensor, gradient: Tensor, local: Tensor, rows: slice, scale: Tensor, quantizer: Quantizer,
+           global_scale: float) -> None:
+    """Least-squares scales [out] of one group, codes fixed, where that is better after rounding; all in place."""
+    units = values / scale
     curve = (units * (local[rows, rows] @ units)).sum(0)
     slope = (gradient[rows] * units).sum(0)
-    wanted = step - slope / curve.clamp(min=torch.finfo(curve.dtype).tiny)
+    wanted = scale - slope / curve.clamp(min=torch.finfo(curve.dtype).tiny)
     # Beyond a factor of two the codes would no longer be nearest to anything; an unused group has no curvature.
-    sane = (curve > 0) & (wanted > 0.5 * step) & (wanted < 2 * step)
-    new = torch.where(sane, codec.storable(torch.where(sane, wanted, step), context), step)
-    change = new - step
+    sane = (curve > 0) & (wanted > 0.5 * scale) & (wanted < 2 * scale)
+    new = torch.where(sane, quantizer.storable(torch.where(sane, wanted, scale), global_scale), scale)
+    change = new - scale
     change = torch.where(change * (2 * slope + change * curve) < 0, change, 0)
     gradient.addmm_(local[:, rows], units * change)
-    step.add_(change)
-    values.copy_(units * step)
+    scale.add_(change)
+    values.copy_(units * scale)

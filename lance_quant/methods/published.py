@@ -1,38 +1,84 @@
-"""The published recipe: what the scripts of Reza2kn/lance-quant@4edb848 write, tensor for tensor on the CPU.
+"""AWQ as Reza2kn/lance-quant@4edb848 published it, repeated tensor for tensor on the CPU.
 
-It shares no arithmetic with int4.py, nvfp4.py and awq.py because it differs from them in ways that change bytes: the
-source is rounded to bfloat16 first, codes are chosen with a float32 scale that is rounded afterwards, zero points are
-clamped when packing and not while searching, scale floors differ between the two, NVFP4 has no global scale, and the
-search multiplies 512 rows of seeded noise shaped by mean |x| instead of using second moments. Kept so that the files
-people have can be reproduced and compared with ours; quality is the business of the other modules. Operations keep the
-published order wherever float32 rounding depends on it. Where the published scripts replace a group size that does not
-divide, this refuses.
+Kept so that the files people have can be reproduced and compared with; quality is the business of the other modules.
+It shares no arithmetic with int4.py, nvfp4.py and awq.py, because it differs from them in ways that change bytes:
+
+- The source is rounded to bfloat16 first, and codes are chosen with a float32 scale that is rounded afterwards.
+- Zero points are clamped when packing and not while searching; scale floors differ between the two.
+- NVFP4 has no global scale.
+- The search multiplies 512 rows of seeded noise shaped by mean |x| instead of using second moments.
+
+Operations keep the published order wherever float32 rounding depends on it. Where the published scripts replace a group
+size that does not divide, this refuses.
 
 Shape suffixes: o out, i in, g group, b block, r row of noise.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lance_quant.formats.base import Codec, Int4
-from lance_quant.formats.int4 import LEVELS, pack_nibbles
+from lance_quant.calibration.activation_stats import ActStats
+from lance_quant.formats import layout
+from lance_quant.formats.base import Codec
+from lance_quant.formats.int4 import LEVELS, Int4, pack_nibbles
 from lance_quant.formats.nvfp4 import BLOCK, E2M1_MAX, MAGNITUDES
+from lance_quant.formats.weights import Weights
+from lance_quant.methods.quantized_group import QuantizedGroup, QuantizedLinear
 
 ROWS = 512
 SEED = 0xC0DE
-GRID = 20
+ALPHA_STEPS = 20  # of the exponent between 0 and 1
 FLOOR = 1e-5  # of activations, weight maxima, s, and scales while searching
 PACKED_FLOOR = 1e-8  # of scales while packing; of amax for NVFP4
 
 
-class Chosen(NamedTuple):
+class PublishedScale(NamedTuple):
     """s [in], float32, and the exponent of the activation in it."""
 
     s: Tensor
     alpha: float
+
+
+def quantize_layer(index: int, weights: Weights, stats: ActStats,
+                   codec: Codec) -> Iterator[tuple[layout.Group, QuantizedGroup]]:
+    """Quantize one layer by the published recipe; yields its eight groups as they are finished.
+
+    Args:
+        index: of the layer.
+        weights: all tensors of the layer, float32; norms are changed in place to those of the packed linears.
+        stats: mean |x| of the linears that have statistics.
+        codec: the format; Nvfp4 in the published layout.
+    """
+    for group in layout.groups(index):
+        started = time.perf_counter()
+        linears = [weights[f"{name}.weight"].bfloat16() for name in group.linears]
+        done = _quantize_group(group, linears, weights, stats, codec)
+        yield group, replace(done, seconds=time.perf_counter() - started)
+
+
+def _quantize_group(group: layout.Group, linears: Sequence[Tensor], weights: Weights, stats: ActStats,
+                    codec: Codec) -> QuantizedGroup:
+    known = [stats.linears[name] for name in group.linears if name in stats.linears]
+    means = [(entry.sum_abs.float() / entry.n_tokens).to(linears[0].device) for entry in known]
+    if group.norm is None:
+        return QuantizedGroup([_linear(w.float(), codec) for w in linears], "plain", None, "no scale", 0.0, 0.0)
+    found = search(linears, means, codec)
+    if found is None:
+        return QuantizedGroup([_linear(w.float(), codec) for w in linears], "unsearched", None, "no scale", 0.0, 0.0)
+    norm = f"{group.norm}.weight"
+    weights[norm] = (weights[norm].bfloat16().float() / found.s).bfloat16()
+    label = f"act^{found.alpha:.2f}/w^{1 - found.alpha:.2f}"
+    return QuantizedGroup([_linear(w.float() * found.s, codec) for w in linears], "searched", None, label,
+                          found.alpha, 0.0)
+
+
+def _linear(w: Tensor, codec: Codec) -> QuantizedLinear:
+    return QuantizedLinear(pack(w, codec))
 
 
 def _scale_for(act: Tensor, wmax: Tensor, alpha: float) -> Tensor:
@@ -46,8 +92,8 @@ def _noise(act: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def search(weights: Sequence[Tensor], act_means: Sequence[Tensor], codec: Codec) -> Chosen | None:
-    """The published grid search of a norm-fed group.
+def search(weights: Sequence[Tensor], act_means: Sequence[Tensor], codec: Codec) -> PublishedScale | None:
+    """The published grid search for the scale of a group behind a norm.
 
     Args:
         weights: [out, in] of every linear of the group, already rounded to bfloat16.
@@ -65,14 +111,14 @@ def search(weights: Sequence[Tensor], act_means: Sequence[Tensor], codec: Codec)
     exact = [x_ri @ w.float().t() for w in weights]
     fake_quant = _fake_quant(codec)
     best, least = 0.0, float("inf")
-    for step in range(GRID + 1):
-        s = _scale_for(act, wmax, step / GRID)
+    for step in range(ALPHA_STEPS + 1):
+        s = _scale_for(act, wmax, step / ALPHA_STEPS)
         error = 0.0
         for w, out in zip(weights, exact, strict=True):
             error += ((x_ri / s) @ fake_quant(w.float() * s).t() - out).pow(2).mean().item()
         if error < least:
-            best, least = step / GRID, error
-    return Chosen(_scale_for(act, wmax, best), best)
+            best, least = step / ALPHA_STEPS, error
+    return PublishedScale(_scale_for(act, wmax, best), best)
 
 
 def _fake_quant(codec: Codec) -> Callable[[Tensor], Tensor]:

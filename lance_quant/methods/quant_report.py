@@ -1,7 +1,8 @@
-"""quant_report.html: what a conversion did to every linear, as one page that needs nothing else.
+"""Signal-to-quantization-noise report: quant_report.html, one page that needs nothing else.
 
-Errors are relative squared output errors in decibels, higher is better: of plain rounding without a scale, as written
-by second moments, and, where inputs were captured, of nearest rounding and as written on tokens that were held back.
+Errors are relative squared output errors in decibels (SQNR), higher is better. They are those of plain rounding without
+a scale and as written, by second moments; where inputs were captured, also of nearest rounding and as written on tokens
+that were held back.
 """
 
 import html
