@@ -56,7 +56,7 @@ class MlxQuantizer(ABC):
         return self.fmt.group_size
 
     def runs_in_c(self, w: Tensor) -> bool:
-        """There is no C for these formats."""
+        """Never, for a weight [out, in]: there is no C for these formats."""
         return False
 
     def global_scale(self, amax: float) -> float:
@@ -86,7 +86,7 @@ class MlxQuantizer(ABC):
 
     @abstractmethod
     def storable(self, scale: Tensor, global_scale: float = 1.0) -> Tensor:
-        """Positive scales of any shape, rounded to what the file can hold."""
+        """Positive scales [...], rounded to what the file can hold."""
 
     def round_io(self, w_io: Tensor, grid: Grid, global_scale: float = 1.0) -> tuple[MlxWeight, Tensor]:
         """The nearest levels of a float32 weight [in, out] in its groups' grids: packed, and as float32 [in, out]."""
@@ -154,7 +154,7 @@ class Affine(MlxQuantizer):
         return _codes(w_io, grid.scale, bias).mul_(grid.scale).add_(bias)
 
     def storable(self, scale: Tensor, global_scale: float = 1.0) -> Tensor:
-        """Rounded to the file's dtype, positive."""
+        """Scales [...] rounded to the file's dtype, positive."""
         return self._stored(scale.clamp(min=_MIN_SCALE))
 
     def encode(self, values: Tensor, grid: Grid, global_scale: float = 1.0) -> MlxWeight:
@@ -196,7 +196,7 @@ class Nvfp4(_Float4):
         return Grid(nvfp4.search_scales_io(w_io, 1.0, importance), None)
 
     def storable(self, scale: Tensor, global_scale: float = 1.0) -> Tensor:
-        """Rounded to E4M3."""
+        """Scales [...] rounded to E4M3."""
         return nvfp4.round_e4m3(scale.clamp(nvfp4.MIN_E4M3, nvfp4.E4M3_MAX))
 
     def _bytes(self, scale: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ class Mxfp4(_Float4):
         return Grid(torch.where(errors[1] < errors[0], half, plain).squeeze(1), None)
 
     def storable(self, scale: Tensor, global_scale: float = 1.0) -> Tensor:
-        """Rounded to a power of two."""
+        """Scales [...] rounded to a power of two."""
         return _power_of_two(scale.log2().round())
 
     def _bytes(self, scale: Tensor) -> Tensor:
@@ -258,6 +258,6 @@ class MlxCodec:
         return mlx_codes.dequantize(self.tensors(q), self.fmt)
 
     def tensors(self, q: MlxWeight) -> dict[str, Tensor]:
-        """What a packed weight is in the file: suffix -> tensor."""
+        """weight uint32 [out, in/8], scales and, of affine weights, biases [out, groups]."""
         rest = {} if q.bias is None else {"biases": q.bias}
         return {"weight": q.packed.contiguous().view(torch.uint32), "scales": q.scale, **rest}

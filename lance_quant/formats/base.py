@@ -89,7 +89,7 @@ class Quantizer(Protocol[Packed]):
         """What `fake_quant_io` changes in a weight [out, in]; `errors_by_definition` says what that gives."""
 
     def storable(self, scale: Tensor, global_scale: float) -> Tensor:
-        """Positive scales, float32 of any shape, rounded to what a file can hold."""
+        """Positive scales, float32 [...], rounded to what a file can hold."""
 
     def encode(self, values: Tensor, grid: Grid, global_scale: float) -> Packed:
         """Pack values [out, in] that are levels of `grid` ([groups, out]), exactly."""
@@ -110,7 +110,7 @@ class TensorCodec(Protocol[Packed]):
         """packed -> float32 [out, in]: what the bytes mean."""
 
     def tensors(self, q: Packed) -> dict[str, Tensor]:
-        """What a packed weight is on disk: suffix -> tensor."""
+        """What a packed weight [out, in] is on disk: suffix -> tensor."""
 
 
 class Codec(TensorCodec[Packed], Protocol[Packed]):
@@ -132,7 +132,7 @@ class Codec(TensorCodec[Packed], Protocol[Packed]):
         """Raise InputError, with the linear and the sizes that would work, if `shape` [out, in] cannot be packed."""
 
     def weight(self, tensors: dict[str, Tensor], global_scale: float | None) -> Packed:
-        """The inverse of `tensors`, with the global scale that the meta has for the weight."""
+        """The packed weight [out, in] of some `tensors`, and of the global scale that the meta has for it."""
 
     def specs(self, shape: Sequence[int]) -> dict[str, TensorSpec]:
         """Suffix -> dtype and shape on disk of a weight [out, in]."""

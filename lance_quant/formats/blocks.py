@@ -140,7 +140,13 @@ def quantize_searched(quantizer: Quantizer[Packed], weights: Sequence[Tensor], i
 
 def quantize_measured(quantizer: Quantizer[Packed], weights: Sequence[Tensor], importance: Tensor,
                       global_scale: float) -> tuple[list[Packed], list[float]]:
-    """As quantize_searched, and with each weight's squared error relative to its square, both weighted."""
+    """As quantize_searched, and with each weight's squared error relative to its square, both weighted.
+
+    Args:
+        weights: float32 [out, in] of the linears of a group, finite.
+        importance: float32 [in], weight of a squared error in each column.
+        global_scale: that the group shares.
+    """
 
     def quantize(block: Block) -> Measured[Packed]:
         w = weights[block.weight][block.rows, block.columns]

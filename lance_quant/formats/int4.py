@@ -274,7 +274,7 @@ class Int4Quantizer:
         return rounding.errors_int4(w, self.group_size, factors, weights)
 
     def storable(self, scale: Tensor, global_scale: float = 1.0) -> Tensor:
-        """Scales of any shape rounded to bfloat16."""
+        """Scales [...] rounded to bfloat16."""
         return scale.clamp(min=MIN_SCALE).bfloat16().float()
 
     def encode(self, values: Tensor, grid: Grid, global_scale: float = 1.0) -> Int4Weight:
@@ -329,7 +329,7 @@ class Int4:
         return {"qweight": q.packed, "scales": q.scale, "zeros": q.zero}
 
     def weight(self, tensors: dict[str, Tensor], global_scale: float | None = None) -> Int4Weight:
-        """The inverse of `tensors`."""
+        """The packed weight [out, in] of some `tensors`."""
         return Int4Weight(tensors["qweight"], tensors["scales"], tensors["zeros"])
 
     def specs(self, shape: Sequence[int]) -> dict[str, TensorSpec]:

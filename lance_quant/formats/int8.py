@@ -65,7 +65,7 @@ def dequantize(q: Int8Weight, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def blocks(q: Int8Weight) -> Iterator[Int8Weight]:
-    """The weight, a few rows at a time."""
+    """The weight [out, in], a few rows at a time."""
     rows = max(1, _BLOCK // q.codes.shape[1])
     for codes, scale in zip(q.codes.split(rows), q.scale.split(rows), strict=True):
         yield Int8Weight(codes, scale)

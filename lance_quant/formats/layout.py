@@ -41,6 +41,7 @@ class Group(NamedTuple):
 
     @property
     def name(self) -> str:
+        """E.g. layers.7.attn_in.gen."""
         return f"layers.{self.layer}.{self.place}.{self.expert}"
 
 

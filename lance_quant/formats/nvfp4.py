@@ -76,18 +76,18 @@ def _power_of_two(x: Tensor) -> Tensor:
 
 
 def round_e4m3(x: Tensor) -> Tensor:
-    """float32 in [2^-9, 448], any shape -> nearest E4M3 value, ties to even, as float32."""
+    """float32 [...], between 2^-9 and 448 -> nearest E4M3 value, ties to even, as float32."""
     step = _power_of_two(x).clamp_(min=2.0**-6).mul_(2.0**-3)
     return (x / step).round_().mul_(step)
 
 
 def encode_e4m3(x: Tensor) -> Tensor:
-    """Non-negative E4M3 values (float32, any shape) -> their bytes (uint8)."""
+    """Non-negative E4M3 values, float32 [...] -> their bytes, uint8 [...]."""
     return _bits_of(x).byte()
 
 
 def decode_e4m3(code: Tensor) -> Tensor:
-    """Bytes of non-negative E4M3 numbers (uint8, any shape) -> their values (float32)."""
+    """Bytes of non-negative E4M3 numbers, uint8 [...] -> their values, float32 [...]."""
     exponent, mantissa = (code >> 3).int(), (code & 7).float()
     unit = ((exponent.clamp(min=1) + (127 - 10)) << 23).view(torch.float32)  # 2^(e - 7 - 3)
     return (mantissa + 8 * (exponent > 0)).mul_(unit)
@@ -354,7 +354,7 @@ class Nvfp4Quantizer:
         return rounding.errors_nvfp4(w, BLOCK, factors, weights, global_scales)
 
     def storable(self, scale: Tensor, global_scale: float) -> Tensor:
-        """Scales of any shape rounded to E4M3 times the global scale."""
+        """Scales [...] rounded to E4M3 times the global scale."""
         return round_e4m3((scale / global_scale).clamp(MIN_E4M3, E4M3_MAX)) * global_scale
 
     def encode(self, values: Tensor, grid: Grid, global_scale: float) -> Nvfp4Weight:
@@ -405,7 +405,8 @@ class Nvfp4:
                 "scales_fp8": scale.float().to(torch.float8_e4m3fn).view(torch.uint8)}
 
     def weight(self, tensors: dict[str, Tensor], global_scale: float | None) -> Nvfp4Weight:
-        """The inverse of `tensors`. `scales_fp8` is not read: it repeats `scales_bf16` with less precision."""
+        """The packed weight [out, in] of some `tensors`. `scales_fp8` is not read: it repeats `scales_bf16` with less
+        precision."""
         if not self.slim:
             return Nvfp4Weight(tensors["qweight"], tensors["scales_bf16"], 1.0)
         assert global_scale is not None, "a slim folder without global scales is refused when it is opened"

@@ -91,7 +91,7 @@ class PackedFolder:
         return Int4(self.linears[linear].group_size) if self.format == "int4" else Nvfp4(self.slim)
 
     def read_weight(self, linear: str, device: torch.device | str = "cpu") -> PackedWeight:
-        """The packed weight of a linear, on `device`."""
+        """The packed weight [out, in] of a linear, on `device`."""
         codec, spec = self.codec(linear), self.linears[linear]
         tensors = {suffix: self.checkpoint.read(f"{linear}.{suffix}", device=device)
                    for suffix in codec.specs(spec.shape) if suffix != "scales_fp8"}

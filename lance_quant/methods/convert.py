@@ -324,7 +324,8 @@ def _checked(pieces: Iterable[Tensor], name: str) -> Iterator[Tensor]:
 
 def _page(report: Report, stats: ActStats, conversion: Conversion, facts: Mapping[str, Any],
           specs: Mapping[str, TensorSpec]) -> str:
-    sizes = {key.replace("_", " "): str(facts[key]) for key in ("bits_budget", "harm", "head_bits") if key in facts}
+    labels = {"bits_budget": "bits budget", "harm": "sensitivity", "head_bits": "head bits"}
+    sizes = {label: str(facts[key]) for key, label in labels.items() if key in facts}
     summary = {"format": str(conversion.codec), "recipe": conversion.recipe, "size": size_text(report.nbytes),
                "bits per quantized weight": f"{report.bits_per_weight:.4f}", "calibrated on": ", ".join(stats.tasks),
                "linears scaled": f"{report.searched} of {report.searched + report.plain}",

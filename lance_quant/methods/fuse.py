@@ -59,7 +59,8 @@ class Heads(NamedTuple):
         return s.view(self.kv, 1, self.width).expand(-1, self.shared, -1).reshape(-1)
 
     def gather(self, x: Tensor) -> Tensor:
-        """The mean over the query heads that share a value channel: the inverse of `spread` for scales."""
+        """The mean over the query heads that share a value channel, [kv * shared * width] -> [kv * width]: the inverse
+        of `spread` for scales."""
         return x.view(self.kv, self.shared, self.width).mean(1).reshape(-1)
 
 
