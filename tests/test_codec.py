@@ -82,6 +82,26 @@ def test_inside_block_threads_operations_have_one_thread_and_blocks_have_all(mon
     assert {count for _, count in seen} == {1} and threading.current_thread().name not in {name for name, _ in seen}
 
 
+def test_block_threads_are_the_calling_threads_own():
+    """Another thread that comes in the meantime takes what torch gives it, not the workers of the first."""
+    found = []
+
+    def look():
+        with block_threads() as workers:
+            found.append(workers)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with block_threads():
+            other = threading.Thread(target=look)
+            other.start()
+            other.join()
+    finally:
+        torch.set_num_threads(before)
+    assert found == [1]
+
+
 def test_stored_bits_per_weight_are_those_of_the_format():
     for codec, bits in ((Int4(64), 4.375), (Int4(128), 4.1875), (Int4(32), 4.75), (Nvfp4(), 5.5), (Nvfp4(True), 4.5)):
         assert 8 * sum(spec.nbytes for spec in codec.specs((4, 256)).values()) / (4 * 256) == bits

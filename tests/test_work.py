@@ -103,6 +103,18 @@ def test_other_arguments_are_refused_and_named(tmp_path, stops_in, monkeypatch):
             awq_apply.main(command(tmp_path / "out", "--resume", *flags))
 
 
+def test_a_job_with_another_journal_is_refused(tmp_path, stops_in, monkeypatch):
+    """Records of an older version lack what the report counts."""
+    stops_in(1)
+    with pytest.raises(KeyboardInterrupt):
+        awq_apply.main(command(tmp_path / "out", "--resume"))
+    monkeypatch.undo()
+    job = tmp_path / "out.work" / "job.json"
+    job.write_text(json.dumps({**json.loads(job.read_text()), "journal": 1}))
+    with pytest.raises(InputError, match="job with another journal"):
+        awq_apply.main(command(tmp_path / "out", "--resume"))
+
+
 def test_without_resume_nothing_is_left(tmp_path, stops_in):
     stops_in(1)
     with pytest.raises(KeyboardInterrupt):
