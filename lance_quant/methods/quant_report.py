@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lance_quant.formats import layout
+from lance_quant.methods.quantized_group import decibel
 
 FILE = "quant_report.html"
 COLOURS = {"q_proj": "#4477aa", "k_proj": "#66ccee", "v_proj": "#228833", "o_proj": "#ccbb44", "gate_proj": "#ee6677",
@@ -34,13 +35,6 @@ class Row(NamedTuple):
     name: str
     entry: Mapping[str, Any]
     seconds: float
-
-
-def decibel(error: float | None) -> float | None:
-    """Relative squared error -> dB; None for none, infinity for 0."""
-    if error is None:
-        return None
-    return -10 * math.log10(error) if error > 0 else math.inf
 
 
 def page(title: str, summary: Mapping[str, str], rows: Sequence[Row], sizes: Mapping[str, int]) -> str:
@@ -74,7 +68,12 @@ def _key() -> str:
 def _pair(entry: Mapping[str, Any]) -> tuple[float | None, float | None]:
     """dB before and after, on held-back tokens where there are any."""
     before, after = ("held_nearest", "held_after") if "held_after" in entry else ("error_before", "error_after")
-    return decibel(entry.get(before)), decibel(entry.get(after))
+    return _decibel(entry, before), _decibel(entry, after)
+
+
+def _decibel(entry: Mapping[str, Any], key: str) -> float | None:
+    """An error of the entry in dB; None where it has none."""
+    return decibel(entry[key]) if key in entry else None
 
 
 def _errors(rows: Sequence[Row]) -> str:
@@ -121,8 +120,8 @@ def _values(row: Row) -> list[object]:
     layer = int(row.name.removeprefix(f"{layout.LAYERS}.").split(".")[0])
     return [row.name.removeprefix(f"{layout.LAYERS}."), layer, layout.kind_of(row.name), layout.expert_of(row.name),
             entry.get("group_size", entry.get("block_size", "bf16")), entry.get("candidate", ""),
-            entry.get("rounding", ""), decibel(entry.get("error_before")),
-            decibel(entry.get("error_after")), decibel(entry.get("held_nearest")), decibel(entry.get("held_after")),
+            entry.get("rounding", ""), *(_decibel(entry, key) for key in (
+                "error_before", "error_after", "held_nearest", "held_after")),
             entry.get("outlier_ratio"), row.seconds, entry.get("reason", "")]
 
 
