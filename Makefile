@@ -1,13 +1,18 @@
-# make demo   the whole pipeline on the embedded model, report included
-# make test   lint and the test suite
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# torch from here has no CUDA packages; where it cannot be reached, pip takes what the other indexes have.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test lint clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint wheel clean
+
+help:            ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read name what; do printf '  make %-8s %s\n' "$$name" "$$what"; done
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt)
 	$(BIN)/pip install -q -r requirements.txt -e .
 	touch $@
 
@@ -15,15 +20,20 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed      ## every stage on lance-nano, then a table, demo_out/report.html and side_by_side.png
 	rm -rf demo_out
 	$(BIN)/python examples/demo.py --out demo_out
 
-test: $(VENV)/.installed-dev lint
+test: $(VENV)/.installed-dev lint      ## lint and the test suite
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-dev      ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
-clean:
-	rm -rf $(VENV) demo_out
+wheel: $(VENV)/.installed-dev      ## dist/*.whl, after its test
+	$(BIN)/python -m pytest tests/test_packaging.py
+	$(BIN)/pip wheel -q --no-deps --wheel-dir dist .
+
+clean:            ## remove the venv, demo_out and dist
+	rm -rf $(VENV) demo_out dist build

@@ -42,5 +42,10 @@ def main(argv: list[str] | None = None) -> None:
     print(convert.run(args.src, args.stats, args.capture, args.out, conversion, args.dry_run))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What the console script and `python awq_apply.py` start."""
     script.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -120,5 +120,10 @@ def _measure(pipeline: Runtime, job: Job, linears: Sequence[str], fingerprint: s
             "samples": [describe(sample)["key"] for sample in samples], "versions": versions()})
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What the console script and `python awq_calibrate_single.py` start."""
     script.run(main)
+
+
+if __name__ == "__main__":
+    command()

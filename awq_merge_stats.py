@@ -43,5 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     print(args.out)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What the console script and `python awq_merge_stats.py` start."""
     script.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -80,5 +80,10 @@ def _run_official(args: argparse.Namespace) -> None:
     print(args.save_path_gen)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What the console script and `python run_baseline.py` start."""
     script.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -148,5 +148,10 @@ def _run(args: argparse.Namespace, settings: Settings, samples: list, folder: Pa
     return pipeline
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What the console script and `python run_quant_eval.py` start."""
     script.run(main)
+
+
+if __name__ == "__main__":
+    command()

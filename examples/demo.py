@@ -4,37 +4,41 @@
     python examples/demo.py --out demo_out
 
 Reads   lance_nano/checkpoint (or --model_path)
-Writes  OUT/samples, OUT/calib, OUT/int4, OUT/nvfp4, OUT/eval_x2t_image, OUT/eval_t2i, OUT/report.html
+Writes  OUT/samples, OUT/calib, OUT/int4, OUT/nvfp4, OUT/eval_x2t_image, OUT/eval_t2i, OUT/report.html, and
+        OUT/side_by_side.png: the first held-out captions as the float model, INT4 and NVFP4 draw them from one noise
 Next    open OUT/report.html; then the same commands, as printed, with the real weights
 """
 
 import argparse
 import json
 import shlex
+import textwrap
 import time
 from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
 
 import awq_apply
 import awq_calibrate_single
 import awq_merge_stats
 import nvfp4_apply
 import run_quant_eval
-from lance_nano import samples
+from lance_nano import CHECKPOINT, samples
 from lance_nano.evaluate import RESOLUTION
 from lance_nano.scenes import SIZE
 from lance_quant.cli import script
 from lance_quant.evaluation import report
 from lance_quant.storage.atomic import require_free
 
-MODEL = Path(__file__).parent.parent / "lance_nano" / "checkpoint" / "Lance_nano"
 TASKS = ("x2t_image", "t2i")
+COLUMNS, GAP, LABEL, LINE = 6, 8, 118, 15  # pictures a row; between them, left of them and per line of text, in pixels
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = script.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--model_path", type=Path, default=MODEL, help="a model for 112 x 112 pictures")
+    parser.add_argument("--model_path", type=Path, default=CHECKPOINT, help="a model for 112 x 112 pictures")
     parser.add_argument("--calibrate", type=int, default=24, help="calibration samples per task")
     parser.add_argument("--test", type=int, default=8, help="compared samples per task")
     parser.add_argument("--steps", type=int, default=30, help="denoising steps")
@@ -63,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             "--save_path_gen", out / f"eval_{task}")
     sections = [section for task in TASKS for section in rooted(out, f"eval_{task}")]
     report.write(out, sections)
+    side_by_side(sections[-1], out).save(out / "side_by_side.png")
     print(f"\n{report.summary_table(sections)}\n")
     print(f"{time.perf_counter() - start:.0f} seconds; look at {out / 'report.html'}")
 
@@ -83,6 +88,36 @@ def rooted(out: Path, folder: str) -> list[dict]:
         for entry in (section["baseline"], *section["runs"]):
             entry["folder"] = f"{folder}/{entry['folder']}"
     return sections
+
+
+def side_by_side(section: dict, root: Path) -> Image.Image:
+    """The first pictures of a t2i comparison: a column per caption, a row per model, all from the same noise.
+
+    Args:
+        section: as in comparison.json; its folders are relative to `root`.
+    """
+    shown = section["runs"][0]["samples"][:COLUMNS]
+    rows = [(f"float\n{bits(section['baseline'])}", section["baseline"]["folder"], [""] * len(shown))]
+    rows += [(f"{run['model']['format'].upper()}\n{bits(run)}", run["folder"],
+              [f"{sample['psnr']:.1f} dB" for sample in run["samples"]]) for run in section["runs"]]
+    size = Image.open(root / rows[0][1] / shown[0]["file"]).size
+    top, step = 4 * LINE + GAP, size[1] + LINE + GAP
+    page = Image.new("RGB", (LABEL + len(shown) * (size[0] + GAP), top + len(rows) * step), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for column, sample in enumerate(shown):
+        left = LABEL + column * (size[0] + GAP)
+        pen.text((left, GAP), textwrap.fill(sample["prompt"], 18), "black", font)
+        for row, (_, folder, notes) in enumerate(rows):
+            page.paste(Image.open(root / folder / sample["file"]), (left, top + row * step))
+            pen.text((left, top + row * step + size[1] + 2), notes[column], "dimgray", font)
+    for row, (label, _, _) in enumerate(rows):
+        pen.text((GAP, top + row * step + size[1] // 3), label, "black", font)
+    return page
+
+
+def bits(entry: dict) -> str:
+    """What a model's decoder takes, for the picture."""
+    return f"{entry['model']['bits_per_weight']:.2f} bits a weight"
 
 
 if __name__ == "__main__":
