@@ -49,7 +49,12 @@ def module_of(command: str) -> object:
 @pytest.mark.parametrize("command", commands())
 def test_every_documented_command_parses(command):
     words = shlex.split(command)
-    module_of(command).parse_args(words[3:] if words[1] == "-m" else words[2:])
+    arguments = words[3:] if words[1] == "-m" else words[2:]
+    if arguments == ["--help"]:
+        with pytest.raises(SystemExit, match="^0$"):
+            module_of(command).parse_args(arguments)
+    else:
+        module_of(command).parse_args(arguments)
 
 
 def test_there_are_commands_for_every_stage():

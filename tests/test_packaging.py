@@ -100,7 +100,8 @@ def test_an_installed_wheel_draws_outside_the_repository(wheel, tmp_path):
     bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
     def run(*command: str | Path) -> str:
-        return subprocess.run(command, cwd=tmp_path, env=bare, check=True, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(command, cwd=tmp_path, env=bare, check=True, stdout=subprocess.PIPE, text=True)
+        return done.stdout.strip()
 
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
