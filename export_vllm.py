@@ -56,5 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     print(args.out)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What the console script and `python export_vllm.py` start."""
     script.run(main)
+
+
+if __name__ == "__main__":
+    command()
