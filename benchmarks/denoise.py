@@ -19,8 +19,8 @@ format take turns, and the median of the rounds counts.
 """
 
 import argparse
+import functools
 import json
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -28,14 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.decode import GrowingRow, add_comparison, now
-from benchmarks.random_lance import REAL_LAYERS, compute_dtype, random_lance, real_config
+from benchmarks.comparison import Comparison, add_comparison, comparison_of
+from benchmarks.decode import GrowingRow
+from benchmarks.random_lance import REAL_LAYERS, random_lance, real_config
 from lance_quant.cli import script
-from lance_quant.evaluation.run_folder import device_name, versions
 from lance_quant.formats.layout import SUFFIX
-from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.compiled import compile_steps
+from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.generation import Denoiser, Sampling
 from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import DecoderLayer, Lance, Rope, _rotate
@@ -76,9 +76,9 @@ def request(grid: Grid) -> TokenSequence:
     return TokenSequence(torch.arange(length) % 1000, mrope_positions(length, visuals), splits, visuals)
 
 
-def ours(name: str, model: Lance, packed: TokenSequence, batched: bool = True, compiled: bool = False) -> Row:
+def ours(name: str, model: Lance, sequence: TokenSequence, batched: bool = True, compiled: bool = False) -> Row:
     """Our step, through the runtime's own denoiser; a compiled model can also run as if it were not."""
-    denoiser = Denoiser(model, packed, Sampling(batch_guidance=batched))
+    denoiser = Denoiser(model, sequence, Sampling(batch_guidance=batched))
     steps = model.steps if compiled else Steps()
 
     def step(x: Tensor) -> Tensor:
@@ -88,35 +88,35 @@ def ours(name: str, model: Lance, packed: TokenSequence, batched: bool = True, c
     return Row(name, model, step)
 
 
-def official(name: str, model: Lance, packed: TokenSequence) -> Row:
+def official(name: str, model: Lance, sequence: TokenSequence) -> Row:
     """The official way, restated on our layers."""
-    denoiser = Denoiser(model, packed, Sampling())
-    prefixes = [[(split, bounds) for split, bounds in zip(packed.splits, packed.bounds(), strict=True)
+    denoiser = Denoiser(model, sequence, Sampling())
+    prefixes = [[(split, bounds) for split, bounds in zip(sequence.splits, sequence.bounds(), strict=True)
                  if split.content in kinds] for kinds in ((TEMPLATE, PROMPT), (TEMPLATE,))]
     rows = []
     for prefix in prefixes:
         row = GrowingRow(model.config.num_hidden_layers)
         for _, (start, end) in prefix[:-1]:  # without the closing token
             with torch.no_grad():
-                model.read(model.embed(packed.ids[start:end]), packed.positions[:, start:end], [row], True)
+                model.read(model.embed(sequence.ids[start:end]), sequence.positions[:, start:end], [row], True)
         rows.append(row)
-    start, end = packed.span(TARGET)
-    frame = model.embed(packed.ids[[start, end - 1]])
-    queries = [whole.positions[:, slice(*whole.span(TARGET))] for whole in (packed, packed.without_prompt())]
+    start, end = sequence.span(TARGET)
+    frame = model.embed(sequence.ids[[start, end - 1]])
+    queries = [whole.positions[:, slice(*whole.span(TARGET))] for whole in (sequence, sequence.without_prompt())]
 
     @torch.no_grad()
     def step(x: Tensor) -> Tensor:
         passes = []
         for row, positions in zip(rows, queries, strict=True):
             latents = denoiser._embed(x, _TIME, 0, model.latent_pos_embed(denoiser.grid))
-            sequence = torch.cat([frame[:1], latents, frame[1:]])
+            x_th = torch.cat([frame[:1], latents, frame[1:]])
             rope = model.rope(positions)
             before = dict(row._grown)
             for index, layer in enumerate(model.language_model.model.layers):
-                sequence = routed_layer(layer, sequence, rope, row, index)
+                x_th = routed_layer(layer, x_th, rope, row, index)
             row._grown = before  # a denoising call leaves nothing behind
             norm = model.language_model.model.norm_moe_gen
-            passes.append(model.llm2vae(norm(sequence[1:-1])))
+            passes.append(model.llm2vae(norm(x_th[1:-1])))
         return denoiser._guide(*passes)
 
     return Row(name, model, step)
@@ -147,69 +147,66 @@ def routed_layer(layer: DecoderLayer, x_th: Tensor, rope: Rope, row: CacheRow, i
     return x_th + routed(layer, "mlp", routed(layer, "post_attention_layernorm", x_th))
 
 
-def rows_of(form: str, args: argparse.Namespace, device: torch.device, packed: TokenSequence) -> list[Row]:
-    """The ways of one format. The output head, which denoising does not use, is left out."""
-    config = replace(real_config(args.layers), vocab_size=2048)
-    dtype = compute_dtype(form, dtype_of(args.dtype, device))
-    model, rows = random_lance(config, form, dtype, device), []
-    if form == args.baseline:
-        rows = [ours(f"{form} batched", model, packed), ours(f"{form} sequential", model, packed, batched=False),
-                official(f"{form} official caching and routing", model, packed)]
-        model = random_lance(config, form, dtype, device)
+def rows_of(form: str, plan: Comparison, config: LanceConfig, sequence: TokenSequence) -> list[Row]:
+    """The ways of one format."""
+    dtype = plan.dtype_of(form)
+    model, rows = random_lance(config, form, dtype, plan.device), []
+    if form == plan.baseline:
+        rows = [ours(f"{form} batched", model, sequence), ours(f"{form} sequential", model, sequence, batched=False),
+                official(f"{form} official caching and routing", model, sequence)]
+        model = random_lance(config, form, dtype, plan.device)
     merge_projections(model)
-    compiled = args.compile and compile_steps(model)
-    rows.append(ours(f"{form} merged", model, packed))
+    compiled = plan.compiled and compile_steps(model)
+    rows.append(ours(f"{form} merged", model, sequence))
     if compiled:
-        rows.append(ours(f"{form} compiled", model, packed, compiled=True))
+        rows.append(ours(f"{form} compiled", model, sequence, compiled=True))
     return rows
 
 
-def timed(rows: list[Row], x: Tensor, args: argparse.Namespace) -> list[float]:
+def timed(rows: list[Row], x: Tensor, plan: Comparison) -> list[float]:
     """Median milliseconds of a step of each row."""
-    for row in rows:
-        row.step(x)
-    rounds = []
-    for _ in range(args.rounds):
-        rounds.append([])
+    runs = [functools.partial(plan.seconds, functools.partial(row.step, x)) for row in rows]
+    return [seconds * 1e3 for seconds in plan.medians(runs)]
+
+
+def measure(plan: Comparison, config: LanceConfig, height: int, width: int) -> dict[str, dict[str, float]]:
+    """Way -> milliseconds of a guided step, without any layer, of one layer and of 36, and the last relative to the
+    first way's. `config` has the plan's number of layers; the output head, which denoising does not use, is left out.
+    """
+    config, grid = replace(config, vocab_size=2048), latent_grid(height, width)
+    sequence = request(grid)
+    x = torch.randn(grid[1] * grid[2], 48, generator=torch.Generator().manual_seed(0))
+    found: dict[str, dict[str, float]] = {}
+    for form in plan.ordered:
+        rows = rows_of(form, plan, config, sequence)
+        there = x.to(plan.device, rows[0].model.dtype)
+        steps = timed(rows, there, plan)
         for row in rows:
-            start = now(args, row.model)
-            row.step(x)
-            rounds[-1].append((now(args, row.model) - start) * 1e3)
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+            row.model.language_model.model.layers = nn.ModuleList()
+        for row, step, rest in zip(rows, steps, timed(rows, there, plan), strict=True):
+            layer = (step - rest) / plan.layers
+            found[row.name] = {"step_ms": step, "rest_ms": rest, "layer_ms": layer,
+                               "whole_step_ms": plan.whole(step, rest, layer)}
+    base = next(iter(found.values()))["whole_step_ms"]
+    for one in found.values():
+        one["times_baseline"] = one["whole_step_ms"] / base
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(argv)
-    torch.set_num_threads(args.threads)
-    device = device_of(args.device)
-    grid = latent_grid(args.height, args.width)
-    packed = request(grid)
-    x = torch.randn(grid[1] * grid[2], 48, generator=torch.Generator().manual_seed(0))
-    found = {}
-    for form in [args.baseline, *(form for form in args.formats if form != args.baseline)]:
-        rows = rows_of(form, args, device, packed)
-        there = x.to(device, rows[0].model.dtype)
-        steps = timed(rows, there, args)
-        for row in rows:
-            row.model.language_model.model.layers = nn.ModuleList()
-        for row, step, rest in zip(rows, steps, timed(rows, there, args), strict=True):
-            layer = (step - rest) / args.layers
-            whole = step if args.layers == REAL_LAYERS else rest + REAL_LAYERS * layer
-            found[row.name] = {"step_ms": step, "rest_ms": rest, "layer_ms": layer, "whole_step_ms": whole}
-    baseline = f"{args.baseline} batched"
-    base = found[baseline]
-    kind = "measured" if args.layers == REAL_LAYERS else "computed: rest + 36 x layer"
-    print(f"{device_name(device)}, {args.layers} of {REAL_LAYERS} layers, 2 x {len(x)} latents, {args.clock} clock")
+    plan = comparison_of(args)
+    found = measure(plan, real_config(args.layers), args.height, args.width)
+    facts, baseline, kind = plan.facts(), next(iter(found)), plan.how("rest")
+    _, rows, columns = latent_grid(args.height, args.width)
+    print(f"{facts['device']}, {args.layers} of {REAL_LAYERS} layers, 2 x {rows * columns} latents, {args.clock} clock")
     print(f"{'ms per guided step':<40}{'layer':>10}{'rest':>9}{'whole step':>13}   times {baseline} "
           f"(whole step {kind})")
     for name, one in found.items():
-        one["times_baseline"] = one["whole_step_ms"] / base["whole_step_ms"]
         print(f"{name:<40}{one['layer_ms']:>10.1f}{one['rest_ms']:>9.1f}{one['whole_step_ms']:>13.0f}"
               f"   {one['times_baseline']:.3f} x")
-    print(json.dumps({"device": device_name(device), "layers": args.layers, "latents": len(x), "clock": args.clock,
-                      "baseline": baseline, "packed_dtype": args.dtype, "rounds": args.rounds,
-                      "whole_step": kind, "rows": found, "versions": versions()}))
+    print(json.dumps({**facts, "latents": rows * columns, "baseline": baseline, "whole_step": kind, "rows": found}))
 
 
 if __name__ == "__main__":
