@@ -18,14 +18,11 @@ without reading and writing. `disk` reads the whole checkpoint and writes as man
 
 import argparse
 import json
-import multiprocessing
-import platform
 import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +32,10 @@ from torch import Tensor
 import awq_apply
 import nvfp4_apply
 from benchmarks import synthetic_lance
+from benchmarks.child import in_child
 from lance_quant.calibration.activation_stats import ActStats
 from lance_quant.cli import script
+from lance_quant.evaluation.run_folder import device_name
 from lance_quant.formats import layout
 from lance_quant.formats.base import Codec
 from lance_quant.formats.int4 import Int4
@@ -129,35 +128,21 @@ def disk(name: str, source: Path, out: Path) -> dict[str, float]:
     return clock.read()
 
 
-def in_child(function: Callable[..., dict[str, float]], threads: int, *args: Any) -> dict[str, float]:
-    """What `function` returns in a fresh process, with `peak_rss` in bytes."""
-    context = multiprocessing.get_context("spawn")
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(function, threads, args, send))
-    process.start()
-    send.close()
-    try:
-        return receive.recv()
-    except EOFError:
-        raise RuntimeError(f"{function.__name__} failed, see above") from None
-    finally:
-        process.join()
-
-
-def _child(function: Callable[..., dict[str, float]], threads: int, args: tuple[Any, ...], send: Connection) -> None:
+def on_threads(function: Callable[..., dict[str, float]], threads: int, *args: Any) -> dict[str, float]:
+    """What `function` returns with so many threads, and this process's `peak_rss` in bytes."""
     torch.set_num_threads(threads)
     result = function(*args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    send.send({**result, "peak_rss": peak})
+    return {**result, "peak_rss": peak}
 
 
 def measure(name: str, source: Path, work: Path, layers: int, threads: int) -> dict[str, Any]:
     """All rows of one format; seconds are those of a layer, but for `disk`, `rest` and `full_model`."""
     out, written = work / name, work / f"{name}.bytes"
-    mine = in_child(ours, threads, name, source, out)
+    mine = in_child(on_threads, ours, threads, name, source, out)
     shutil.rmtree(out)
-    theirs = in_child(published_expert, threads, name, source, out)
-    both = in_child(disk, threads, name, source, written)
+    theirs = in_child(on_threads, published_expert, threads, name, source, out)
+    both = in_child(on_threads, disk, threads, name, source, written)
     written.unlink()
     keys = ("seconds", "cpu_seconds")
     layer = {"ours": {key: mine[f"layers_{key}"] / layers for key in keys} | {"peak_rss": mine["peak_rss"]},
@@ -196,8 +181,8 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         shutil.rmtree(args.work)
     print(table(results))
-    print(json.dumps({"layers": args.layers, "threads": args.threads, "cpu": platform.processor() or platform.machine(),
-                      "torch": torch.__version__, **results}))
+    print(json.dumps({"layers": args.layers, "threads": args.threads, "cpu": device_name(torch.device("cpu")),
+                      "torch": str(torch.__version__), **results}))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import copy
 import json
 import math
 import os
-import platform
 import pydoc_data.topics
 import statistics
 import sys
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 from lance_quant.calibration import gram
 from lance_quant.cli import script
+from lance_quant.evaluation.run_folder import device_name
 from lance_quant.formats.base import Codec, nearest_levels
 from lance_quant.formats.int4 import Int4
 from lance_quant.formats.nvfp4 import Nvfp4
@@ -198,8 +198,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     model, ids = load()
     runs = [measure(model, ids, seed, args) for seed in args.seeds]
-    result: dict[str, object] = {"seeds": args.seeds, "cpu": platform.processor() or platform.machine(),
-                                 "torch": torch.__version__, "passages": len(ids)}
+    result: dict[str, object] = {"seeds": args.seeds, "cpu": device_name(torch.device("cpu")),
+                                 "torch": str(torch.__version__), "passages": len(ids)}
     for index, key in enumerate(("e2e_relmse", "layer_relmse")):
         result[key] = {name: {method: statistics.fmean(run[name][method][index] for run in runs)
                               for method, _ in METHODS[name]} for name in args.formats}

@@ -22,7 +22,6 @@ comes out of three layers, so that all tokens count alike in GPTQ.
 import argparse
 import json
 import math
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from lance_quant.calibration.activation_stats import ActStats, LinearStats
 from lance_quant.calibration.decoder_calls import Call
 from lance_quant.calibration.layer_inputs import Replay
 from lance_quant.cli import script
+from lance_quant.evaluation.run_folder import device_name
 from lance_quant.formats import layout
 from lance_quant.formats.base import Codec
 from lance_quant.formats.int4 import Int4
@@ -321,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(means))
     print(json.dumps({
         "seeds": args.seeds, "shrink": args.shrink, "tokens": args.tokens, "held_out": args.held_out,
-        "cpu": platform.processor() or platform.machine(), "torch": torch.__version__,
+        "cpu": device_name(torch.device("cpu")), "torch": str(torch.__version__),
         "e2e_relmse": {outliers: {name: row["e2e"] for name, row in rows.items()} for outliers, rows in means.items()},
         "e2e_relmse_by_seed": {outliers: {name: [each[name]["e2e"] for each in found] for name in found[0]}
                                for outliers, found in runs.items()},

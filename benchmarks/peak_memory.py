@@ -28,11 +28,13 @@ context, and the ViT's activations.
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -41,6 +43,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.child import in_child
 from benchmarks.denoise import request
 from benchmarks.random_lance import (
     FORMATS,
@@ -60,6 +63,7 @@ from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.inference.memory import peak_memory, reset_peak_memory
 from lance_quant.kernels import dispatch
 from lance_quant.kernels.triton_w4a16 import TILE_ROWS
+from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.generation import Denoiser, Sampling
 from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance
@@ -90,9 +94,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae", action="store_true", help="also decode the picture: minutes on the CPU")
     parser.add_argument("--vae_tiling", action="store_true", help="as for run_baseline.py")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
-    parser.add_argument("--inside", action="store_true", help="measure in this process: one task, format and offload")
     script.add_device(parser)
     return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request to one model; the flags explain the fields.
+
+    device: of the model; meta: computed for a GPU
+    dtype: what packed linears compute in
+    offload: "any" where it makes no difference
+    """
+
+    task: str
+    format: str
+    offload: str
+    head_bits: int
+    height: int
+    width: int
+    sequential_guidance: bool
+    vae: bool
+    vae_tiling: bool
+    device: torch.device
+    dtype: torch.dtype
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """What the flags ask for; offload makes no difference to t2i."""
+    device = torch.device("meta") if args.device == "meta" else device_of(args.device)
+    dtype = torch.bfloat16 if device.type == "meta" else dtype_of(args.dtype, device)
+    return [Case(task, form, offload, args.head_bits, args.height, args.width, args.sequential_guidance, args.vae,
+                 args.vae_tiling, device, dtype)
+            for task, form in itertools.product(args.tasks, args.formats)
+            for offload in (args.offload if task == "x2t" else ["any"])]
 
 
 class Stages:
@@ -165,72 +200,50 @@ def flash(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(argv)
-    device = torch.device("meta") if args.device == "meta" else device_of(args.device)
-    if args.inside:
-        print(json.dumps(measure(args, device)))
-        return
-    rows = []
-    name = "computed for a GPU" if device.type == "meta" else device_name(device)
+    cases, rows = cases_of(args), []
+    computed = cases[0].device.type == "meta"
+    name = "computed for a GPU" if computed else device_name(cases[0].device)
     print(f"{name}; GB with {args.layers} layers, and computed for {REAL_LAYERS}")
-    for task in args.tasks:
-        for form in args.formats:
-            for offload in args.offload if task == "x2t" else args.offload[:1]:
-                row = {"task": task, "format": form, "offload": offload if task == "x2t" else "any",
-                       **(here if device.type == "meta" else in_child)(args, task, form, offload)}
-                rows.append(row)
-                text = "  ".join(f"{name} {row['peak'][name] / 1e9:.2f} -> {row['peak_36'][name] / 1e9:.2f}"
-                                 for name in row["peak"])
-                print(f"{task} {form:<11}{row['offload']:<8}{text}", flush=True)
+    for case in cases:
+        # Nothing is measured on meta, so that a process of its own would serve nothing.
+        found = (measure if computed else functools.partial(in_child, measure))(case, real_config(args.layers),
+                                                                                args.threads)
+        rows.append({"task": case.task, "format": case.format, "offload": case.offload, **found})
+        text = "  ".join(f"{stage} {peak / 1e9:.2f} -> {found['peak_36'][stage] / 1e9:.2f}"
+                         for stage, peak in found["peak"].items())
+        print(f"{case.task} {case.format:<11}{case.offload:<8}{text}", flush=True)
     print(json.dumps({"device": name, "layers": args.layers, "rows": rows, "versions": versions()}))
 
 
-def here(args: argparse.Namespace, task: str, form: str, offload: str) -> dict[str, object]:
-    """What `measure` returns in this process, which is fine where nothing is measured."""
-    return measure(argparse.Namespace(**vars(args) | {"tasks": [task], "formats": [form], "offload": [offload]}),
-                   torch.device(args.device))
-
-
-def in_child(args: argparse.Namespace, task: str, form: str, offload: str) -> dict[str, object]:
-    """What `measure` returns in a new process."""
-    command = [sys.executable, "-m", "benchmarks.peak_memory", "--inside", "--tasks", task, "--formats", form,
-               "--offload", offload]
-    for name in ("head_bits", "layers", "height", "width", "threads", "device", "dtype"):
-        command += [f"--{name}", str(getattr(args, name))]
-    command += [f"--{name}" for name in ("sequential_guidance", "vae", "vae_tiling") if getattr(args, name)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure(args: argparse.Namespace, device: torch.device) -> dict[str, object]:
-    """Peaks of one task in one format, and what the model itself holds."""
-    torch.set_num_threads(args.threads)
+def measure(case: Case, config: LanceConfig, threads: int = 1) -> dict[str, Any]:
+    """Bytes in this process: `peak` by stage, `weights`, those of one `layer` and of its `cache_per_layer`, and what
+    both of the former would be with 36 layers (`peak_36`, `weights_36`)."""
+    torch.set_num_threads(threads)
     with contextlib.ExitStack() as stack:
         alive = None
-        if device.type == "meta":
+        if case.device.type == "meta":
             stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", flash))
             stack.enter_context(mock.patch.object(dispatch, "choose", lambda *_: Allocations()))
             alive = stack.enter_context(Alive())
-        return measured(args, device, Stages(device, alive))
+        return _measured(case, config, Stages(case.device, alive))
 
 
-def measured(args: argparse.Namespace, device: torch.device, stages: Stages) -> dict[str, object]:
-    """See `measure`."""
-    packed = torch.bfloat16 if device.type == "meta" else dtype_of(args.dtype, device)
-    dtype = compute_dtype(args.formats[0], packed)
-    model = random_lance(real_config(args.layers), args.formats[0], dtype, device, head_bits=args.head_bits)
+def _measured(case: Case, config: LanceConfig, stages: Stages) -> dict[str, Any]:
+    dtype = compute_dtype(case.format, case.dtype)
+    model = random_lance(config, case.format, dtype, case.device, head_bits=case.head_bits)
     merge_projections(model)
-    entries = RUNS[args.tasks[0]](args, model, stages)
+    entries = RUNS[case.task](case, model, stages)
     layer = weight_bytes(model.language_model.model.layers[0])
-    cache = entries * 2 * model.config.num_key_value_heads * model.config.head_dim * dtype.itemsize
-    missing = REAL_LAYERS - args.layers
+    cache = entries * 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    missing = REAL_LAYERS - config.num_hidden_layers
     computed = {name: peak + missing * (layer + (cache if name in ("answer", "denoise") else 0))
                 for name, peak in stages.peaks.items()}
-    return {"head_bits": args.head_bits, "dtype": str(dtype).removeprefix("torch."), "peak": stages.peaks,
+    return {"head_bits": case.head_bits, "dtype": str(dtype).removeprefix("torch."), "peak": stages.peaks,
             "peak_36": computed, "weights": weight_bytes(model), "weights_36": weight_bytes(model) + missing * layer,
             "layer": layer, "cache_per_layer": cache}
 
 
-def question(args: argparse.Namespace, model: Lance, stages: Stages) -> int:
+def question(case: Case, model: Lance, stages: Stages) -> int:
     """x2t; cache entries per layer."""
     tower = random_part(vit_tower(PRESETS["real"]), model)
     tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config).to(model.device)  # not filled by the above
@@ -241,45 +254,45 @@ def question(args: argparse.Namespace, model: Lance, stages: Stages) -> int:
         else:
             with torch.no_grad():
                 seen = tower(patches, grid_thw=torch.tensor([_LOOKED], device=model.device)).pooler_output
-        if args.offload[0] == "vae_vit" or (args.offload[0] == "cpu" and model.device.type == "meta"):
+        if case.offload == "vae_vit" or (case.offload == "cpu" and model.device.type == "meta"):
             del tower  # off the device either way
-        elif args.offload[0] == "cpu":
+        elif case.offload == "cpu":
             tower.to("cpu")
     before, after = _TEXT
     pads = _MERGED[1] * _MERGED[2]
     visuals = (Visual(before + 1, _MERGED),)
     length = before + pads + 2 + after
-    packed = TokenSequence(torch.arange(1000, 1000 + length), mrope_positions(length, visuals),
-                    (Split(before, "causal", TEMPLATE), Split(pads + 2, "full", VIT), Split(after, "causal", TEMPLATE)),
-                    visuals)
+    prompt = TokenSequence(torch.arange(1000, 1000 + length), mrope_positions(length, visuals),
+                           (Split(before, "causal", TEMPLATE), Split(pads + 2, "full", VIT),
+                            Split(after, "causal", TEMPLATE)), visuals)
     with stages.stage("answer"):
         decoding = Decoding(model, model.config.vocab_size, length + _ANSWER, _ANSWER)
-        decoding.start(packed, seen, _ANSWER, seed=0)
+        decoding.start(prompt, seen, _ANSWER, seed=0)
         for _ in range(_ANSWER):
             decoding.step()
     return length + _ANSWER
 
 
-def picture(args: argparse.Namespace, model: Lance, stages: Stages) -> int:
+def picture(case: Case, model: Lance, stages: Stages) -> int:
     """t2i; cache entries per layer."""
-    grid = latent_grid(args.height, args.width)
-    packed = request(grid)
+    grid = latent_grid(case.height, case.width)
+    sequence = request(grid)
     with stages.stage("denoise"):
-        denoiser = Denoiser(model, packed, Sampling(batch_guidance=not args.sequential_guidance))
+        denoiser = Denoiser(model, sequence, Sampling(batch_guidance=not case.sequential_guidance))
         x = torch.zeros(grid[1] * grid[2], 48, dtype=model.dtype, device=model.device)
         velocity = denoiser.velocity(x, 0.9)
     del denoiser
-    if args.vae:
+    if case.vae:
         from lance_quant.lance.vae import Vae, build_autoencoder
 
         with torch.device("meta"):
             autoencoder = build_autoencoder(160, 256)
         vae = Vae(random_part(autoencoder, model), model.dtype, model.device)
-        if args.vae_tiling:
+        if case.vae_tiling:
             vae.autoencoder.enable_tiling()
         with stages.stage("decode"):
             vae.decode(velocity.reshape(*grid, -1))
-    return 2 * packed.span(TARGET)[1]
+    return 2 * sequence.span(TARGET)[1]
 
 
 def random_part(part: nn.Module, model: Lance) -> nn.Module:
@@ -291,7 +304,7 @@ def random_part(part: nn.Module, model: Lance) -> nn.Module:
     return part.eval()
 
 
-RUNS: dict[str, Callable[[argparse.Namespace, Lance, Stages], int]] = {"x2t": question, "t2i": picture}
+RUNS: dict[str, Callable[[Case, Lance, Stages], int]] = {"x2t": question, "t2i": picture}
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ these figures.
 
 import argparse
 import json
-import multiprocessing
-import platform
 import resource
 import sys
 import time
@@ -31,11 +29,13 @@ from typing import Any
 import torch
 
 from benchmarks import fidelity_synthetic
+from benchmarks.child import in_child
 from lance_quant.calibration import token_weights
 from lance_quant.calibration.activation_stats import ActStats, LinearStats
 from lance_quant.calibration.decoder_calls import Call
 from lance_quant.calibration.layer_inputs import Replay
 from lance_quant.cli import script
+from lance_quant.evaluation.run_folder import device_name
 from lance_quant.formats import layout
 from lance_quant.formats.base import Codec
 from lance_quant.formats.int4 import Int4
@@ -133,15 +133,15 @@ def made_up_stats(config: LanceConfig, weights: Weights) -> ActStats:
 
 
 @torch.no_grad()
-def measure(method: str, args: argparse.Namespace) -> dict[str, float]:
-    """Quantize one layer with one method, in this process."""
-    device, codec = torch.device(args.device), CODECS[args.format]
-    config = fidelity_synthetic.config_of(args.shrink, layers=1)
+def measure(method: str, format_: str, where: str, tokens: int, shrink: int) -> dict[str, float]:
+    """Quantize one layer with one method, in this process; the flags explain the arguments."""
+    device, codec = torch.device(where), CODECS[format_]
+    config = fidelity_synthetic.config_of(shrink, layers=1)
     weights = made_up_layer(config, device)
     stats = ActStats({}, [], [{"run_id": "none"}], 0) if method == "rtn" else made_up_stats(config, weights)
     replay = None
     if method == "ours":
-        replay = timed_replay(config, weights, args.tokens, device)
+        replay = timed_replay(config, weights, tokens, device)
     groups = published.quantize_layer(0, weights, stats, codec) if method == "published" else \
         layer.quantize_layer(0, weights, stats, codec, replay)
     layer_bytes = sum(w.nbytes for w in weights.values())
@@ -189,13 +189,12 @@ def main(argv: list[str] | None = None) -> None:
     device_of(args.device)
     results = {}
     for method in args.methods:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            results[method] = pool.apply(measure, (method, args))
+        results[method] = in_child(measure, method, args.format, args.device, args.tokens, args.shrink)
         print(f"{method}: {json.dumps(results[method])}", file=sys.stderr, flush=True)
     print(table(results))
     print(json.dumps({"format": args.format, "tokens": args.tokens, "shrink": args.shrink, "device": args.device,
-                      "threads": torch.get_num_threads(), "cpu": platform.processor() or platform.machine(),
-                      "torch": torch.__version__, "methods": results}))
+                      "threads": torch.get_num_threads(), "cpu": device_name(torch.device("cpu")),
+                      "torch": str(torch.__version__), "methods": results}))
 
 
 if __name__ == "__main__":

@@ -93,8 +93,7 @@ def test_synthetic_methods_go_through_the_real_code(layer, monkeypatch):
 
 @pytest.mark.parametrize("method", ["rtn", "ours"])
 def test_cost_is_measured_with_the_layers_own_size(method):
-    args = quantize_cost.parse_args(["--shrink", "8", "--tokens", "64"])
-    found = quantize_cost.measure(method, args)
+    found = quantize_cost.measure(method, "int4", "cpu", tokens=64, shrink=8)
     # Per expert q, o, k, v, gate, up, down; the rest is biases and norms, below two percent.
     linears = 2 * (2 * 128 * 128 + 2 * 128 * 16 + 3 * 128 * 256)
     assert 4 * linears < found["layer_bytes"] < 1.02 * 4 * linears < found["peak_bytes"]

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CPU, relative
+from made_up_work import ends_badly
 
-from benchmarks import decode, denoise, peak_memory, random_lance
+from benchmarks import child, decode, denoise, peak_memory, random_lance
 from lance_quant.lance.cache import allocate
 from lance_quant.lance.config import LanceConfig
 
@@ -109,23 +110,44 @@ def test_bytes_alive_are_counted_by_hand():
     assert (alive.now, alive.peak) == (0, 800)
 
 
-def test_what_a_gpu_would_hold_is_weights_and_a_little_more(tiny):
-    flags = ["--inside", "--tasks", "t2i", "--formats", "int4", "--layers", "2", "--height", "256", "--width", "256",
-             "--device", "meta"]
-    found = peak_memory.measure(peak_memory.parse_args(flags), torch.device("meta"))
+def case(*flags: str) -> peak_memory.Case:
+    (found,) = peak_memory.cases_of(peak_memory.parse_args(["--tasks", "t2i", "--formats", "int4", *flags]))
+    return found
+
+
+def test_what_a_gpu_would_hold_is_weights_and_a_little_more():
+    flags = ["--height", "256", "--width", "256", "--device", "meta"]
+    found = peak_memory.measure(case(*flags), TINY)
     tokens = 2 * 258  # of both passes; a layer holds gate, up and their product of them at once
     assert found["weights"] + tokens * 3 * 256 * 2 < found["peak"]["denoise"] < 4 * found["weights"]
     batched = found["peak"]["denoise"]
-    found = peak_memory.measure(peak_memory.parse_args([*flags, "--sequential_guidance"]), torch.device("meta"))
+    found = peak_memory.measure(case(*flags, "--sequential_guidance"), TINY)
     assert found["peak"]["denoise"] < batched
 
 
-def test_a_peak_is_computed_for_all_layers_from_one_layer_s_bytes(tiny):
+def test_a_peak_is_computed_for_all_layers_from_one_layer_s_bytes():
     """A picture of 64 x 64: (85 + 18) entries in two rows of the cache."""
-    args = peak_memory.parse_args(["--inside", "--tasks", "t2i", "--formats", "int4", "--layers", "1", "--height", "64",
-                                   "--width", "64", "--device", "cpu"])
-    found = peak_memory.measure(args, CPU)
+    found = peak_memory.measure(case("--height", "64", "--width", "64", "--device", "cpu"),
+                                replace(TINY, num_hidden_layers=1))
     assert found["cache_per_layer"] == 2 * 103 * 2 * 2 * 32 * 4
     assert found["peak_36"]["denoise"] - found["peak"]["denoise"] == 35 * (found["layer"] + found["cache_per_layer"])
     assert found["weights_36"] - found["weights"] == 35 * found["layer"]
     assert found["peak"]["denoise"] > found["weights"]
+
+
+def test_each_case_of_memory_has_a_line_and_a_row(tiny, capsys):
+    peak_memory.main(["--device", "meta", "--tasks", "t2i", "--formats", "bfloat16", "int4", "--layers", "2",
+                      "--height", "64", "--width", "64"])
+    rows = last(capsys)["rows"]
+    assert [(row["format"], row["offload"]) for row in rows] == [("bfloat16", "any"), ("int4", "any")]
+    assert rows[1]["weights"] < rows[0]["weights"]
+
+
+@pytest.mark.parametrize("ending, message", [("raise", "ValueError: as told"), ("exit", "ended with code 3"),
+                                             ("sleep", "stopped after 3 s")])
+def test_work_that_ends_badly_in_a_process_of_its_own_keeps_what_it_gave(ending, message):
+    seen = []
+    with pytest.raises(child.Died, match=message):
+        for value in child.stream(ends_badly, ending, seconds=3 if ending == "sleep" else None):
+            seen.append(value)
+    assert seen == ["first"]
