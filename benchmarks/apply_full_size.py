@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -83,9 +84,9 @@ def ours(name: str, source: Path, out: Path) -> dict[str, float]:
         marks.append(clock.read())
         copy_rest(*args)
 
-    convert._Job.run, convert._copy_rest = timed_run, timed_rest
-    script.main(["--src", str(source / "Lance_3B"), "--stats", str(source / "stats.pt"), "--out", str(out),
-                 "--device", "cpu"])
+    with mock.patch.object(convert._Job, "run", timed_run), mock.patch.object(convert, "_copy_rest", timed_rest):
+        script.main(["--src", str(source / "Lance_3B"), "--stats", str(source / "stats.pt"), "--out", str(out),
+                     "--device", "cpu"])
     start, end = marks
     total = clock.read()
     return {**total, **{f"layers_{key}": end[key] - start[key] for key in total}}
@@ -93,13 +94,13 @@ def ours(name: str, source: Path, out: Path) -> dict[str, float]:
 
 def published_expert(name: str, source: Path, out: Path) -> dict[str, float]:
     """Search and packing of one expert's linears of layer 0 by the published recipe."""
-    published._index, stats, codec = _index_by_distances, ActStats.load(source / "stats.pt"), FORMATS[name][1]
+    stats, codec = ActStats.load(source / "stats.pt"), FORMATS[name][1]
     with Checkpoint(source / "Lance_3B") as checkpoint:
         groups = [group for group in layout.groups(0) if group.expert == "und"]
         weights = {linear: checkpoint.read(f"{linear}.weight", torch.bfloat16)
                    for group in groups for linear in group.linears}
     clock = Clock()
-    with torch.no_grad():
+    with torch.no_grad(), mock.patch.object(published, "_index", _index_by_distances):
         for group in groups:
             own = [weights[linear] for linear in group.linears]
             means = [stats.linears[linear].sum_abs.float() / stats.linears[linear].n_tokens for linear in group.linears]
