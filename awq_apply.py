@@ -14,18 +14,15 @@ Next    run_quant_eval.py --awq_dir OUT
 
 import argparse
 
-from lance_quant.cli import script
-from lance_quant.formats.int4 import Int4
-from lance_quant.inference.device import device_of
-from lance_quant.methods import convert
-from lance_quant.methods.conversion import Conversion
+from lance_quant.cli import conversion_arguments, script
+from lance_quant.formats.group_sizes import INT4_GROUP_SIZE
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = script.parser(__doc__)
-    script.add_conversion(parser)
-    parser.add_argument("--group_size", type=int, default=Int4().group_size,
+    conversion_arguments.add_conversion(parser)
+    parser.add_argument("--group_size", type=int, default=INT4_GROUP_SIZE,
                         help="inputs per scale: 64 is 4.375 bits per weight, 128 is 4.1875, 32 is 4.75")
     parser.add_argument("--bits_budget", type=float,
                         help="choose 128, 64 or 32 inputs per scale, or bfloat16, for every linear, so that all take at"
@@ -36,7 +33,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Plan or convert, and print the result."""
     args = parse_args(argv)
-    script.set_threads(args.threads)
+    from lance_quant.formats.int4 import Int4  # late, as torch takes seconds to import: --help needs none
+    from lance_quant.inference.device import device_of
+    from lance_quant.methods import convert
+    from lance_quant.methods.conversion import Conversion
+
+    conversion_arguments.set_threads(args.threads)
     conversion = Conversion(Int4(args.group_size), args.recipe, args.bits_budget, args.head_bits,
                             device_of(args.device), args.resume)
     print(convert.run(args.src, args.stats, args.capture, args.out, conversion, args.dry_run))

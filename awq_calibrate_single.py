@@ -24,15 +24,15 @@ from typing import NamedTuple
 from lance_quant import distributed
 from lance_quant.calibration import capture
 from lance_quant.calibration.activation_stats import ActStats, Collector, coverage, merge, model_fingerprint
-from lance_quant.cli import script, task_arguments
+from lance_quant.cli import requests, script, task_arguments
 from lance_quant.distributed import Team
 from lance_quant.errors import InputError
 from lance_quant.evaluation.run_folder import describe, versions
 from lance_quant.formats import layout
-from lance_quant.inference.tasks import Settings, load_samples, run_watched
+from lance_quant.inference.tasks import load_samples, run_watched
 from lance_quant.lance.config import LancePaths
-from lance_quant.lance.media.samples import TASKS, TIMED
 from lance_quant.lance.runtime import Runtime
+from lance_quant.lance.settings import TASKS, TIMED, Settings
 from lance_quant.storage.tensor_file import Checkpoint
 
 ALL = "all"
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
                 shapes = {name: spec.shape for name, spec in source.specs.items()}
                 linears, fingerprint = layout.linears(layout.require_complete(shapes)), model_fingerprint(source)
         team.require_same(model=fingerprint, samples=[[describe(sample) for sample in job.samples] for job in jobs])
-        pipeline = task_arguments.load(args, jobs[0].paths)
+        pipeline = requests.source_of(args, jobs[0].paths).load()
         parts = [_measure(pipeline, job, linears, fingerprint, path, team)
                  for job, path in zip(jobs, captures, strict=True)]
         stats = parts[0] if len(parts) == 1 else merge(parts)
@@ -83,7 +83,7 @@ class Job(NamedTuple):
 
 def _job(args: argparse.Namespace) -> Job:
     settings = task_arguments.settings_of(args)
-    paths = task_arguments.paths_of(args, decodes=False)
+    paths = requests.paths_of(args, decodes=False)
     return Job(settings, load_samples(args.example_json, settings, args.limit), paths)
 
 

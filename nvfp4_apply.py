@@ -14,19 +14,16 @@ Next    run_quant_eval.py --awq_dir OUT
 
 import argparse
 
-from lance_quant.cli import script
+from lance_quant.cli import conversion_arguments, script
 from lance_quant.errors import InputError
-from lance_quant.formats.nvfp4 import Nvfp4
-from lance_quant.inference.device import device_of
-from lance_quant.methods import convert
-from lance_quant.methods.conversion import Conversion
+from lance_quant.formats.group_sizes import NVFP4_BLOCK
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = script.parser(__doc__)
-    script.add_conversion(parser)
-    parser.add_argument("--block_size", type=int, default=Nvfp4().group_size,
+    conversion_arguments.add_conversion(parser)
+    parser.add_argument("--block_size", type=int, default=NVFP4_BLOCK,
                         help="inputs per scale; the format allows no other value")
     parser.add_argument("--slim", action="store_true",
                         help="store each scale once, as E4M3 bytes: the same values in 4.5 instead of 5.5 bits per"
@@ -37,7 +34,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Plan or convert, and print the result."""
     args = parse_args(argv)
-    script.set_threads(args.threads)
+    from lance_quant.formats.nvfp4 import Nvfp4  # late, as torch takes seconds to import: --help needs none of it
+    from lance_quant.inference.device import device_of
+    from lance_quant.methods import convert
+    from lance_quant.methods.conversion import Conversion
+
+    conversion_arguments.set_threads(args.threads)
     codec = Nvfp4(args.slim)
     if args.block_size != codec.group_size:
         raise InputError(f"--block_size {args.block_size}: NVFP4 has blocks of {codec.group_size}")

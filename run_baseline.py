@@ -16,14 +16,9 @@ Next    awq_calibrate_single.py, or run_quant_eval.py --baseline SAVE_PATH_GEN
 import argparse
 from pathlib import Path
 
-from lance_quant import distributed
 from lance_quant.cli import script, task_arguments
 from lance_quant.errors import InputError
-from lance_quant.evaluation.run_folder import RunRecord, describe, run_task
-from lance_quant.inference.device import device_of, dtype_of
-from lance_quant.inference.tasks import load_samples
-from lance_quant.official import bridge
-from lance_quant.storage.atomic import whole_folder
+from lance_quant.official.request import add_official
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -36,7 +31,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=["native", "official"], default="native",
                         help="what runs the model: this package, or ByteDance's own code in a process of its own "
                              "(README, The official source)")
-    bridge.add_official(parser)
+    add_official(parser)
     parser.add_argument("--save_path_gen", type=Path, required=True, help="results folder; must not exist")
     parser.add_argument("--save_latents", action="store_true",
                         help="keep every step's x_t and velocity, or every answer token's log-probabilities "
@@ -48,36 +43,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
+    from lance_quant import distributed  # late, as torch takes seconds to import: --help does not wait for it
+    from lance_quant.cli import requests
+    from lance_quant.evaluation.evaluate import run_float
+    from lance_quant.evaluation.run_folder import describe
+    from lance_quant.inference.request import float_facts
+
     if args.backend == "official":
-        return _run_official(args)
+        from lance_quant.official import request as official
+        from lance_quant.official.results import run_official
+
+        run_official(official.request_of(args), args.save_path_gen, args.save_latents)
+        print(args.save_path_gen)
+        return
     if args.official_src or args.official_python:
         raise InputError("--official_src and --official_python go with --backend official")
     with distributed.joined(args.device) as team:
         with team.agreed():
-            settings = task_arguments.settings_of(args)
-            paths = task_arguments.paths_of(args)
-            samples = load_samples(args.example_json, settings, args.limit)
+            request = requests.request_of(args, team)
             team.require_free(args.save_path_gen)
-            device, on_text = device_of(args.device), task_arguments.stream_of(args, team)
-            facts = task_arguments.float_facts(args.model_path)
-            record = RunRecord(device, dtype_of(args.dtype, device), facts, vars(args))
-        team.require_same(model=facts["fingerprint"], samples=[describe(sample) for sample in samples])
+            fingerprint = float_facts(request.source.paths.model)["fingerprint"]
+        team.require_same(model=fingerprint, samples=[describe(sample) for sample in request.samples])
         with team.folder(args.save_path_gen) as folder:
-            with record.stage("load"):
-                pipeline = task_arguments.load_to_run(args, paths)
-            run_task(pipeline, samples, settings, record, folder, args.save_latents, on_text, team)
+            run_float(request, folder, args.save_latents, team)
         if team.leads:
             print(args.save_path_gen)
-
-
-def _run_official(args: argparse.Namespace) -> None:
-    settings, paths = task_arguments.settings_of(args), task_arguments.paths_of(args)
-    samples = load_samples(args.example_json, settings, args.limit)
-    bridge.require_possible(args, paths)
-    source, facts = bridge.find(args.official_src), task_arguments.float_facts(args.model_path)
-    with whole_folder(args.save_path_gen) as folder:
-        bridge.run_task(args, source, settings, samples, paths, facts, folder)
-    print(args.save_path_gen)
 
 
 def command() -> None:

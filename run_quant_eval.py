@@ -12,22 +12,9 @@ Next    open report.html
 """
 
 import argparse
-import functools
 from pathlib import Path
 
-from lance_quant import distributed
 from lance_quant.cli import script, task_arguments
-from lance_quant.distributed import Team
-from lance_quant.errors import InputError
-from lance_quant.evaluation import report
-from lance_quant.evaluation.compare import compare_run, run_entry, section
-from lance_quant.evaluation.run_folder import Results, RunRecord, describe, drop_traces, require_source, run_task
-from lance_quant.formats.packed_folder import PackedFolder
-from lance_quant.inference.device import device_of, dtype_of
-from lance_quant.inference.tasks import Settings, load_samples
-from lance_quant.lance.runtime import Runtime
-from lance_quant.storage.atomic import write_json
-from quantized_linear import require_kernel, swap_linears
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -52,19 +39,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
+    from lance_quant import distributed  # late, as torch takes seconds to import: --help does not wait for it
+    from lance_quant.cli import requests
+    from lance_quant.evaluation import evaluate, report
+    from lance_quant.evaluation.run_folder import describe, drop_traces
+    from lance_quant.storage.atomic import write_json
+
+    how = evaluate.PackedMode(args.mode, args.kernel)
     with distributed.joined(args.device) as team:
         with team.agreed():
-            settings = task_arguments.settings_of(args)
-            samples = load_samples(args.example_json, settings, args.limit)
-            packed = _open(args.awq_dir)
-            task_arguments.paths_of(args)
-            task_arguments.stream_of(args, team)
+            request = requests.request_of(args, team)
+            packed = evaluate.open_folders(args.awq_dir)
             team.require_free(args.save_path_gen)
-            _require_comparable(args, settings, samples, packed)
-            _require_kernel(args, packed)
-        team.require_same(models=[one.meta for one in packed.values()], samples=[describe(one) for one in samples])
+            evaluate.require_comparable(request, packed, args.baseline)
+            evaluate.require_kernel(request, packed, how)
+        team.require_same(models=[one.meta for one in packed.values()],
+                          samples=[describe(sample) for sample in request.samples])
         with team.folder(args.save_path_gen) as folder:
-            sections = _compare_all(args, settings, samples, packed, folder, team)
+            sections = evaluate.evaluate(request, packed, how, args.baseline, folder, team)
             if team.leads:
                 write_json(folder / "comparison.json", sections)
                 report.write(folder, sections)
@@ -73,79 +65,6 @@ def main(argv: list[str] | None = None) -> None:
         if team.leads:
             script.log.info("%s", report.summary_table(sections))
             print(args.save_path_gen / "report.html")
-
-
-def _open(folders: list[Path]) -> dict[str, PackedFolder]:
-    """The packed folders by name, which names their results too."""
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names) or "baseline" in names:
-        raise InputError(f"--awq_dir {' '.join(names)}: folders need different names, none of them 'baseline'")
-    return {name: PackedFolder(folder) for name, folder in zip(names, folders, strict=True)}
-
-
-def _require_comparable(args: argparse.Namespace, settings: Settings, samples: list,
-                        packed: dict[str, PackedFolder]) -> None:
-    """Raise InputError, before anything is loaded, unless baseline and packed folders compare."""
-    if args.baseline:
-        with Results(args.baseline) as baseline:
-            baseline.require_same(settings, samples, dtype_of(args.dtype, device_of(args.device)))
-        fingerprint, what = baseline.run["model"].get("fingerprint"), f"the model of baseline {args.baseline}"
-    else:
-        fingerprint = task_arguments.float_facts(args.model_path)["fingerprint"]
-        what = f"--model_path {args.model_path}"
-    for one in packed.values():
-        require_source(one, fingerprint, what)
-
-
-def _require_kernel(args: argparse.Namespace, packed: dict[str, PackedFolder]) -> None:
-    """Raise InputError, before anything is loaded, if --kernel cannot run the packed folders."""
-    if args.mode == "cached":
-        if args.kernel != "auto":
-            script.log.warning("of no effect with --mode cached: --kernel")
-        return
-    device = device_of(args.device)
-    for one in packed.values():
-        require_kernel(one, dtype_of(args.dtype, device), device, args.kernel)
-
-
-def _compare_all(args: argparse.Namespace, settings: Settings, samples: list, packed: dict[str, PackedFolder],
-                 folder: Path, team: Team) -> list[dict]:
-    """Run and compare every packed folder, after the float model where there is no baseline; the report's sections,
-    complete on the leader."""
-    if not args.baseline:
-        _run(args, settings, samples, folder / "baseline", team)
-    with Results(args.baseline or folder / "baseline") as baseline:
-        sections = [section(settings, baseline, folder)]
-        for name, one in packed.items():
-            compared = _compare(args, settings, samples, one, baseline, folder / name, team)
-            if team.leads:
-                sections[0]["runs"].append(run_entry(name, settings.task, compared, folder))
-    return sections
-
-
-def _compare(args: argparse.Namespace, settings: Settings, samples: list, packed: PackedFolder, baseline: Results,
-             folder: Path, team: Team) -> list[dict]:
-    """Run one packed folder and compare it; the model is gone when this returns, before the next one is loaded."""
-    pipeline = _run(args, settings, samples, folder, team, packed)
-    return compare_run(pipeline, samples, settings, baseline, folder, team)
-
-
-def _run(args: argparse.Namespace, settings: Settings, samples: list, folder: Path, team: Team,
-         packed: PackedFolder | None = None) -> Runtime:
-    """Run the task with the float weights or with packed ones, into `folder`; return the model."""
-    device = device_of(args.device)
-    dtype = dtype_of(args.dtype, device)
-    facts = packed.facts() if packed else task_arguments.float_facts(args.model_path)
-    record = RunRecord(device, dtype, facts, vars(args))
-    prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device, mode=args.mode,
-                                           kernel=args.kernel)
-    folder.mkdir()
-    with record.stage("load"):
-        paths = task_arguments.paths_of(args)
-        pipeline = task_arguments.load_to_run(args, paths, packed and packed.checkpoint.path, prepare)
-    keep_trace = packed is None or settings.spec.makes != "text"  # of answers, only the baseline's trace is read
-    run_task(pipeline, samples, settings, record, folder, keep_trace, task_arguments.stream_of(args, team), team)
-    return pipeline
 
 
 def command() -> None:

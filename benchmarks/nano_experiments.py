@@ -41,9 +41,9 @@ from lance_quant.formats import layout
 from lance_quant.formats.base import Codec
 from lance_quant.formats.int4 import Int4
 from lance_quant.formats.nvfp4 import Nvfp4
-from lance_quant.lance.config import SEED
 from lance_quant.lance.generation import Sampling
 from lance_quant.lance.runtime import Runtime
+from lance_quant.lance.settings import SEED
 
 CALIBRATION_SAMPLES = 48
 TRACED = 16  # captions and questions per seed whose velocities and token distributions are compared

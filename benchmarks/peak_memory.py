@@ -64,10 +64,10 @@ from lance_quant.inference.memory import peak_memory, reset_peak_memory
 from lance_quant.kernels import dispatch
 from lance_quant.kernels.triton_w4a16 import TILE_ROWS
 from lance_quant.lance.config import LanceConfig
-from lance_quant.lance.generation import Denoiser, Sampling
+from lance_quant.lance.generation import Denoiser
 from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance
-from lance_quant.lance.runtime import OFFLOADS, latent_grid
+from lance_quant.lance.settings import OFFLOADS, Sampling, latent_grid
 from lance_quant.lance.tokens import TARGET, TEMPLATE, VIT, Split, TokenSequence, Visual, mrope_positions
 from lance_quant.lance.understanding import Decoding
 

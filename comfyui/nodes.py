@@ -229,9 +229,9 @@ def _parts(found: models.Found) -> str:
 
 def _official_source() -> str:
     """Where ByteDance's own code was looked for, in order; the nodes do not need it."""
-    from lance_quant.official import bridge
+    from lance_quant.official import checkout
 
-    looked = list(bridge.look(None, host.source_places()))
+    looked = list(checkout.candidates(None, host.source_places()))
     places = [f"  {number}. {one.via}: {one.path}: {one.rejected or 'found'}" for number, one in enumerate(looked, 1)]
     found = "none, and no node needs it" if looked[-1].rejected else f"{looked[-1].path} ({looked[-1].via})"
     return "\n".join([f"{found}; looked at", *places])

@@ -21,7 +21,7 @@ from PIL import Image
 from comfyui import build, classes, handle, host, install, models, nodes, table, toolkit
 from comfyui.toolkit import PackError
 from lance_quant.errors import InputError
-from lance_quant.kernels.base import KERNEL_CHOICES
+from lance_quant.kernels.choices import KERNEL_CHOICES
 
 ROOT = Path(__file__).parent.parent
 PACK = ROOT / "comfyui"
@@ -608,10 +608,10 @@ def source_lines() -> list[str]:
 
 
 def test_self_check_lists_where_the_official_source_was_looked_for(comfy, monkeypatch):
-    from lance_quant.official import bridge
+    from lance_quant.official import checkout
 
-    monkeypatch.delenv(bridge.ENV_SOURCE, raising=False)
-    monkeypatch.setattr(bridge, "_HOME", comfy.root / "elsewhere" / "pack")
+    monkeypatch.delenv(checkout.ENV_SOURCE, raising=False)
+    monkeypatch.setattr(checkout, "_HOME", comfy.root / "elsewhere" / "pack")
     monkeypatch.chdir(comfy.root)
     first, *places = source_lines()
     assert first == "official source: none, and no node needs it; looked at"
@@ -619,13 +619,13 @@ def test_self_check_lists_where_the_official_source_was_looked_for(comfy, monkey
         "1. inside this repository", "2. beside this repository", "3. custom_nodes", "4. ComfyUI folder",
         "5. working directory", "6. working directory"]
     source = comfy.root / "custom_nodes" / "lance"
-    for marker in bridge.MARKERS:
+    for marker in checkout.MARKERS:
         (source / marker).parent.mkdir(parents=True, exist_ok=True)
         (source / marker).touch()
     first, *places = source_lines()
     assert first == f"official source: {source} (custom_nodes); looked at"
     assert len(places) == 3 and places[-1] == f"  3. custom_nodes: {source}: found"
-    monkeypatch.setenv(bridge.ENV_SOURCE, str(comfy.root / "wrong"))
+    monkeypatch.setenv(checkout.ENV_SOURCE, str(comfy.root / "wrong"))
     assert source_lines()[1:] == [f"  1. LANCE_SRC_PATH: {comfy.root / 'wrong'}: does not exist"]
 
 

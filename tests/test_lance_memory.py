@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import CPU, relative
 
-from lance_quant.lance.generation import Sampling
-from lance_quant.lance.runtime import OFFLOADS, Runtime
+from lance_quant.lance.runtime import Runtime
+from lance_quant.lance.settings import OFFLOADS, Sampling
 from lance_quant.lance.vae import load_vae
 
 TWO = Sampling(num_timesteps=2)

@@ -12,15 +12,16 @@ from lance_quant.cli import task_arguments
 from lance_quant.errors import InputError
 from lance_quant.lance import generation
 from lance_quant.lance.generation import Sampling
+from lance_quant.lance.settings import TokenSampling
 from lance_quant.lance.tokens import TextStream
-from lance_quant.lance.understanding import TokenSampling, chances
+from lance_quant.lance.understanding import chances, pick_token
 
 SIZE = (96, 128)
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0])
 
 
 def picks(sampling, count=400):
-    drawn = [sampling.pick(LOGITS, chance) for chance in chances(count, 42).split(1)]
+    drawn = [pick_token(sampling, LOGITS, chance) for chance in chances(count, 42).split(1)]
     return torch.bincount(torch.cat(drawn), minlength=4) / count
 
 
@@ -44,7 +45,7 @@ def test_top_p_keeps_the_likeliest_tokens_that_reach_it():
 @pytest.mark.parametrize("chance", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_range_of_chances_draw_kept_tokens(chance):
     """The least and the greatest float32 in [0, 1)."""
-    token = TokenSampling(temperature=1.0, top_p=0.7).pick(LOGITS, torch.tensor([chance])).item()
+    token = pick_token(TokenSampling(temperature=1.0, top_p=0.7), LOGITS, torch.tensor([chance])).item()
     assert token == (1 if chance == 0 else 2)
 
 

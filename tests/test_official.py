@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 import run_baseline
 from lance_quant.errors import InputError
 from lance_quant.evaluation.run_folder import Results
-from lance_quant.official import bridge, child
+from lance_quant.official import __main__ as command
+from lance_quant.official import checkout as official_checkout
+from lance_quant.official import child, process, request
 
 MODEL = ["--model_path", str(GOLDENS / "checkpoint" / "Lance_3B"), "--device", "cpu"]
 SIZES = ["--video_height", "96", "--video_width", "128", "--num_frames", "5", "--validation_num_timesteps", "3"]
 CLOSE = 1e-5  # float32 through some hundred sums in another order; see test_lance_mot.py
-SOURCE = os.environ.get(bridge.ENV_SOURCE)  # read before the fixture below hides it
+SOURCE = os.environ.get(official_checkout.ENV_SOURCE)  # read before the fixture below hides it
 
 
 def how(task: str, *more: str) -> list[str]:
@@ -47,10 +49,10 @@ def places(tmp_path, monkeypatch) -> Path:
     """A repository, its parent and a working directory with no checkout anywhere, and none in the environment."""
     (tmp_path / "projects" / "lance-quant").mkdir(parents=True)
     (tmp_path / "work").mkdir()
-    monkeypatch.setattr(bridge, "_HOME", tmp_path / "projects" / "lance-quant")
+    monkeypatch.setattr(official_checkout, "_HOME", tmp_path / "projects" / "lance-quant")
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.delenv(bridge.ENV_SOURCE, raising=False)
-    monkeypatch.delenv(bridge.ENV_PYTHON, raising=False)
+    monkeypatch.delenv(official_checkout.ENV_SOURCE, raising=False)
+    monkeypatch.delenv(request.ENV_PYTHON, raising=False)
     return tmp_path
 
 
@@ -58,38 +60,38 @@ def places(tmp_path, monkeypatch) -> Path:
 
 def test_the_order_is_argument_environment_repository_host_working_directory(places, monkeypatch):
     working = checkout(places / "work" / "Lance-main")
-    assert bridge.find() == ("working directory", working, "")
+    assert official_checkout.find() == ("working directory", working, "")
     host = checkout(places / "nodes" / "LANCE")
     more = [("custom nodes", places / "nodes")]
-    assert bridge.find(None, more) == ("custom nodes", host, "")
+    assert official_checkout.find(None, more) == ("custom nodes", host, "")
     beside = checkout(places / "projects" / "lance")
-    assert bridge.find(None, more) == ("beside this repository", beside, "")
+    assert official_checkout.find(None, more) == ("beside this repository", beside, "")
     inside = checkout(places / "projects" / "lance-quant" / "Lance")
-    assert bridge.find(None, more) == ("inside this repository", inside, "")
+    assert official_checkout.find(None, more) == ("inside this repository", inside, "")
     named = checkout(places / "anywhere")
-    monkeypatch.setenv(bridge.ENV_SOURCE, str(named))
-    assert bridge.find(None, more) == ("LANCE_SRC_PATH", named, "")
-    assert bridge.find(working, more) == ("--official_src", working, "")
+    monkeypatch.setenv(official_checkout.ENV_SOURCE, str(named))
+    assert official_checkout.find(None, more) == ("LANCE_SRC_PATH", named, "")
+    assert official_checkout.find(working, more) == ("--official_src", working, "")
 
 
 def test_the_working_directory_itself_may_be_the_checkout(places, monkeypatch):
     monkeypatch.chdir(checkout(places / "cloned"))
-    assert bridge.find().path == places / "cloned"
+    assert official_checkout.find().path == places / "cloned"
 
 
-@pytest.mark.parametrize("marker", bridge.MARKERS)
+@pytest.mark.parametrize("marker", official_checkout.MARKERS)
 def test_a_folder_without_either_file_is_no_checkout(places, marker):
     folder = checkout(places / "work" / "Lance")
     (folder / marker).unlink()
     with pytest.raises(InputError, match=f"work/Lance \\(working directory: no {marker}\\)"):
-        bridge.find()
+        official_checkout.find()
 
 
 def test_not_finding_it_lists_every_place_and_why(places):
     with pytest.raises(InputError) as raised:
-        bridge.find(None, [("custom nodes", places / "nodes")])
+        official_checkout.find(None, [("custom nodes", places / "nodes")])
     message = str(raised.value)
-    assert "--official_src or LANCE_SRC_PATH" in message and bridge.REPOSITORY in message
+    assert "--official_src or LANCE_SRC_PATH" in message and official_checkout.REPOSITORY in message
     wanted = [f"{places}/projects/lance-quant/Lance (inside this repository: does not exist)",
               f"{places}/projects/Lance (beside this repository: does not exist)",
               f"{places}/nodes/Lance (custom nodes: does not exist)",
@@ -101,26 +103,26 @@ def test_not_finding_it_lists_every_place_and_why(places):
 def test_a_wrong_path_that_was_given_is_an_error_although_another_would_do(places, monkeypatch, given):
     checkout(places / "work" / "Lance")
     if given == "environment":
-        monkeypatch.setenv(bridge.ENV_SOURCE, str(places / "nowhere"))
+        monkeypatch.setenv(official_checkout.ENV_SOURCE, str(places / "nowhere"))
     with pytest.raises(InputError, match="nowhere is no checkout of .*: does not exist"):
-        bridge.find(places / "nowhere" if given == "argument" else None)
+        official_checkout.find(places / "nowhere" if given == "argument" else None)
 
 
 def test_one_folder_too_high_is_told_the_right_one(places):
     right = checkout(places / "downloads" / "Lance")
     with pytest.raises(InputError, match=f"did you mean {right}\\?"):
-        bridge.find(places / "downloads")
+        official_checkout.find(places / "downloads")
 
 
 def test_a_file_is_no_checkout(places):
     (places / "Lance").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        bridge.find(places / "Lance")
+        official_checkout.find(places / "Lance")
 
 
 def test_detection_imports_neither_torch_nor_the_source(places):
     checkout(places / "work" / "Lance", "raise SystemExit('imported')")
-    program = ("import sys; from lance_quant.official import bridge; print(bridge.find().path);"
+    program = ("import sys; from lance_quant.official import checkout; print(checkout.find().path);"
                "print([name for name in ('torch', 'transformers', 'inference_lance') if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(places / "work" / "Lance"), "[]"]
@@ -128,7 +130,7 @@ def test_detection_imports_neither_torch_nor_the_source(places):
 
 def test_find_prints_the_places_in_front_of_the_found_one(places, capsys):
     found = checkout(places / "work" / "Lance")
-    bridge.main(["find"])
+    command.main(["find"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and lines[-1] == f"{found} (working directory)" and "does not exist" in lines[0]
 
@@ -170,7 +172,7 @@ def test_a_child_that_fails_is_explained_and_leaves_nothing(places, main, messag
 
 
 def test_an_interpreter_that_is_none_is_named(places, monkeypatch):
-    monkeypatch.setenv(bridge.ENV_PYTHON, str(places / "python"))
+    monkeypatch.setenv(request.ENV_PYTHON, str(places / "python"))
     with pytest.raises(InputError, match="python is no program"):
         baseline("--official_src", str(checkout(places / "Lance")), out=places / "out")
 
@@ -182,7 +184,7 @@ def test_the_child_sees_the_gpu_that_was_asked_for_and_no_process_group(monkeypa
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    environment = bridge._environment(device, Path("request.json"))
+    environment = process._environment(device, Path("request.json"))
     assert environment.get("CUDA_VISIBLE_DEVICES") == seen and "RANK" not in environment
 
 
@@ -216,13 +218,13 @@ def test_the_view_of_torch_changes_names_for_the_official_modules_only():
 
 # The real thing
 
-needs_source = pytest.mark.skipif(not SOURCE, reason=f"needs {bridge.ENV_SOURCE}, a checkout of "
-                                                     f"{bridge.REPOSITORY}")
+needs_source = pytest.mark.skipif(not SOURCE, reason=f"needs {official_checkout.ENV_SOURCE}, a checkout of "
+                                                     f"{official_checkout.REPOSITORY}")
 
 
 def compared(task: str, capsys) -> dict:
     """What `compare` prints as JSON."""
-    bridge.main(["compare", *how(task, *SIZES, "--limit", "1", "--dtype", "float32", "--max_new_tokens", "12")])
+    command.main(["compare", *how(task, *SIZES, "--limit", "1", "--dtype", "float32", "--max_new_tokens", "12")])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 

@@ -1,30 +1,29 @@
-"""Arguments of the scripts that run the model, and the objects they mean. Flags keep the published spelling."""
+"""Flags of the scripts that run the model, and the `Settings` they mean. Flags keep the published spelling.
+
+No torch in here, as in settings.py: --help shows the choices and defaults of both.
+"""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from lance_quant.calibration.activation_stats import model_fingerprint
 from lance_quant.cli import script
-from lance_quant.distributed import Team
-from lance_quant.errors import InputError, require_whole
-from lance_quant.inference.device import device_of, dtype_of
-from lance_quant.inference.tasks import Settings
-from lance_quant.kernels.base import KERNEL_CHOICES
-from lance_quant.lance.compiled import compile_steps
-from lance_quant.lance.config import LATENT_STRIDE, LancePaths
-from lance_quant.lance.generation import Sampling
-from lance_quant.lance.loader import TorchFile
-from lance_quant.lance.media.samples import TASKS, TIMED
-from lance_quant.lance.media.vision import RESOLUTIONS
-from lance_quant.lance.mot import Lance
-from lance_quant.lance.runtime import OFFLOADS, Runtime, latent_grid
-from lance_quant.lance.understanding import GREEDY, MAX_NEW_TOKENS, TokenSampling
-from lance_quant.storage.tensor_file import Checkpoint, TensorFile, TensorSpec, file_size
+from lance_quant.errors import require_whole
+from lance_quant.kernels.choices import KERNEL_CHOICES
+from lance_quant.lance.config import LATENT_STRIDE
+from lance_quant.lance.settings import (
+    GREEDY,
+    MAX_NEW_TOKENS,
+    OFFLOADS,
+    RESOLUTIONS,
+    TASKS,
+    TIMED,
+    Sampling,
+    Settings,
+    TokenSampling,
+    latent_grid,
+)
 
 _LARGEST_FRAME = 2352  # latent cells of the largest official bucket
 _DEFAULTS = {field.name: field.default for kind in (Sampling, Settings) for field in fields(kind)}
@@ -112,14 +111,6 @@ def add_kernel(to: argparse.ArgumentParser) -> None:
                          "Packed linears). run.json says which ran")
 
 
-def stream_of(args: argparse.Namespace, team: Team) -> Callable[[str], None] | None:
-    """What --stream means: where answers go while they come, None for nowhere."""
-    if args.stream and team.size > 1:
-        raise InputError(f"--stream shows one answer after the other, and {team.size} processes give several at once: "
-                         "leave it out, or start one process")
-    return script.show if args.stream else None
-
-
 def settings_of(args: argparse.Namespace) -> Settings:
     """The run's settings; InputError for a value out of range."""
     _warn_of_idle_flags(args)
@@ -170,42 +161,3 @@ def _say_what_is_floored(args: argparse.Namespace, settings: Settings) -> None:
     if 4 * frames - 3 != settings.num_frames:
         script.log.warning("%d frames are floored to %d: one more than a multiple of 4", settings.num_frames,
                            4 * frames - 3)
-
-
-def paths_of(args: argparse.Namespace, decodes: bool = True) -> LancePaths:
-    """The model's paths, with the parts that the task needs checked for; `decodes`: latents become pixels."""
-    paths, task = LancePaths.find(args.model_path, args.vit_path, args.vae_path), TASKS[args.task]
-    looks = task.takes is not None and args.task != "i2v"  # i2v's picture goes through the VAE only
-    if looks and not (paths.vit / "config.json").is_file():
-        raise InputError(f"ViT not found: {paths.vit}/config.json; give its folder with --vit_path")
-    if looks and (paths.vit / "vit.safetensors").is_file():  # absent is fine where the checkpoint has its own
-        TensorFile(paths.vit / "vit.safetensors").close()
-    if task.makes != "text" and (decodes or task.takes is not None):
-        TorchFile(script.require_file(paths.vae, "VAE (give it with --vae_path)"))
-    return paths
-
-
-def load(args: argparse.Namespace, paths: LancePaths, checkpoint: Path | None = None,
-         prepare: Callable[[Lance], object] | None = None, merged: bool = False) -> Runtime:
-    """The pipeline that the model and device arguments mean, from `checkpoint` or the float weights."""
-    device = device_of(args.device)
-    return Runtime.load(paths, device, dtype_of(args.dtype, device), checkpoint, prepare,
-                         fix_quirks=args.fix_quirks, offload=args.offload, vae_tiling=args.vae_tiling, merged=merged)
-
-
-def load_to_run(args: argparse.Namespace, paths: LancePaths, checkpoint: Path | None = None,
-                prepare: Callable[[Lance], object] | None = None) -> Runtime:
-    """As `load`, made fast: projections merged and, with --compile, steps compiled. No linear can be watched in it."""
-    pipeline = load(args, paths, checkpoint, prepare, merged=True)
-    if args.compile:
-        compile_steps(pipeline.model)
-    return pipeline
-
-
-def float_facts(model_path: Path) -> dict[str, Any]:
-    """What run.json says of float weights: path, bytes on disk, bits per weight of the decoder's linears."""
-    with Checkpoint(model_path) as source:
-        spec: TensorSpec = next(spec for name, spec in source.specs.items() if name.endswith(".q_proj.weight"))
-        return {"path": str(source.path), "format": str(spec.dtype).removeprefix("torch."),
-                "bytes": file_size(source.specs), "fingerprint": model_fingerprint(source),
-                "bits_per_weight": float(torch.finfo(spec.dtype).bits)}

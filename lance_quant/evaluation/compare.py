@@ -1,54 +1,98 @@
-"""One quantized run beside its baseline: the numbers that run_quant_eval.py reports, as plain data."""
+"""Fidelity of a quantized run to its baseline: KL, velocity error, PSNR per sample, and their means with intervals.
+
+The numbers that run_quant_eval.py reports, as plain data: comparison.json is a list of `Section`.
+"""
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, cast
 
 from lance_quant.distributed import ALONE, Team
 from lance_quant.errors import InputError
-from lance_quant.evaluation.metrics import psnr, relative_error, step_errors, text_similarity, token_divergence
+from lance_quant.evaluation.metrics import (
+    Interval,
+    bootstrap,
+    psnr,
+    relative_error,
+    step_errors,
+    text_similarity,
+    token_divergence,
+    weighted_mean,
+)
 from lance_quant.evaluation.run_folder import Results, made, open_made
-from lance_quant.inference.tasks import Settings, forced_velocities
-from lance_quant.lance.media.samples import TASKS, Prompt, Question
+from lance_quant.inference.request import RunRequest
+from lance_quant.inference.tasks import forced_velocities
+from lance_quant.lance.media.samples import Prompt, Question
 from lance_quant.lance.progress import progress
 from lance_quant.lance.runtime import Runtime
+from lance_quant.lance.settings import TASKS, Settings
 from lance_quant.storage.atomic import read_json
 
+
+@dataclass(frozen=True)
+class Metric:
+    """What is reported of a comparison: its key in comparison.json, its heading, which way is better, what it says."""
+
+    key: str
+    heading: str
+    better: Literal["lower", "higher"]
+    meaning: str
+
+    @property
+    def direction(self) -> str:
+        """For people: "lower is better"."""
+        return f"{self.better} is better"
+
+
 _DRAWN = (
-    ("velocity_error", "velocity error, mean over steps", "lower is better"),
-    ("latent_error", "final latent error", "lower is better"),
+    Metric("velocity_error", "velocity error", "lower",
+           "How far each denoising step is off, at the baseline's own points: |difference| / |baseline's velocity|, "
+           "mean over the steps."),
+    Metric("latent_error", "final latent error", "lower",
+           "How far the finished latents are from the baseline's, relative. Small differences of early steps grow, so "
+           "this says less than the velocity error."),
 )
-# By what a task makes, shown in this order; (key, heading, how a person reads it).
-METRICS = {
+# By what a task makes, shown in this order.
+METRICS: dict[str, tuple[Metric, ...]] = {
     "text": (
-        ("kl", "KL per token (nats)", "lower is better"),
-        ("top1", "top-1 agreement", "higher is better"),
-        ("exact", "exact answers", "higher is better"),
-        ("characters", "character similarity", "higher is better"),
-        ("words", "word similarity", "higher is better"),
+        Metric("kl", "KL per token (nats)", "lower",
+               "How much the next token's probabilities differ from the baseline's, along the baseline's own answer. "
+               "0: the same distribution."),
+        Metric("top1", "top-1 agreement", "higher",
+               "Share of those tokens where both hold the same token for the likeliest."),
+        Metric("exact", "exact answers", "higher", "Share of free answers that are the baseline's, letter for letter."),
+        Metric("characters", "character similarity", "higher", "Matching share of the characters of the free answers."),
+        Metric("words", "word similarity", "higher", "Matching share of the words of the free answers."),
     ),
-    "image": (*_DRAWN, ("psnr", "PSNR of the picture (dB)", "higher is better")),
-    "video": (*_DRAWN, ("psnr", "PSNR over all frames (dB)", "higher is better")),
+    "image": (*_DRAWN, Metric("psnr", "PSNR of the picture (dB)", "higher",
+                              "How close the pixels are. From about 40 dB on nobody sees a difference; below 30 dB "
+                              "look at the pictures.")),
+    "video": (*_DRAWN, Metric("psnr", "PSNR over all frames (dB)", "higher",
+                              "How close the pixels of all frames are. From about 40 dB on nobody sees a difference; "
+                              "below 30 dB look at the clips.")),
 }
+EQUAL = "equal"  # in place of an infinite PSNR, since JSON has no infinity
 
 
-def metrics_of(task: str) -> tuple[tuple[str, str, str], ...]:
+def metrics_of(task: str) -> tuple[Metric, ...]:
     """The rows of METRICS for a task."""
     return METRICS[TASKS[task].makes]
 
 
-def compare_run(pipeline: Runtime, samples: list[Question] | list[Prompt], settings: Settings, baseline: Results,
-                folder: Path, team: Team = ALONE) -> list[dict[str, Any]]:
+def compare_run(runtime: Runtime, request: RunRequest, baseline: Results, folder: Path,
+                team: Team = ALONE) -> list[dict[str, Any]]:
     """Per sample, the distance of a finished run in `folder` from `baseline`, in the keys of METRICS and more.
 
     Runs the quantized model once more, on the baseline's own tokens and points x_t. Of a team, each process compares
     its share of the samples, and the leader gets all of it.
     """
-    compare = _compare_answer if settings.spec.makes == "text" else _compare_made
     with Results(folder) as run:
-        own = [compare(pipeline, sample, settings, baseline, run)
-               for sample in progress(team.share(samples), desc="compare", unit="sample")]
-    return list(team.collect(own, len(samples)))
+        own = [_compare_answer(runtime, sample, request.settings, baseline, run) if isinstance(sample, Question) else
+               _compare_made(runtime, sample, request.settings, baseline, run)
+               for sample in progress(team.share(request.samples), desc="compare", unit="sample")]
+    return list(team.collect(own, len(request.samples)))
 
 
 def _compare_answer(pipeline: Runtime, question: Question, settings: Settings, baseline: Results,
@@ -80,34 +124,82 @@ def _compare_made(pipeline: Runtime, prompt: Prompt, settings: Settings, baselin
             "psnr": psnr(open_made(run.folder / name), open_made(baseline.folder / name))}
 
 
-def summarize(task: str, samples: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean of every metric over the samples (KL and top-1 over all tokens)."""
-    weights = [sample.get("tokens", 1) for sample in samples]
-    summary = {}
-    for key, _, _ in metrics_of(task):
-        each = weights if key in ("kl", "top1") else [1] * len(samples)
-        total = sum(weight * sample[key] for weight, sample in zip(each, samples, strict=True))
-        summary[key] = total / sum(each)
-    return summary
+class RunFacts(TypedDict):
+    """What comparison.json says of a results folder: its run.json, shortened; the folder is relative to the report's
+    where it lies below it."""
+
+    folder: str
+    model: dict[str, Any]
+    device: str
+    dtype: str
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, int | None]
+    versions: dict[str, str]
 
 
-def section(settings: Settings, baseline: Results, root: Path) -> dict[str, Any]:
+class RunEntry(RunFacts):
+    """One run in comparison.json.
+
+    summary: key of METRICS -> mean over the samples (KL and top-1 over all tokens). Of PSNR: over the samples that are
+        not equal to the baseline's, EQUAL if all are. None: infinite.
+    intervals: key -> 95 % bootstrap interval of that mean, None where fewer than two samples are in it.
+    equal_samples: how many samples' pixels are the baseline's; 0 where no pictures are made.
+    samples: what compare_run found.
+    """
+
+    name: str
+    summary: dict[str, float | str | None]
+    intervals: dict[str, Interval | None]
+    equal_samples: int
+    samples: list[dict[str, Any]]
+
+
+class Section(TypedDict):
+    """One task in comparison.json."""
+
+    task: str
+    settings: dict[str, Any]
+    baseline: RunFacts
+    runs: list[RunEntry]
+
+
+def section(settings: Settings, baseline: Results, root: Path) -> Section:
     """A report's section with no runs yet. Folders in it are relative to `root` where they lie below it."""
     return {"task": settings.task, "settings": settings.as_json(), "baseline": _facts(baseline.folder, root),
             "runs": []}
 
 
-def run_entry(name: str, task: str, samples: list[dict[str, Any]], root: Path) -> dict[str, Any]:
+def run_entry(name: str, task: str, samples: Sequence[Mapping[str, Any]], root: Path) -> RunEntry:
     """One run of a section: what ran, the samples from `compare_run`, and their summary."""
-    summary = summarize(task, samples)
-    for row in (*samples, summary):  # JSON has no infinity
-        row.update({key: "equal" for key, value in row.items() if value == math.inf})
-    return {"name": name, **_facts(root / name, root), "summary": summary, "samples": samples}
+    summary: dict[str, float | str | None] = {}
+    intervals: dict[str, Interval | None] = {}
+    for metric in metrics_of(task):
+        rows = [sample for sample in samples if metric.key != "psnr" or sample["psnr"] != math.inf]
+        values, weights = [row[metric.key] for row in rows], weights_of(metric, rows)
+        summary[metric.key] = weighted_mean(values, weights) if rows else math.inf
+        intervals[metric.key] = bootstrap(values, weights)
+    return {**_facts(root / name, root), "name": name, "summary": _finite(summary), "intervals": intervals,
+            "equal_samples": sum(sample.get("psnr") == math.inf for sample in samples),
+            "samples": [_finite(sample) for sample in samples]}
 
 
-def _facts(folder: Path, root: Path) -> dict[str, Any]:
-    """What a report says of a results folder: its run.json, shortened."""
+def weights_of(metric: Metric, samples: Sequence[Mapping[str, Any]]) -> list[int]:
+    """What each sample counts in the mean of a metric."""
+    return [sample["tokens"] if metric.key in ("kl", "top1") else 1 for sample in samples]
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for JSON, which has no infinity: equal pictures have an infinite PSNR, a zero baseline infinite errors."""
+    def finite(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [finite(key, one) for one in value]
+        return (EQUAL if key == "psnr" else None) if value == math.inf else value
+
+    return {key: finite(key, value) for key, value in row.items()}
+
+
+def _facts(folder: Path, root: Path) -> RunFacts:
     run = read_json(folder / "run.json", "run.json")
     kept = ("model", "device", "dtype", "seconds", "peak_memory_bytes", "versions")
     place = folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve()
-    return {"folder": str(place), **{key: run[key] for key in kept}}
+    return cast(RunFacts, {"folder": str(place), **{key: run[key] for key in kept}})

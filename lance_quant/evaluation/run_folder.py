@@ -14,7 +14,7 @@ import logging
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -29,12 +29,14 @@ from lance_quant.distributed import ALONE, Team
 from lance_quant.errors import InputError
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.inference.memory import peak_memory, reset_peak_memory
-from lance_quant.inference.tasks import Answered, Drawn, Settings, answer_all, draw_all, force_all
+from lance_quant.inference.request import RunRequest
+from lance_quant.inference.tasks import Answered, Drawn, answer_all, draw_all, force_all
 from lance_quant.kernels.base import CALLS
-from lance_quant.lance.media.samples import TASKS, Prompt, Question
+from lance_quant.lance.media.samples import Prompt, Question
 from lance_quant.lance.media.video import read_video, write_video
 from lance_quant.lance.progress import progress
 from lance_quant.lance.runtime import Runtime
+from lance_quant.lance.settings import TASKS, Settings
 from lance_quant.storage.atomic import read_json, write_json
 from lance_quant.storage.tensor_file import TensorFile, write_tensors
 
@@ -51,7 +53,7 @@ class RunRecord:
     device: torch.device
     dtype: torch.dtype
     model: dict[str, Any]
-    arguments: dict[str, Any]
+    arguments: Mapping[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     peaks: dict[str, dict[str, int | None]] = field(default_factory=dict)
     kernels_before: Counter[str] = field(default_factory=CALLS.counts)
@@ -133,36 +135,49 @@ def _highest(peaks: Iterable[Mapping[str, int | None]]) -> dict[str, int | None]
             for kind in peaks[0]}
 
 
-def run_task(pipeline: Runtime, samples: list[Question] | list[Prompt], settings: Settings, record: RunRecord,
-             folder: Path, keep_trace: bool, on_text: Callable[[str], None] | None = None, team: Team = ALONE) -> None:
+def run_task(runtime: Runtime, request: RunRequest, record: RunRecord, folder: Path, keep_trace: bool,
+             team: Team = ALONE) -> None:
     """Run a task over its samples and write the results folder (an existing, empty one).
 
     Args:
-        on_text: see answer_all.
+        record: of this run; what is measured here is added to it.
+        keep_trace: also write every step, or every answer token's log-probabilities.
         team: shares the samples; its leader's folder gets everything, the others' what they made themselves.
     """
-    own = team.share(samples)
-    if settings.spec.makes == "text":
-        with record.stage("run"):
-            answered = list(answer_all(pipeline, own, settings, on_text))
-            write_answers(team.collect(answered, len(samples)), folder)
-        if keep_trace:
-            with record.stage("trace"):
-                traces = list(_answer_traces(answered, force_all(pipeline, answered, settings)))
-                save_traces(folder / LOGITS, team.collect(traces, len(samples)))
+    if request.settings.spec.makes == "text":
+        _run_questions(runtime, request, record, folder, keep_trace, team)
     else:
-        with record.stage("run"):
-            drawn = list(draw_all(pipeline, own, settings, keep_trace))
-            write_json(folder / "prompt.json", {made(prompt, settings): prompt.text for prompt in samples})
-            if keep_trace:
-                save_traces(folder / LATENTS, team.collect(map(_trace, drawn), len(samples)))
-        with record.stage("decode"), pipeline.using("vae"):
-            for one in progress(drawn, desc="decode", unit=settings.spec.makes):
-                _write_frames(pipeline.decode_frames(one.latent), folder / made(one.prompt, settings))
-            team.bring(folder, [made(prompt, settings) for prompt in own], len(samples))
+        _run_prompts(runtime, request, record, folder, keep_trace, team)
     record.pool(team)
-    record.compiled = pipeline.model.steps.seconds
-    write_json(folder / "run.json", record.as_json(settings, samples))
+    record.compiled = runtime.model.steps.seconds
+    write_json(folder / "run.json", record.as_json(request.settings, request.samples))
+
+
+def _run_questions(runtime: Runtime, request: RunRequest, record: RunRecord, folder: Path, keep_trace: bool,
+                   team: Team) -> None:
+    settings, questions = request.settings, [one for one in request.samples if isinstance(one, Question)]
+    with record.stage("run"):
+        answered = list(answer_all(runtime, list(team.share(questions)), settings, request.on_text))
+        write_answers(team.collect(answered, len(questions)), folder)
+    if keep_trace:
+        with record.stage("trace"):
+            traces = list(_answer_traces(answered, force_all(runtime, answered, settings)))
+            save_traces(folder / LOGITS, team.collect(traces, len(questions)))
+
+
+def _run_prompts(runtime: Runtime, request: RunRequest, record: RunRecord, folder: Path, keep_trace: bool,
+                 team: Team) -> None:
+    settings, prompts = request.settings, [one for one in request.samples if isinstance(one, Prompt)]
+    own = list(team.share(prompts))
+    with record.stage("run"):
+        drawn = list(draw_all(runtime, own, settings, keep_trace))
+        write_json(folder / "prompt.json", {made(prompt, settings): prompt.text for prompt in prompts})
+        if keep_trace:
+            save_traces(folder / LATENTS, team.collect(map(_trace, drawn), len(prompts)))
+    with record.stage("decode"), runtime.using("vae"):
+        for one in progress(drawn, desc="decode", unit=settings.spec.makes):
+            _write_frames(runtime.decode_frames(one.latent), folder / made(one.prompt, settings))
+        team.bring(folder, [made(prompt, settings) for prompt in own], len(prompts))
 
 
 def save_traces(path: Path, traces: Iterable[Mapping[str, Tensor]]) -> None:
@@ -245,24 +260,26 @@ class Results:
                              "run_baseline.py --save_latents, or leave --baseline out")
         return TensorFile(path)
 
-    def require_same(self, settings: Settings, samples: list[Question] | list[Prompt], dtype: torch.dtype) -> None:
+    def require_same(self, request: RunRequest) -> None:
         """Raise InputError unless the folder was made with these settings, samples and dtype, and is complete.
 
         The dtype belongs to it: it rounds the noise, which must be the same bit for bit.
         """
         _ = self.trace
-        asked = {**settings.as_json(), "dtype": str(dtype).removeprefix("torch.")}
+        asked = {**request.settings.as_json(), "dtype": str(request.source.dtype).removeprefix("torch.")}
         there = {**self.run["settings"], "dtype": self.run["dtype"]}
-        differing = [f"{name} {there.get(name)!r} there and {value!r} here" for name, value in asked.items()
+        differing = [f"{name} {there.get(name)} there and {value} here" for name, value in asked.items()
                      if there.get(name) != value]
         if differing:
             raise InputError(f"baseline {self.folder} was made with other settings: {'; '.join(differing)}")
-        if self.run["samples"] != [describe(sample) for sample in samples]:
+        if self.run["samples"] != [describe(sample) for sample in request.samples]:
             raise InputError(f"baseline {self.folder} was made from other samples; use its --example_json and --limit")
-        files = ["result.json"] if self.text else [made(sample, settings) for sample in samples]
+        files = ["result.json"] if self.text else [made(sample, request.settings) for sample in request.samples
+                                                   if isinstance(sample, Prompt)]
         gone = [name for name in files if not (self.folder / name).is_file()]
         if gone:
-            raise InputError(f"baseline {self.folder} lacks {len(gone)} of its files, first {gone[:5]}; make it again")
+            raise InputError(f"baseline {self.folder} lacks {len(gone)} of its files, first {', '.join(gone[:5])}; "
+                             "make it again")
 
     def answers(self) -> dict[str, str]:
         """Sample key -> answer, of an x2t run."""

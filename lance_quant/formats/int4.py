@@ -23,6 +23,7 @@ from lance_quant.cpu import rounding
 from lance_quant.cpu.weighted_sums import weighted_squares
 from lance_quant.errors import InputError
 from lance_quant.formats.base import Grid, Measured, Scaling, errors_by_definition, measured_by_definition
+from lance_quant.formats.group_sizes import INT4_GROUP_SIZE
 from lance_quant.storage.tensor_file import TensorSpec
 
 LEVELS = 15  # steps between the lowest and the highest of the 16 codes
@@ -295,7 +296,7 @@ class Int4:
         InputError: the group size is not positive.
     """
 
-    group_size: int = 64
+    group_size: int = INT4_GROUP_SIZE
     name: ClassVar[str] = "int4"
     state_file: ClassVar[str] = "awq_state_dict.safetensors"
     meta_file: ClassVar[str] = "awq_meta.json"

@@ -31,10 +31,11 @@ from lance_quant.cpu import rounding
 from lance_quant.cpu.weighted_sums import weighted_squares
 from lance_quant.errors import InputError
 from lance_quant.formats.base import Grid, Measured, Scaling, errors_by_definition, measured_by_definition
+from lance_quant.formats.group_sizes import NVFP4_BLOCK
 from lance_quant.formats.int4 import pack_nibbles, pack_nibbles_io, unpack_nibbles
 from lance_quant.storage.tensor_file import TensorSpec
 
-BLOCK = 16
+BLOCK = NVFP4_BLOCK
 E2M1_MAX = 6.0
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SCALE_TARGET = 256  # largest E4M3 block scale we make; E4M3 ends at 448

@@ -3,8 +3,9 @@
 import torch
 
 from lance_quant.errors import InputError, require_one_of
+from lance_quant.lance.settings import DTYPE_NAMES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def device_of(name: str) -> torch.device:

@@ -3,92 +3,19 @@
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lance_quant.errors import require_one_of, require_whole
-from lance_quant.lance.config import LATENT_STRIDE, SEED
-from lance_quant.lance.generation import Denoiser, Sampling, Step
+from lance_quant.lance.generation import Denoiser, Step
 from lance_quant.lance.media import samples
-from lance_quant.lance.media.samples import TASKS, TIMED, Prompt, Question, TaskSpec
-from lance_quant.lance.media.vision import RESOLUTIONS
+from lance_quant.lance.media.samples import Prompt, Question
 from lance_quant.lance.progress import progress
-from lance_quant.lance.runtime import Answer, Runtime, latent_grid
+from lance_quant.lance.runtime import Answer, Runtime
+from lance_quant.lance.settings import Settings
 from lance_quant.lance.tokens import TextStream
-from lance_quant.lance.understanding import GREEDY, MAX_NEW_TOKENS, TokenSampling
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides what a run computes, given a model: two runs compare only if these agree.
-
-    The defaults are the official ones; here and in `Sampling` is where they are defined.
-
-    task: one of TASKS.
-    resolution: preset for pictures and clips that are shown to the model; "": the task's own.
-    height, width: pixels of what t2i and t2v make, floored to multiples of 16.
-    num_frames: of what t2v and i2v make, floored to one more than a multiple of 4; 1 in all other tasks.
-    seed: of the noise, and of tokens that are drawn; all samples share it.
-    sampling: how pictures and clips are integrated. token_sampling: how the tokens of answers are chosen.
-    fix_quirks: repair the official code's bugs instead of reproducing them.
-    vae_tiling: see vae.load_vae.
-
-    Raises:
-        InputError: a value is out of range or of the wrong type.
-    """
-
-    task: str
-    resolution: str = ""
-    height: int = 768
-    width: int = 768
-    num_frames: int = 50
-    seed: int = SEED
-    sampling: Sampling = Sampling()
-    max_new_tokens: int = MAX_NEW_TOKENS
-    token_sampling: TokenSampling = GREEDY
-    fix_quirks: bool = False
-    vae_tiling: bool = False
-
-    def __post_init__(self) -> None:
-        require_one_of("task", self.task, tuple(TASKS))
-        object.__setattr__(self, "resolution", self.resolution or self.spec.resolution)
-        require_one_of("resolution", self.resolution, tuple(RESOLUTIONS))
-        if self.task not in TIMED:
-            object.__setattr__(self, "num_frames", 1)
-        for name in ("height", "width", "num_frames", "seed", "max_new_tokens"):
-            require_whole(name, getattr(self, name), 0 if name == "seed" else 1)
-        if self.spec.takes is None:
-            latent_grid(self.height, self.width, self.num_frames)
-        else:  # the source says how large the result is
-            latent_grid(LATENT_STRIDE, LATENT_STRIDE, self.num_frames)
-
-    @property
-    def spec(self) -> TaskSpec:
-        """What the task takes and makes."""
-        return TASKS[self.task]
-
-    def as_json(self) -> dict[str, Any]:
-        """The settings that matter to the task, for run.json. How guidance is batched changes no result."""
-        given = {"task": self.task, "fix_quirks": self.fix_quirks}
-        if self.spec.takes is not None:
-            given["resolution"] = self.resolution
-        if self.spec.makes == "text":
-            drawn = asdict(self.token_sampling) | {"seed": self.seed}
-            return given | {"max_new_tokens": self.max_new_tokens,
-                            **(drawn if self.token_sampling.temperature else {"temperature": 0.0})}
-        given["vae_tiling"] = self.vae_tiling
-        if self.spec.takes is None:
-            given |= {"height": self.height // 16 * 16, "width": self.width // 16 * 16}
-        if self.task in TIMED:
-            given["num_frames"] = (self.num_frames - 1) // 4 * 4 + 1
-        sampling = asdict(self.sampling)
-        first = {name: sampling.pop(name) for name in ("num_timesteps", "timestep_shift", "cfg_scale")}
-        del sampling["batch_guidance"]
-        return given | first | {"seed": self.seed} | sampling
 
 
 def load_samples(path: Path, settings: Settings, limit: int | None = None) -> list[Question] | list[Prompt]:

@@ -1,4 +1,4 @@
-"""The kernel interface: what a linear layer asks of its kernel, the names of the kernels, and a counter of what ran.
+"""The kernel interface: what a linear layer asks of its kernel, and a counter of what ran.
 
 A kernel multiplies rows of activations by a packed weight without a float copy of the whole weight. Kernels know this
 module and their formats, and not one another's choice, which is dispatch.py.
@@ -10,7 +10,7 @@ import functools
 import logging
 import threading
 from collections import Counter
-from typing import Literal, Protocol, get_args
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from lance_quant.formats.int8 import Int8Weight
 from lance_quant.formats.weights import PackedWeight
 
 log = logging.getLogger("lance_quant")
-
-KernelChoice = Literal["auto", "reference", "native", "triton", "comfy_kitchen", "nvfp4_w4a4"]
-KERNEL_CHOICES: tuple[KernelChoice, ...] = get_args(KernelChoice)
 
 
 class Kernel(Protocol):

@@ -30,7 +30,8 @@ from lance_quant.formats.nvfp4 import Nvfp4Weight
 from lance_quant.formats.weights import PackedWeight
 from lance_quant.kernels import nvfp4_w4a4
 from lance_quant.kernels.autotune import Autotuned
-from lance_quant.kernels.base import KERNEL_CHOICES, Kernel, KernelChoice, warn_once
+from lance_quant.kernels.base import Kernel, warn_once
+from lance_quant.kernels.choices import KERNEL_CHOICES, KernelChoice
 from lance_quant.kernels.comfy_kitchen import ComfyKitchen
 from lance_quant.kernels.cpu import Native
 from lance_quant.kernels.reference import Reference

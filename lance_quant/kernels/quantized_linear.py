@@ -13,7 +13,6 @@ that rounds activations too is asked for by name): this saves memory and its tra
 
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +28,9 @@ from lance_quant.formats.nvfp4 import Nvfp4, Nvfp4Weight
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.formats.weights import PackedWeight
 from lance_quant.kernels import dispatch
-from lance_quant.kernels.base import Kernel, KernelChoice
+from lance_quant.kernels.base import Kernel
+from lance_quant.kernels.choices import KernelChoice, Mode
 from lance_quant.storage.tensor_file import require_finite
-
-Mode = Literal["ondemand", "cached"]
 
 
 class _BytesModule(nn.Module):

@@ -14,7 +14,6 @@ LATENT_CHANNELS = 48
 LATENT_STRIDE = 16  # pixels per latent cell, each way
 MAX_LATENT_SIZE = 64  # latent cells per side that the position table knows
 MAX_LATENT_FRAMES = 31  # 121 frames // 4 + 1
-SEED = 42  # the official seed of the noise
 TIME_FREQUENCIES = 256  # width of the sinusoid in front of the time embedder
 
 

@@ -6,61 +6,16 @@ prompt), and moves x_t along the guided velocity, which points from data to nois
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lance_quant.errors import InputError, require_one_of, require_real, require_whole
 from lance_quant.lance.cache import CacheRow, allocate
 from lance_quant.lance.config import LATENT_CHANNELS
 from lance_quant.lance.mot import Lance, Rope, Streams
+from lance_quant.lance.settings import Sampling
 from lance_quant.lance.tokens import CONDITION, PROMPT, TARGET, VIT, TokenSequence
-
-Renorm = Literal["global", "channel", "none"]
-Solver = Literal["euler", "ab2"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a picture or clip is sampled; the defaults are the official ones.
-
-    num_timesteps: denoising steps.
-    timestep_shift: how far the schedule leans towards noise (`timesteps`).
-    cfg_scale: strength of classifier-free guidance; 1 and less turn it off.
-    batch_guidance: run both passes of guidance as one batch (same result, more memory) or one after the other.
-    cfg_low, cfg_high: guidance is on where low < t <= high.
-    cfg_renorm: how a velocity that guidance made longer than the conditional one is scaled back: by the norm over the
-        whole target ("global"), by that of each cell ("channel"), or not at all ("none").
-    solver: "euler", or "ab2", Adams and Bashforth's second order, which costs nothing more per step.
-
-    Raises:
-        InputError: a value is out of range, no number, or none of the names.
-    """
-
-    num_timesteps: int = 30
-    timestep_shift: float = 3.5
-    cfg_scale: float = 4.0
-    batch_guidance: bool = True
-    cfg_low: float = 0.4
-    cfg_high: float = 1.0
-    cfg_renorm: Renorm = "global"
-    solver: Solver = "euler"
-
-    def __post_init__(self) -> None:
-        require_whole("num_timesteps", self.num_timesteps, 1)
-        require_real("timestep_shift", self.timestep_shift, 1e-6)
-        require_real("cfg_scale", self.cfg_scale, 0)
-        low, high = (require_real("cfg_interval", end, 0, 1) for end in (self.cfg_low, self.cfg_high))
-        if low > high:
-            raise InputError(f"cfg_interval {low:g} {high:g} must be two numbers from 0 to 1, the lower first")
-        require_one_of("cfg_renorm", self.cfg_renorm, get_args(Renorm))
-        require_one_of("solver", self.solver, get_args(Solver))
-
-    def guided(self, t: float) -> bool:
-        """Whether the unconditional pass runs at timestep t."""
-        return self.cfg_scale > 1 and self.cfg_low < t <= self.cfg_high
 
 
 class Given(NamedTuple):

@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lance_quant.errors import InputError
 from lance_quant.lance import generation, understanding
-from lance_quant.lance.config import LATENT_STRIDE, MAX_LATENT_FRAMES, MAX_LATENT_SIZE, SEED, LanceConfig, LancePaths
+from lance_quant.lance.config import LATENT_STRIDE, MAX_LATENT_SIZE, LanceConfig, LancePaths
 from lance_quant.lance.loader import load_lance
 from lance_quant.lance.media import vision
-from lance_quant.lance.media.samples import Modality, Question, open_visual
+from lance_quant.lance.media.samples import Question, open_visual
 from lance_quant.lance.merge import merge_projections
 from lance_quant.lance.mot import Lance
+from lance_quant.lance.settings import SEED, Modality, Offload, latent_grid
 from lance_quant.lance.tokens import (
     CONDITION,
     EDIT_SYSTEM,
@@ -39,8 +40,6 @@ if TYPE_CHECKING:  # importing transformers' models and diffusers takes seconds:
 # The official global seed, which random crops and the encoder's noise draw from. Here every request starts anew, so
 # that it does not depend on what ran before.
 _GLOBAL_SEED = 2025
-Offload = Literal["none", "vae_vit", "cpu"]
-OFFLOADS = get_args(Offload)
 
 
 class Answer(NamedTuple):
@@ -224,22 +223,3 @@ class Runtime:
         """The 4 t - 3 frames of latents [t, rows, columns, 48]."""
         with self.using("vae") as vae:
             return [vision.to_image(frame) for frame in vae.decode(latent).unbind(1)]
-
-
-def latent_grid(height: int, width: int, num_frames: int = 1) -> Grid:
-    """Latent cells (frames, rows, columns) of a picture or clip.
-
-    As officially, sides are floored to multiples of 16, and frames to one more than a multiple of 4, which a latent
-    frame each stands for.
-
-    Raises:
-        InputError: a side is below 16 or above 1024 pixels, or there are no frames or more than 121.
-    """
-    rows, columns = height // LATENT_STRIDE, width // LATENT_STRIDE
-    if not (1 <= rows <= MAX_LATENT_SIZE and 1 <= columns <= MAX_LATENT_SIZE):
-        raise InputError(f"height {height} and width {width}: each side must be 16 to "
-                         f"{MAX_LATENT_SIZE * LATENT_STRIDE} pixels")
-    longest = 4 * MAX_LATENT_FRAMES - 3
-    if not 1 <= num_frames <= longest:
-        raise InputError(f"num_frames {num_frames} must be 1 to {longest}: the model has no positions beyond")
-    return (num_frames - 1) // 4 + 1, rows, columns

@@ -1,48 +1,32 @@
 """Visual question answering: read the prompt into the cache, then decode token by token, greedily by default."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lance_quant.errors import InputError, require_real
 from lance_quant.lance.cache import CacheRow, allocate
-from lance_quant.lance.config import SEED
 from lance_quant.lance.mot import Lance
+from lance_quant.lance.settings import GREEDY, MAX_NEW_TOKENS, SEED, TokenSampling
 from lance_quant.lance.tokens import VIT, LanceTokenizer, TokenSequence, mrope_positions
 
-MAX_NEW_TOKENS = 256  # the official limit
 
+def pick_token(sampling: TokenSampling, logits: Tensor, chance: Tensor) -> Tensor:
+    """The next token, int64 [1].
 
-@dataclass(frozen=True)
-class TokenSampling:
-    """How the next token is chosen: greedily (temperature 0, as officially), or drawn.
-
-    temperature: divides the logits. top_p: only the likeliest tokens that together reach it are drawn from.
+    Args:
+        sampling: how it is chosen.
+        logits: float32 [vocabulary].
+        chance: float32 [1] in [0, 1), on the same device.
     """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_real("temperature", self.temperature, 0)
-        if require_real("top_p", self.top_p, 0, 1) == 0:
-            raise InputError(f"top_p {self.top_p} must be above 0 and at most 1")
-
-    def pick(self, logits: Tensor, chance: Tensor) -> Tensor:
-        """A token, int64 [1], by logits float32 [vocabulary] and a chance float32 [1]; all on one device."""
-        if self.temperature == 0:
-            return logits.argmax(-1, keepdim=True)
-        shares, tokens = (logits / self.temperature).softmax(-1).sort(descending=True)
-        before = shares.cumsum(-1) - shares
-        kept = before < self.top_p  # always the likeliest: nothing is before it
-        ends = (shares * kept).cumsum(-1)
-        place = torch.searchsorted(ends, chance * ends[-1:], right=True)
-        return tokens[torch.minimum(place, kept.sum(-1, keepdim=True) - 1)]  # rounding may reach the very end
-
-
-GREEDY = TokenSampling()
+    if sampling.temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    shares, tokens = (logits / sampling.temperature).softmax(-1).sort(descending=True)
+    before = shares.cumsum(-1) - shares
+    kept = before < sampling.top_p  # always the likeliest: nothing is before it
+    ends = (shares * kept).cumsum(-1)
+    place = torch.searchsorted(ends, chance * ends[-1:], right=True)
+    return tokens[torch.minimum(place, kept.sum(-1, keepdim=True) - 1)]  # rounding may reach the very end
 
 
 def chances(count: int, seed: int) -> Tensor:
@@ -95,7 +79,7 @@ class Decoding:
         streams = {"und": model.embed(self._token)[None]}
         hidden = model.language_model.model(streams, rope, [self._row], True, model.steps.layers)["und"]
         logits = _logits(model, hidden[0], self._valid)[0]
-        self._token.copy_(self._sampling.pick(logits, self._chances.index_select(0, self._index)))
+        self._token.copy_(pick_token(self._sampling, logits, self._chances.index_select(0, self._index)))
         self.ids.index_copy_(0, self._index, self._token)
         self._row.commit(1)
         self._place.add_(1)

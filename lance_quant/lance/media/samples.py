@@ -17,38 +17,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from PIL import Image
 
 from lance_quant.errors import InputError
 from lance_quant.lance.media.video import read_video
 from lance_quant.lance.media.vision import open_image
+from lance_quant.lance.settings import TASKS, Modality
 from lance_quant.lance.tokens import CAPTION_SYSTEMS
 from lance_quant.storage.atomic import read_json
 
-Modality = Literal["image", "video"]
 _CAPTION_SEED = 2025  # the official global seed; the draws themselves depend on everything that ran before
-
-
-class TaskSpec(NamedTuple):
-    """What a task takes beside text (None: nothing), what it makes, and the official preset for its visuals."""
-
-    takes: Modality | None
-    makes: Literal["text", "image", "video"]
-    resolution: str
-
-
-TASKS = {
-    "x2t_image": TaskSpec("image", "text", "image_768res"),
-    "x2t_video": TaskSpec("video", "text", "video_480p"),
-    "t2i": TaskSpec(None, "image", "image_768res"),
-    "t2v": TaskSpec(None, "video", "video_480p"),
-    "i2v": TaskSpec("image", "video", "video_480p"),
-    "image_edit": TaskSpec("image", "image", "image_768res"),
-    "video_edit": TaskSpec("video", "video", "video_480p"),
-}
-TIMED = ("t2v", "i2v")  # what is made is as long as asked for
 
 
 @dataclass(frozen=True)

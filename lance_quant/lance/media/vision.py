@@ -15,17 +15,8 @@ from torch import Tensor
 
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LATENT_STRIDE
+from lance_quant.lance.settings import RESOLUTIONS
 
-# Preset -> side of the square with the bucket's area: for the ViT, for the VAE.
-RESOLUTIONS = {
-    "image_112res": (112, 112),  # not an official preset: the native size of lance-nano
-    "image_256res": (224, 256),
-    "image_512res": (448, 512),
-    "image_768res": (672, 768),
-    "video_192p": (224, 256),
-    "video_360p": (476, 480),
-    "video_480p": (616, 640),
-}
 _RATIOS = ((21, 9), (16, 9), (4, 3), (1, 1), (3, 4), (9, 16))
 _STRIDE = 16
 PATCH = 14  # pixels per ViT patch

@@ -1,0 +1,57 @@
+"""Run requests from the flags of the scripts that run the model; everything cheap is checked, before a load."""
+
+import argparse
+from collections.abc import Callable
+
+from lance_quant.cli import script
+from lance_quant.cli.task_arguments import settings_of
+from lance_quant.distributed import Team
+from lance_quant.errors import InputError
+from lance_quant.inference.device import device_of, dtype_of
+from lance_quant.inference.request import ModelSource, RunRequest
+from lance_quant.inference.tasks import load_samples
+from lance_quant.lance.config import LancePaths
+from lance_quant.lance.loader import TorchFile
+from lance_quant.lance.settings import TASKS
+from lance_quant.storage.tensor_file import TensorFile
+
+
+def request_of(args: argparse.Namespace, team: Team) -> RunRequest:
+    """The request that flags mean (add_model, add_task, add_stream and add_compile of task_arguments.py).
+
+    Raises:
+        InputError: a value is out of range, a file is missing or cannot be read.
+    """
+    settings, paths = settings_of(args), paths_of(args)
+    samples = load_samples(args.example_json, settings, args.limit)
+    return RunRequest(settings, samples, source_of(args, paths), vars(args), stream_of(args, team))
+
+
+def paths_of(args: argparse.Namespace, decodes: bool = True) -> LancePaths:
+    """The model's paths, with the parts that the task needs checked for; `decodes`: latents become pixels."""
+    paths, task = LancePaths.find(args.model_path, args.vit_path, args.vae_path), TASKS[args.task]
+    looks = task.takes is not None and args.task != "i2v"  # i2v's picture goes through the VAE only
+    if looks and not (paths.vit / "config.json").is_file():
+        raise InputError(f"ViT not found: {paths.vit}/config.json; give its folder with --vit_path")
+    if looks and (paths.vit / "vit.safetensors").is_file():  # absent is fine where the checkpoint has its own
+        TensorFile(paths.vit / "vit.safetensors").close()
+    if task.makes != "text" and (decodes or task.takes is not None):
+        if not paths.vae.is_file():
+            raise InputError(f"VAE (give it with --vae_path) not found: {paths.vae}")
+        TorchFile(paths.vae)
+    return paths
+
+
+def source_of(args: argparse.Namespace, paths: LancePaths) -> ModelSource:
+    """How the flags want a model loaded; scripts without --compile never compile."""
+    device = device_of(args.device)
+    return ModelSource(paths, device, dtype_of(args.dtype, device), args.offload, args.fix_quirks,
+                       args.vae_tiling, getattr(args, "compile", False))
+
+
+def stream_of(args: argparse.Namespace, team: Team) -> Callable[[str], None] | None:
+    """What --stream means: where answers go while they come, None for nowhere."""
+    if args.stream and team.size > 1:
+        raise InputError(f"--stream shows one answer after the other, and {team.size} processes give several at once: "
+                         "leave it out, or start one process")
+    return script.show if args.stream else None

@@ -1,0 +1,83 @@
+"""Run requests: which model, loaded how, on which samples, with which settings.
+
+Scripts make them from their flags, once; everything below reads these and no flags.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lance_quant.calibration.activation_stats import model_fingerprint
+from lance_quant.lance.compiled import compile_steps
+from lance_quant.lance.config import LancePaths
+from lance_quant.lance.media.samples import Prompt, Question
+from lance_quant.lance.mot import Lance
+from lance_quant.lance.runtime import Runtime
+from lance_quant.lance.settings import Offload, Settings
+from lance_quant.storage.tensor_file import Checkpoint, file_size
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's parts lie, and how it is loaded.
+
+    dtype: of the computation. offload, fix_quirks, vae_tiling: see Runtime. compiled: its steps are compiled
+    (`load_to_run`).
+    """
+
+    paths: LancePaths
+    device: torch.device
+    dtype: torch.dtype
+    offload: Offload = "none"
+    fix_quirks: bool = False
+    vae_tiling: bool = False
+    compiled: bool = False
+
+    def load(self, checkpoint: Path | None = None, prepare: Callable[[Lance], object] | None = None,
+             merged: bool = False) -> Runtime:
+        """The model, from `checkpoint` or the float weights; arguments as for Runtime.load.
+
+        Raises:
+            InputError: a file is missing or does not fit the configuration.
+        """
+        return Runtime.load(self.paths, self.device, self.dtype, checkpoint, prepare, fix_quirks=self.fix_quirks,
+                            offload=self.offload, vae_tiling=self.vae_tiling, merged=merged)
+
+    def load_to_run(self, checkpoint: Path | None = None,
+                    prepare: Callable[[Lance], object] | None = None) -> Runtime:
+        """As `load`, made fast: projections merged, steps compiled if so asked. No linear can be watched in it."""
+        runtime = self.load(checkpoint, prepare, merged=True)
+        if self.compiled:
+            compile_steps(runtime.model)
+        return runtime
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """A task over samples, on a model.
+
+    arguments: the command line, for run.json.
+    on_text: gets questions and answers while they come; None: a bar instead.
+    """
+
+    settings: Settings
+    samples: list[Question] | list[Prompt]
+    source: ModelSource
+    arguments: Mapping[str, Any]
+    on_text: Callable[[str], None] | None = None
+
+
+def float_facts(model_path: Path) -> dict[str, Any]:
+    """What run.json says of float weights: path, bytes on disk, bits per weight of the decoder's linears.
+
+    Raises:
+        InputError: there is no checkpoint.
+    """
+    with Checkpoint(model_path) as source:
+        spec = next(spec for name, spec in source.specs.items() if name.endswith(".q_proj.weight"))
+        return {"path": str(source.path), "format": str(spec.dtype).removeprefix("torch."),
+                "bytes": file_size(source.specs), "fingerprint": model_fingerprint(source),
+                "bits_per_weight": float(torch.finfo(spec.dtype).bits)}

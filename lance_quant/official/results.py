@@ -1,0 +1,87 @@
+"""The results folder of an official run, in the form of a native one, so that it serves as a baseline."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lance_quant.evaluation import run_folder
+from lance_quant.inference.request import float_facts
+from lance_quant.inference.tasks import Answered
+from lance_quant.lance.media.samples import Prompt, Question
+from lance_quant.lance.runtime import Answer
+from lance_quant.lance.tokens import LanceTokenizer
+from lance_quant.official.checkout import describe
+from lance_quant.official.process import Finished, run
+from lance_quant.official.request import OfficialRequest
+from lance_quant.storage.atomic import whole_folder, write_json
+
+
+def run_official(request: OfficialRequest, out: Path, keep_trace: bool) -> None:
+    """Run a task over its samples and write the results folder, as run_folder.run_task does natively.
+
+    Args:
+        out: the folder, made whole or not at all.
+        keep_trace: also write what run_quant_eval.py compares with.
+
+    Raises:
+        InputError: `out` exists, or the official code failed.
+    """
+    model = float_facts(request.paths.model)
+    with whole_folder(out) as folder:
+        _run_into(request, model, folder, keep_trace)
+
+
+def _run_into(request: OfficialRequest, model: Mapping[str, Any], folder: Path, keep_trace: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="lance_official_") as scratch:
+        done = run(request, Path(scratch), keep_trace)
+        questions = [one for one in request.samples if isinstance(one, Question)]
+        prompts = [one for one in request.samples if isinstance(one, Prompt)]
+        if questions:
+            _write_answers(done, questions, folder)
+        else:
+            _copy_drawn(done, prompts, folder)
+            write_json(folder / "prompt.json", {run_folder.made(one, request.settings): one.text for one in prompts})
+        if keep_trace:
+            run_folder.save_traces(folder / (run_folder.LOGITS if questions else run_folder.LATENTS),
+                                   _traces(done, request))
+        write_json(folder / "run.json", _run_json(request, model, done.reply))
+
+
+def _copy_drawn(done: Finished, prompts: Sequence[Prompt], folder: Path) -> None:
+    for number, prompt in enumerate(prompts):
+        written = next(done.made.glob(f"{number:06d}.*"))  # one frame is a .png there, also of a clip
+        shutil.copyfile(written, (folder / prompt.key).with_suffix(written.suffix))
+
+
+def _write_answers(done: Finished, questions: Sequence[Question], folder: Path) -> None:
+    raw = json.loads((done.made / "prompt.json").read_text(encoding="utf-8"))
+    run_folder.write_answers([Answered(one, Answer([], raw[f"{number:06d}{one.visual.suffix}"]))
+                              for number, one in enumerate(questions)], folder)
+
+
+def _traces(done: Finished, request: OfficialRequest) -> Iterator[dict[str, Tensor]]:
+    """What --save_latents keeps, as the native run names it."""
+    size = len(LanceTokenizer(request.paths.model))
+    for path, sample in zip(done.records, request.samples, strict=True):
+        found = load_file(path)
+        if "ids" in found:
+            found["logprobs"] = found["logits"][:, :size].log_softmax(-1)
+        names = ("ids", "logprobs") if "ids" in found else ("latent", "x", "velocity", "t")
+        yield {f"{sample.key}.{name}": found[name] for name in names}
+
+
+def _run_json(request: OfficialRequest, model: Mapping[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
+    """The content of run.json, with the native run's keys as far as they apply, and `backend` and `source`."""
+    return {"format": run_folder.FORMAT, "backend": "official", "source": describe(request.checkout),
+            "settings": request.settings.as_json(),
+            "samples": [run_folder.describe(sample) for sample in request.samples], "model": model,
+            "device": reply["device"] or run_folder.device_name(torch.device("cpu")), "dtype": reply["dtype"],
+            "seconds": {name: round(value, 3) for name, value in reply["seconds"].items()},
+            "peak_memory_bytes": reply["peak"], "versions": reply["versions"], "arguments": request.arguments}
