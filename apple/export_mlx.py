@@ -179,7 +179,8 @@ def export(src: Path, out: Path, fmt: Format, packer: Packer, calibrated: Calibr
             known = calibrated.load(facts["source_fingerprint"], source)
             stream = mlx_fold.fitted_tensors(source, src, fmt, known, calibrated.device, linears)
             origin = {"calibration_runs": known.stats.runs,
-                      "captures": [] if known.replay is None else list(known.replay.facts), "linears": linears}
+                      "captures": [] if known.layer_inputs is None else list(known.layer_inputs.facts),
+                      "linears": linears}
         stream, refined = tqdm(stream, desc=f"pack to {fmt.mode}", total=len(planned), disable=None), None
         if refine is not None:
             tensors, refined = refine(dict(stream))

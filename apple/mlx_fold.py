@@ -25,10 +25,10 @@ from apple.mlx_codec import MlxCodec
 from apple.mlx_codes import Format
 from lance_quant.calibration import capture, gram, token_weights
 from lance_quant.calibration.activation_stats import ActStats
-from lance_quant.calibration.decoder_calls import Call
+from lance_quant.calibration.decoder_calls import DecoderCall
 from lance_quant.calibration.gradients import norm_around
-from lance_quant.calibration.layer_inputs import Replay
-from lance_quant.calibration.token_weights import Relevance
+from lance_quant.calibration.layer_inputs import LayerInputs
+from lance_quant.calibration.token_weights import TokenWeights
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.blocks import quantize_searched
@@ -47,12 +47,12 @@ _NORM_FED, _FED = 8, 0  # log2 of the largest block scale aimed at, behind a nor
 class Calibration:
     """What is known of the activations, of the model with some fingerprint.
 
-    replay: layer inputs for GPTQ; None rounds to the nearest level of fitted grids
+    layer_inputs: layer inputs for GPTQ; None rounds to the nearest level of fitted grids
     """
 
     stats: ActStats
     fingerprint: str
-    replay: Replay | None = None
+    layer_inputs: LayerInputs | None = None
 
     @classmethod
     def load(cls, stats: Path, captures: Sequence[Path], fingerprint: str, source: Checkpoint,
@@ -74,15 +74,15 @@ class Calibration:
             log.warning("%d of %d captured calls involve the generation expert, which is not part of this model, and "
                         "are left out", len(calls) - len(alone), len(calls))
 
-        def weigh(running: Sequence[Call]) -> Relevance:
+        def weigh(running: Sequence[DecoderCall]) -> TokenWeights:
             norm = norm_around(source.read(f"{NORM}.weight", torch.float32), config.rms_norm_eps)
             return token_weights.measure(config, lambda _: lambda index: layer_weights(source, index, device),
                                      config.num_hidden_layers, {"und": norm}, running, device)
 
-        return cls(measured, fingerprint, Replay(config, alone, device, facts, weigh))
+        return cls(measured, fingerprint, LayerInputs(config, alone, device, facts, weigh))
 
 
-def understanding_only(calls: Sequence[Call]) -> list[Call]:
+def understanding_only(calls: Sequence[DecoderCall]) -> list[DecoderCall]:
     """The calls that neither hold nor look back at a latent token."""
     mixed: set[int] = set()
     kept = []
@@ -110,6 +110,8 @@ def fitted_tensors(source: Checkpoint, folder: Path, fmt: Format, known: Calibra
     _require_model(source, known, config.num_hidden_layers)
     dtype = source.specs[f"{NORM}.weight"].dtype
     codec = MlxCodec(fmt, dtype)
+    if known.layer_inputs is not None:
+        known.layer_inputs.weigh_tokens()
     for index in range(config.num_hidden_layers):
         weights = layer_weights(source, index, device)
         for name, tensor in layer_tensors(index, weights, codec, known, record):
@@ -141,7 +143,7 @@ def layer_tensors(index: int, weights: Weights, codec: MlxCodec, known: Calibrat
     if codec.fmt.mode == "nvfp4":
         _shift_layer(index, weights)
     packed = set()
-    for group, done in layer.quantize_layer(index, weights, known.stats, codec, known.replay):
+    for group, done in layer.quantize_layer(index, weights, known.stats, codec, known.layer_inputs):
         log.info("%-24s %s", group.name, done)
         for name, linear in zip(group.linears, done.linears, strict=True):
             short = name.removeprefix(layout.LLM_PREFIX)
@@ -195,22 +197,22 @@ def _ends(source: Checkpoint, codec: MlxCodec, known: Calibration, device: torch
     if head is not None:  # a tied head cannot be scaled apart from the embedding, and is not in the file
         if codec.fmt.mode == "nvfp4":
             _shift_norm_fed(ends, NORM, [HEAD])
-        yield from head_tensors(head, norm, codec, known.replay, eps, record)
+        yield from head_tensors(head, norm, codec, known.layer_inputs, eps, record)
     yield f"{NORM}.weight", norm.cpu().to(codec.dtype)
 
 
-def head_tensors(head: Tensor, norm: Tensor, codec: MlxCodec, replay: Replay | None, eps: float,
+def head_tensors(head: Tensor, norm: Tensor, codec: MlxCodec, layer_inputs: LayerInputs | None, eps: float,
                  record: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The head, scaled and rounded for what reaches it; `head` and `norm` are changed to what belongs together.
 
     Without captured inputs their mean squares are held to be those of the norm's weights: a norm leaves a mean square
     of 1 over its channels.
     """
-    m2 = norm.square() if replay is None else _head_moments(replay, norm, eps).mean_square
+    m2 = norm.square() if layer_inputs is None else _head_moments(layer_inputs, norm, eps).mean_square
     found = awq.search([head], norm, m2, codec.quantizer)
     norm.copy_(found.folded.norm)
     fuse.multiply_columns(head, found.folded.column)
-    moments = None if replay is None else _head_moments(replay, norm, eps)
+    moments = None if layer_inputs is None else _head_moments(layer_inputs, norm, eps)
     importance, rounded = awq.importance(m2 / found.folded.column**2), []
 
     def pack(rows: Tensor) -> dict[str, Tensor]:
@@ -226,14 +228,14 @@ def head_tensors(head: Tensor, norm: Tensor, codec: MlxCodec, replay: Replay | N
                     "gram_tokens": 0 if moments is None else moments.n_tokens}
 
 
-def _head_moments(replay: Replay, norm: Tensor, eps: float) -> gram.GramStats:
+def _head_moments(layer_inputs: LayerInputs, norm: Tensor, eps: float) -> gram.GramStats:
     """Of the head's inputs at text tokens; nothing is read off a picture's."""
     layer = norm_around(norm, eps)
     sums = gram.GramAccumulator(len(norm), norm.device)
-    for exact, packed in replay.hidden():
+    for exact, packed in layer_inputs.hidden():
         if exact.causal:
             sums.add(*(layer(call.streams["und"].to(norm.device)).flatten(0, -2) for call in (packed, exact)))
-    return sums.moments()
+    return sums.stats()
 
 
 def _nearest(rows: Tensor, importance: Tensor, codec: MlxCodec) -> dict[str, Tensor]:

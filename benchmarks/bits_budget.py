@@ -10,8 +10,9 @@ Writes  nothing that stays; prints a table in Markdown and, as the last line on 
 Needs   1.5 GB of memory per worker; on one CPU core about 6 minutes per seed
 
 A seed decides which samples calibrate and which are held out, and the noise of the pictures. Rounding is from
-statistics ("nearest") or from captures ("gptq"). A budget's harm is the relative output error, from statistics, or what
-captures say (lance_quant/calibration/weight_sensitivity.py). head8: the output head and the token embedding in 8 bits.
+statistics ("nearest") or from captures ("gptq"). A budget's sensitivity is the relative output error, from statistics,
+or what captures say (lance_quant/calibration/weight_sensitivity.py). head8: the output head and the token embedding in
+8 bits.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from benchmarks import lance_nano_harness as harness
 from benchmarks.lance_nano_harness import CPU, Baseline, Plan, captures_in
 from lance_quant.calibration import weight_sensitivity
 from lance_quant.calibration.activation_stats import ActStats
-from lance_quant.calibration.layer_inputs import replay_of
+from lance_quant.calibration.layer_inputs import layer_inputs_of
 from lance_quant.cli import script
 from lance_quant.formats import layout
 from lance_quant.formats.int4 import Int4
@@ -46,7 +47,7 @@ from lance_quant.storage.tensor_file import Checkpoint
 
 @dataclass(frozen=True)
 class Variant:
-    """One packed model: `gptq` rounds from captures; `measured` takes a budget's harm from them."""
+    """One packed model: `gptq` rounds from captures; `measured` takes a budget's sensitivity from them."""
 
     group_size: int = 64
     gptq: bool = False
@@ -55,8 +56,8 @@ class Variant:
     head_bits: int = 16
 
     def __str__(self) -> str:
-        harm = "measured" if self.measured else "output error"
-        size = f"g{self.group_size}" if self.budget is None else f"budget {self.budget:g}, {harm}"
+        sensitivity = "measured" if self.measured else "output error"
+        size = f"g{self.group_size}" if self.budget is None else f"budget {self.budget:g}, {sensitivity}"
         return f"{size}{', head8' if self.head_bits == 8 else ''}, {'gptq' if self.gptq else 'nearest'}"
 
 
@@ -102,11 +103,11 @@ class Shared:
 def pack(variant: Variant, work: Path, stats: ActStats, model: Path, sensitivity: Shared) -> Path:
     """The variant's folder."""
     captures, out = captures_in(work), work / "packed" / str(variant)
-    replay = replay_of(model, captures, CPU) if variant.gptq else None
+    layer_inputs = layer_inputs_of(model, captures, CPU) if variant.gptq else None
     conversion = Conversion(Int4(variant.group_size), bits_budget=variant.budget, head_bits=variant.head_bits,
                             progress=False)
     with Checkpoint(model) as source:
-        convert.quantize_checkpoint(source, stats, out, conversion, replay,
+        convert.quantize_checkpoint(source, stats, out, conversion, layer_inputs,
                                     sensitivity if variant.measured else None)
     return out
 
@@ -129,7 +130,7 @@ def measure(seed: int, args: argparse.Namespace) -> dict[str, dict]:
         work = Path(folder)
         stats = harness.calibrate(model, work, seed, plan.calibration, plan.sampling)
         baseline = harness.baseline_of(harness.load(model), seed, plan)
-        sensitivity = Shared(weight_sensitivity.effects_of(model, captures_in(work), CPU))
+        sensitivity = Shared(weight_sensitivity.sensitivity_of(model, captures_in(work), CPU))
         for variant in variants(args.budgets, args.roundings):
             packed = pack(variant, work, stats, model, sensitivity)
             found = distance(harness.load(model, packed), baseline, plan.sampling)

@@ -129,7 +129,7 @@ def round_ours(site: tuple[str, ...], weights: list[Tensor], packed: Tensor, exa
     global_scale = quantizer.global_scale(max(float((w * column).abs().max()) for w in weights))
     sums = gram.GramAccumulator(len(m2))
     sums.add(packed / column, exact / column)
-    moments = sums.moments()
+    moments = sums.stats()
     return [gptq.round_weight((w * column).t().contiguous(), moments, quantizer, global_scale).values.t() / column
             for w in weights]
 

@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from lance_quant.calibration.activation_stats import ActStats, LinearStats
-from lance_quant.calibration.decoder_calls import Call
-from lance_quant.calibration.layer_inputs import Replay
+from lance_quant.calibration.decoder_calls import DecoderCall
+from lance_quant.calibration.layer_inputs import LayerInputs
 from lance_quant.cli import script
 from lance_quant.evaluation.run_folder import device_name
 from lance_quant.formats import layout
@@ -154,7 +154,7 @@ def draw_layer(config: LanceConfig, index: int, depth: Depth, outliers: str, see
     return weights
 
 
-def draw_calls(config: LanceConfig, tokens: int, seed: int) -> list[Call]:
+def draw_calls(config: LanceConfig, tokens: int, seed: int) -> list[DecoderCall]:
     """Requests with `tokens` per expert in all: text that is read, then latents that see it and one another.
 
     Hidden states have directions of falling strength, others per expert, which all requests of all seeds share.
@@ -176,8 +176,8 @@ def draw_calls(config: LanceConfig, tokens: int, seed: int) -> list[Call]:
 
     calls = []
     for row in range(max(1, tokens // text)):
-        calls.append(Call((row,), (0,), True, {"und": states("und", text - 2)}, rope(0, text - 2)))
-        calls.append(Call((row,), (text - 2,), False, {"und": states("und", 2), "gen": states("gen", latents)},
+        calls.append(DecoderCall((row,), (0,), True, {"und": states("und", text - 2)}, rope(0, text - 2)))
+        calls.append(DecoderCall((row,), (text - 2,), False, {"und": states("und", 2), "gen": states("gen", latents)},
                           rope(text - 2, 2 + latents)))
     return calls
 
@@ -185,8 +185,8 @@ def draw_calls(config: LanceConfig, tokens: int, seed: int) -> list[Call]:
 # --- running layers -------------------------------------------------------------------------------------------------
 
 
-def run(config: LanceConfig, index: int, weights: Weights, calls: list[Call],
-        watched: tuple[str, ...] = ()) -> tuple[list[Call], dict[str, Tensor]]:
+def run(config: LanceConfig, index: int, weights: Weights, calls: list[DecoderCall],
+        watched: tuple[str, ...] = ()) -> tuple[list[DecoderCall], dict[str, Tensor]]:
     """One layer over all calls: its outputs, and inputs [tokens, in] of the watched linears."""
     prefix = f"{layout.LAYERS}.{index}."
     with torch.device("meta"):
@@ -208,7 +208,7 @@ def run(config: LanceConfig, index: int, weights: Weights, calls: list[Call],
     return out, {name: torch.cat(found) for name, found in seen.items()}
 
 
-def statistics_of(config: LanceConfig, layers: list[Weights], calls: list[Call]) -> ActStats:
+def statistics_of(config: LanceConfig, layers: list[Weights], calls: list[DecoderCall]) -> ActStats:
     """What calibration would have saved of these calls."""
     linears: dict[str, LinearStats] = {}
     for index, weights in enumerate(layers):
@@ -220,13 +220,13 @@ def statistics_of(config: LanceConfig, layers: list[Weights], calls: list[Call])
 
 
 def quantize(index: int, weights: Weights, method: str, codec: Codec, stats: ActStats,
-             replay: Replay) -> tuple[Weights, Weights]:
+             layer_inputs: LayerInputs) -> tuple[Weights, Weights]:
     """A layer packed with one method: as it is run, and the float layer with the same scales."""
     if method.startswith("rtn"):
         stats = ActStats({}, [], [{"run_id": "none"}], 0)
     target = {name: w.clone() for name, w in weights.items()}
     groups = published.quantize_layer(index, target, stats, codec) if method == "published" else \
-        layer.quantize_layer(index, target, stats, codec, replay if method == "ours" else None)
+        layer.quantize_layer(index, target, stats, codec, layer_inputs if method == "ours" else None)
     packed: Weights = {}
     for group, done in groups:
         for name, linear in zip(group.linears, done.linears, strict=True):
@@ -248,13 +248,14 @@ class Contender:
 
     method: str
     codec: Codec
-    state: list[Call]
-    replay: Replay
+    state: list[DecoderCall]
+    layer_inputs: LayerInputs
     errors: dict[str, list[float]]
 
-    def layer(self, config: LanceConfig, index: int, weights: Weights, stats: ActStats, exact: list[Call]) -> None:
+    def layer(self, config: LanceConfig, index: int, weights: Weights, stats: ActStats,
+              exact: list[DecoderCall]) -> None:
         """Pack a layer, judge its linears on the float model's held-out states `exact`, and move on."""
-        packed, target = quantize(index, weights, self.method, self.codec, stats, self.replay)
+        packed, target = quantize(index, weights, self.method, self.codec, stats, self.layer_inputs)
         names = tuple(name for group in layout.groups(index) for name in group.linears)
         _, seen = run(config, index, target, exact, names)
         for name, x in seen.items():
@@ -264,13 +265,13 @@ class Contender:
         self.state, _ = run(config, index, packed, self.state)
 
 
-def streams(calls: list[Call]) -> Iterator[Tensor]:
+def streams(calls: list[DecoderCall]) -> Iterator[Tensor]:
     """All hidden states of all calls."""
     for call in calls:
         yield from call.streams.values()
 
 
-def relative(wanted: list[Call], got: list[Call], start: list[Call]) -> float:
+def relative(wanted: list[DecoderCall], got: list[DecoderCall], start: list[DecoderCall]) -> float:
     """Squared error of what was added since `start`, relative to its square."""
     triples = list(zip(streams(wanted), streams(got), streams(start), strict=True))
     error = sum(float((b - a).square().sum()) for a, b, _ in triples)
@@ -288,7 +289,7 @@ def measure(outliers: str, seed: int, args: argparse.Namespace) -> dict[str, dic
     out: dict[str, dict[str, Any]] = {}
     for format_ in args.formats:
         for method, codec in METHODS[format_]:
-            contender = Contender(method, codec, held_out, Replay(config, calibration, CPU), {})
+            contender = Contender(method, codec, held_out, LayerInputs(config, calibration, CPU), {})
             exact = held_out
             for index, weights in enumerate(layers):
                 contender.layer(config, index, weights, stats, exact)

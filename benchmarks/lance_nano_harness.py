@@ -29,7 +29,7 @@ from lance_nano.recognise import shows
 from lance_nano.scenes import SIZE, Scene
 from lance_quant.calibration import capture
 from lance_quant.calibration.activation_stats import ActStats, Collector, merge, model_fingerprint
-from lance_quant.calibration.layer_inputs import Replay, replay_of
+from lance_quant.calibration.layer_inputs import LayerInputs, layer_inputs_of
 from lance_quant.errors import InputError
 from lance_quant.evaluation.metrics import step_errors, token_divergence
 from lance_quant.evaluation.run_folder import device_name
@@ -188,15 +188,15 @@ def pack(model: Path, out: Path, codec: Codec, method: str, stats: ActStats, cap
     """Quantize the model with one of the METHODS; the folder. Captures are read by `ours` and `ours_even` only."""
     if method == "rtn":
         stats = ActStats({}, [], [{"run_id": "none"}], 0)
-    replay = None
+    layer_inputs = None
     if method == "ours":
-        replay = replay_of(model, captures, CPU)
+        layer_inputs = layer_inputs_of(model, captures, CPU)
     if method == "ours_even":
         config, calls, facts = capture.load_of(model, captures)
-        replay = Replay(config, calls, CPU, facts)
+        layer_inputs = LayerInputs(config, calls, CPU, facts)
     conversion = Conversion(codec, "published" if method == "published" else "ours", progress=False)
     with Checkpoint(model) as source:
-        convert.quantize_checkpoint(source, stats, out, conversion, replay)
+        convert.quantize_checkpoint(source, stats, out, conversion, layer_inputs)
     return out
 
 

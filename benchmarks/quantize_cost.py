@@ -32,8 +32,8 @@ from benchmarks import fidelity_synthetic
 from benchmarks.child import in_child
 from lance_quant.calibration import token_weights
 from lance_quant.calibration.activation_stats import ActStats, LinearStats
-from lance_quant.calibration.decoder_calls import Call
-from lance_quant.calibration.layer_inputs import Replay
+from lance_quant.calibration.decoder_calls import DecoderCall
+from lance_quant.calibration.layer_inputs import LayerInputs
 from lance_quant.cli import script
 from lance_quant.evaluation.run_folder import device_name
 from lance_quant.formats import layout
@@ -63,18 +63,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Timed(Replay):
-    """A replay that knows how long it took, and how long the weighing of tokens in that."""
+class Timed(LayerInputs):
+    """Layer inputs that know how long they took, and how long the weighing of tokens in that."""
 
     seconds = relevance_seconds = 0.0
 
-    def moments(self, *args: Any) -> Any:
-        """See Replay."""
-        return self._timed(super().moments, *args)
+    def gram_stats(self, *args: Any) -> Any:
+        """See LayerInputs."""
+        return self._timed(super().gram_stats, *args)
 
-    def advance(self, *args: Any) -> None:
-        """See Replay."""
-        self._timed(super().advance, *args)
+    def pass_attention(self, *args: Any) -> None:
+        """See LayerInputs."""
+        self._timed(super().pass_attention, *args)
+
+    def end_layer(self, *args: Any) -> None:
+        """See LayerInputs."""
+        self._timed(super().end_layer, *args)
 
     def _timed(self, function: Any, *args: Any) -> Any:
         started = time.perf_counter()
@@ -84,25 +88,26 @@ class Timed(Replay):
         return result
 
 
-def timed_replay(config: LanceConfig, weights: Weights, tokens: int, device: torch.device) -> Timed:
+def timed_layer_inputs(config: LanceConfig, weights: Weights, tokens: int, device: torch.device) -> Timed:
     """Of made-up requests to a model of this one layer."""
     norm, velocity = RMSNorm(config.hidden_size, config.rms_norm_eps), Linear(config.hidden_size, LATENT_CHANNELS)
     torch.nn.init.ones_(norm.weight)
     torch.nn.init.normal_(velocity.weight, std=0.02)
     torch.nn.init.zeros_(velocity.bias)
-    ends = {"gen": torch.nn.Sequential(norm, velocity).requires_grad_(False)}
+    heads = {"gen": torch.nn.Sequential(norm, velocity).requires_grad_(False)}
 
     def read(_: int) -> Weights:
         return {name: w.clone() for name, w in weights.items()}  # a real one is read beside the layer in hand
 
-    def weigh(calls: Sequence[Call]) -> token_weights.Relevance:
+    def weigh(calls: Sequence[DecoderCall]) -> token_weights.TokenWeights:
         started = time.perf_counter()
-        found = token_weights.measure(config, lambda _: read, 1, ends, calls, device)
-        replay.relevance_seconds = time.perf_counter() - started
+        found = token_weights.measure(config, lambda _: read, 1, heads, calls, device)
+        _wait(device)
+        layer_inputs.relevance_seconds = time.perf_counter() - started
         return found
 
-    replay = Timed(config, fidelity_synthetic.draw_calls(config, tokens // 2, 0), device, weigh=weigh)
-    return replay
+    layer_inputs = Timed(config, fidelity_synthetic.draw_calls(config, tokens // 2, 0), device, weigh=weigh)
+    return layer_inputs
 
 
 def _wait(device: torch.device) -> None:
@@ -139,22 +144,24 @@ def measure(method: str, format_: str, where: str, tokens: int, shrink: int) -> 
     config = fidelity_synthetic.config_of(shrink, layers=1)
     weights = made_up_layer(config, device)
     stats = ActStats({}, [], [{"run_id": "none"}], 0) if method == "rtn" else made_up_stats(config, weights)
-    replay = None
+    layer_inputs = None
     if method == "ours":
-        replay = timed_replay(config, weights, tokens, device)
+        layer_inputs = timed_layer_inputs(config, weights, tokens, device)
     groups = published.quantize_layer(0, weights, stats, codec) if method == "published" else \
-        layer.quantize_layer(0, weights, stats, codec, replay)
+        layer.quantize_layer(0, weights, stats, codec, layer_inputs)
     layer_bytes = sum(w.nbytes for w in weights.values())
     started, cpu = time.perf_counter(), cpu_seconds()
+    if layer_inputs is not None:
+        layer_inputs.weigh_tokens()
     for group, done in groups:
         print(f"{method:<14} {group.name:<22} {done.seconds:7.1f} s", file=sys.stderr, flush=True)
     _wait(device)
     found = {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - cpu, "layer_bytes": layer_bytes,
              "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
              * (1 if sys.platform == "darwin" else 1024)}
-    if replay is not None:
-        found["inputs_seconds"] = replay.seconds - replay.relevance_seconds
-        found["relevance_seconds"] = replay.relevance_seconds
+    if layer_inputs is not None:
+        found["inputs_seconds"] = layer_inputs.seconds
+        found["relevance_seconds"] = layer_inputs.relevance_seconds
     if device.type == "cuda":
         found["device_peak_bytes"] = torch.cuda.max_memory_allocated()
     found["full_model_hours"] = found["seconds" if device.type == "cuda" else "cpu_seconds"] * LAYERS / 3600

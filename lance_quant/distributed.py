@@ -1,4 +1,4 @@
-"""One run on several processes, which torchrun starts, on one machine or several.
+"""Data parallelism over samples: one run on several processes, which torchrun starts, on one machine or several.
 
     torchrun --nproc_per_node 4 run_baseline.py --task t2i ...
 
@@ -133,13 +133,13 @@ class Team:
                                      "machines the same files")
 
     def require_free(self, path: Path) -> None:
-        """See files.require_free; only the leader writes outputs."""
+        """As atomic.require_free; only the leader writes outputs."""
         if self.leads:
             require_free(path)
 
     @contextlib.contextmanager
     def folder(self, path: Path) -> Iterator[Path]:
-        """Where this process writes: on the leader see files.whole_folder, elsewhere a folder that is removed."""
+        """Where this process writes: on the leader as atomic.whole_folder says, elsewhere a folder that is removed."""
         if self.leads:
             with whole_folder(path) as folder:
                 yield folder

@@ -3,6 +3,7 @@
 import torch
 from conftest import CPU, GOLDENS
 
+from lance_quant.calibration.layer_inputs import LayerInputs
 from lance_quant.formats import layout
 from lance_quant.lance.cache import allocate
 from lance_quant.methods.layer import PLACES
@@ -58,6 +59,18 @@ def weights_of(layer):
 def in_order(layer):
     """The groups as data flows."""
     return sorted(layout.groups(layer), key=lambda group: PLACES.index(group.place))
+
+
+def failing_in(layer):
+    """LayerInputs.end_layer of a job that is killed at the end of a layer."""
+    end_layer = LayerInputs.end_layer
+
+    def failing(self, current):
+        if self._index == layer:
+            raise KeyboardInterrupt
+        end_layer(self, current)
+
+    return failing
 
 
 def captures_in(folder, tasks=TASKS):

@@ -20,7 +20,7 @@ from apple.decoder import DecoderConfig, load_decoder
 from apple.mlx_codec import MlxCodec
 from apple.mlx_codes import FORMATS, dequantize, fake_quant_io, quantize
 from lance_quant.calibration.activation_stats import ActStats
-from lance_quant.calibration.decoder_calls import Call
+from lance_quant.calibration.decoder_calls import DecoderCall
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.base import Grid, nearest_levels
@@ -303,7 +303,7 @@ def test_the_head_is_weighted_by_the_norm_in_front_of_it():
 
 def test_only_calls_without_latents_in_sight_are_replayed():
     def call(rows, **streams):
-        return Call(rows, (0,) * len(rows), True, streams, ())
+        return DecoderCall(rows, (0,) * len(rows), True, streams, ())
 
     x = torch.zeros(1, 2, 4)
     calls = [call((0,), und=x), call((1,), und=x), call((0,), und=x, gen=x), call((0,), und=x), call((1,), und=x),

@@ -10,7 +10,7 @@ from conftest import CPU, GOLDENS
 from safetensors.torch import load_file
 from test_apply_cli import fails
 from test_packed import edit
-from test_work import contents
+from test_resume import contents
 
 import awq_apply
 from lance_quant.calibration.activation_stats import ActStats

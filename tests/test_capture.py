@@ -10,7 +10,7 @@ from lance_quant.storage.tensor_file import Checkpoint
 
 
 def test_tokens_decoded_one_by_one_are_one_causal_call(pipeline):
-    with capture.Recorder(pipeline.model) as recorder:
+    with capture.CallRecorder(pipeline.model) as recorder:
         answer(pipeline.model, tokens=6)
     assert [(call.causal, call.length, call.lengths) for call in recorder.calls] == \
         [(True, 4, (0,)), (False, 8, (4,)), (True, 10, (12,))]
@@ -43,7 +43,7 @@ def test_samples_that_are_left_follow_no_period_of_the_sample_file():
 
 @pytest.mark.parametrize("limit", [800, 250, 70])
 def test_subsampling_keeps_what_later_calls_read_and_spreads_evenly(pipeline, limit):
-    with capture.Recorder(pipeline.model, limit) as recorder:
+    with capture.CallRecorder(pipeline.model, limit) as recorder:
         for seed in range(4):
             recorder.begin(seed)
             draw(pipeline.model, seed, steps=10)

@@ -91,7 +91,7 @@ def thinned(root: Path, out: Path) -> None:
     """A capture that is far over its limit."""
     model = Runtime.load(LancePaths.find(SRC), CPU, torch.float32).model
     with joined("cpu") as team:
-        with capture.Recorder(model, LIMIT) as recorder:
+        with capture.CallRecorder(model, LIMIT) as recorder:
             for sample in team.share(range(SAMPLES)):
                 recorder.begin(sample)
                 draw(model, sample, steps=10)

@@ -21,7 +21,7 @@ from benchmarks import (
 )
 from lance_nano import evaluate
 from lance_nano.evaluate import Share
-from lance_quant.calibration.layer_inputs import Replay
+from lance_quant.calibration.layer_inputs import LayerInputs
 from lance_quant.errors import InputError
 from lance_quant.formats.int4 import Int4
 
@@ -76,7 +76,7 @@ def test_the_target_of_every_method_is_the_float_layer(layer, method):
     recipe rounds its norms to bfloat16, the target's weights make up for that."""
     weights, calls, stats = layer
     packed, target = fidelity_synthetic.quantize(0, weights, method, Int4(64), stats,
-                                                 Replay(CONFIG, calls, CPU))
+                                                 LayerInputs(CONFIG, calls, CPU))
     wanted, same, off = (fidelity_synthetic.run(CONFIG, 0, w, calls)[0] for w in (weights, target, packed))
     assert fidelity_synthetic.relative(wanted, same, calls) < 1e-9  # float32 sums in another order: 1e-12
     assert 1e-4 < fidelity_synthetic.relative(wanted, off, calls) < 0.5

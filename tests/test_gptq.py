@@ -35,7 +35,7 @@ def global_scale_of(quantizer, w):
 def moments_of(x, exact=None):
     sums = gram.GramAccumulator(x.shape[1], paired=exact is not None)
     sums.add(x, x if exact is None else exact)
-    return sums.moments()
+    return sums.stats()
 
 
 def output_error(w, back, x):
@@ -129,7 +129,7 @@ def test_one_linears_sums_say_what_the_general_ones_say():
     exact, packed, _ = drifted()
     sums = gram.GramAccumulator(IN, weight=weight().t())
     sums.add(packed, exact, torch.zeros(len(exact), OUT))
-    torch.testing.assert_close(gptq.aim(weight(), sums.moments()), gptq.aim(weight(), moments_of(packed, exact)),
+    torch.testing.assert_close(gptq.aim(weight(), sums.stats()), gptq.aim(weight(), moments_of(packed, exact)),
                                rtol=1e-4, atol=1e-6)
 
 
@@ -141,7 +141,7 @@ def test_the_target_makes_up_for_what_the_residual_stream_lacks(quantizer):
     for name, known in (("output", torch.zeros_like(missing)), ("stream", missing)):
         sums = gram.GramAccumulator(IN, weight=w.t())
         sums.add(packed, exact, known)
-        values = gptq.round_weight(w, sums.moments(), quantizer, global_scale_of(quantizer, w)).values
+        values = gptq.round_weight(w, sums.stats(), quantizer, global_scale_of(quantizer, w)).values
         left[name] = float((exact @ w + missing - packed @ values).square().sum())
     assert left["stream"] < 0.7 * left["output"]
 
@@ -159,9 +159,9 @@ def test_a_token_that_counts_twice_is_there_twice():
             sums.add(packed[piece], exact[piece], missing[piece])
         repeated = gram.GramAccumulator(IN, weight=weight_)
         repeated.add(*twice)
-        found, wanted = sums.moments(), repeated.moments()
+        found, wanted = sums.stats(), repeated.stats()
         assert (found.n_tokens, found.counted, wanted.counted) == (52, 64, 64)
-        for name in ("gram", "cross", "pull", "mean_square"):
+        for name in ("gram", "cross", "cross_target", "mean_square"):
             assert (getattr(found, name) is None) == (getattr(wanted, name) is None)
             if getattr(found, name) is not None:
                 torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-4, atol=1e-4)
@@ -177,7 +177,7 @@ def test_a_token_that_counts_more_is_met_more_closely(quantizer):
         counts[louder] = 1.98
         sums = gram.GramAccumulator(IN, counts=counts)
         sums.add(x, x)
-        values = gptq.round_weight(w, sums.moments(), quantizer, global_scale_of(quantizer, w)).values
+        values = gptq.round_weight(w, sums.stats(), quantizer, global_scale_of(quantizer, w)).values
         errors.append([float((x[half] @ (values - w)).square().sum()) for half in (slice(0, 2048), slice(2048, 4096))])
     assert errors[0][0] < 0.9 * errors[1][0] and errors[1][1] < 0.9 * errors[0][1], errors
 
@@ -200,7 +200,7 @@ def test_held_back_tokens_are_judged_by_what_they_count():
     counts = torch.linspace(0, 2, len(exact))
     sums = gram.GramAccumulator(IN, counts=counts)
     sums.add(packed, exact)
-    moments = sums.moments()
+    moments = sums.stats()
     done = gptq.round_weight(weight(), moments, Int4(32).quantizer, 1.0)
     held = sums._is_held(torch.arange(len(exact)))
     off = (packed[held] @ done.values - exact[held] @ weight()).square().sum(1)
@@ -212,7 +212,7 @@ def test_held_back_tokens_judge_the_stream_as_well():
     exact, packed, missing = drifted()
     sums = gram.GramAccumulator(IN, weight=weight().t())
     sums.add(packed, exact, missing)
-    moments = sums.moments()
+    moments = sums.stats()
     assert len(moments.held_missing) == len(moments.held) == len(moments.held_float)
     done = gptq.round_weight(weight(), moments, Int4(32).quantizer, 1.0)
     wanted = moments.held_float @ weight()
@@ -318,8 +318,8 @@ def test_tokens_may_arrive_in_any_pieces():
     x, sums = rand(1500, 8), gram.GramAccumulator(8)
     for piece in x.split(77):
         sums.add(piece, piece)
-    assert torch.equal(sums.moments().held, moments_of(x, x).held)
-    torch.testing.assert_close(sums.moments().gram, moments_of(x, x).gram, rtol=1e-4, atol=1e-3)
+    assert torch.equal(sums.stats().held, moments_of(x, x).held)
+    torch.testing.assert_close(sums.stats().gram, moments_of(x, x).gram, rtol=1e-4, atol=1e-3)
 
 
 def test_few_tokens_are_damped_more():
@@ -327,4 +327,4 @@ def test_few_tokens_are_damped_more():
     for counts, damping in ((torch.ones(9000), 0.01), (torch.linspace(0.5, 1.5, 9000), 0.1)):  # few may make up most
         sums = gram.GramAccumulator(4, counts=counts)
         sums.add(rand(9000, 4), rand(9000, 4))
-        assert sums.moments().damping == damping
+        assert sums.stats().damping == damping

@@ -1,4 +1,4 @@
-"""Activation statistics: measured while Lance runs, saved, merged, and read by the quantizers.
+"""Activation statistics for AWQ (arXiv:2306.00978): measured while Lance runs, saved, merged, read by the quantizers.
 
 The file is the published one (`torch.save`, format 1: per linear `sum_abs`, `n_tokens`, `n_calls`) with what it lacks
 added where old readers do not look: `sum_sq` and `max_abs` per linear, and a top-level list `runs` that says of which

@@ -1,9 +1,11 @@
-"""What enters the first decoder layer while Lance runs, stored: from it every layer's inputs can be made again
-(replay.py).
+"""Calibration captures: what enters the first decoder layer while Lance runs, stored as GPTQ's calibration set.
 
-A capture is a list of calls of the decoder (calls.py), in order. Each has its streams, rotary terms, causal flag, and
-the cache rows that it reads with their lengths; keys and values are not stored, since running the calls in order makes
-them again. Tokens that were decoded one by one are one causal call, which computes the same; how many is noted.
+From it every layer's inputs can be made again (layer_inputs.py).
+
+A capture is a list of calls of the decoder (decoder_calls.py), in order. Each has its streams, rotary terms, causal
+flag, and the cache rows that it reads with their lengths; keys and values are not stored, since running the calls in
+order makes them again. Tokens that were decoded one by one are one causal call, which computes the same; how many
+is noted.
 
 The file is a safetensors file: `call.N.und`, `call.N.gen` [b, t, hidden] (b = 1 where all rows read the same),
 `call.N.cos`, `call.N.sin` [b, 1, t, head_dim], and `capture`, a JSON text as bytes.
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lance_quant.calibration.activation_stats import model_fingerprint
-from lance_quant.calibration.decoder_calls import Call
+from lance_quant.calibration.decoder_calls import DecoderCall
 from lance_quant.distributed import ALONE, Team
 from lance_quant.errors import InputError
 from lance_quant.formats.layout import SUFFIX
@@ -36,7 +38,7 @@ log = logging.getLogger("lance_quant")
 
 FORMAT = 2
 # Most tokens in a file, counted once per cache row: 44k latent tokens are four per input of a real down_proj, which
-# is where more stop to matter. 1.1 GB of float32 hidden states while they are replayed, float and packed together.
+# is where more stop to matter. 1.1 GB of float32 hidden states while they run again, float and packed together.
 LIMIT = 1 << 16
 _THINNEST = 64  # denoising steps are thinned to every 64th before whole samples are dropped
 _SPREAD = 31  # odd: steps that are left of one sample are others than those of the next
@@ -53,11 +55,11 @@ class _Entry:
     """
 
     number: int
-    call: Call
+    call: DecoderCall
     read: bool = False
     open: bool = True
 
-    def precedes(self, call: Call) -> None:
+    def precedes(self, call: DecoderCall) -> None:
         """Note what a later call does with its rows."""
         ends = {row: length + self.call.length for row, length in zip(self.call.rows, self.call.lengths, strict=True)}
         shared = [(ends[row], length) for row, length in zip(call.rows, call.lengths, strict=True) if row in ends]
@@ -65,7 +67,7 @@ class _Entry:
         self.read = self.read or any(length >= end for end, length in shared)
 
 
-class Recorder:
+class CallRecorder:
     """Collects calls through a hook on the decoder. Subsamples evenly when there are too many tokens.
 
     Causal calls and what later ones read from the cache are kept; calls that leave nothing there (denoising steps) are
@@ -84,7 +86,7 @@ class Recorder:
         self._finished = 0  # tokens of all samples but the running one
         self._stride = self._sample_stride = 1
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "CallRecorder":
         self._handle = self._model.language_model.model.register_forward_pre_hook(self._observe, with_kwargs=True)
         return self
 
@@ -99,19 +101,20 @@ class Recorder:
         self._sample, self._step = sample, 0
 
     @property
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[DecoderCall]:
         """What is kept, in order."""
         return [call for calls in self._by_sample() for call in calls]
 
-    def _by_sample(self) -> list[list[Call]]:
+    def _by_sample(self) -> list[list[DecoderCall]]:
         return [[entry.call for entry in entries if self._keeps(sample, entry)]
                 for sample, entries in self._kept.items()]
 
     def _observe(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(("streams", "rope", "rows", "causal"), args, strict=False)) | kwargs
-        call = Call(tuple(self._number(row) for row in given["rows"]), tuple(row.length for row in given["rows"]),
-                    given["causal"], {expert: _stored(x) for expert, x in given["streams"].items()},
-                    tuple(_stored(x) for x in given["rope"]))
+        cos, sin = given["rope"]
+        call = DecoderCall(tuple(self._number(row) for row in given["rows"]),
+                           tuple(row.length for row in given["rows"]), given["causal"],
+                           {expert: _stored(x) for expert, x in given["streams"].items()}, (_stored(cos), _stored(sin)))
         call.decoded = int(call.causal and call.length == 1)
         entries = self._kept.setdefault(self._sample, [])
         if entries and call.continues(entries[-1].call):
@@ -165,7 +168,7 @@ class Recorder:
             self._drop(sample, running=False)
         self._finished = sum(self._tokens_of(sample) for sample in past)
 
-    def _pooled(self, team: Team) -> list[Call]:
+    def _pooled(self, team: Team) -> list[DecoderCall]:
         """What the processes of a team keep together, in the order of the samples; complete on the leader."""
         strides, sample_strides, last = zip(*team.everyone((self._stride, self._sample_stride, self._sample)),
                                             strict=True)
@@ -173,7 +176,7 @@ class Recorder:
         self._recount()
         while sum(team.everyone(self._tokens())) > self._limit and self._sample_stride <= _most_stride(max(last)):
             self._coarsen()
-        own, numbers, calls = self._by_sample(), {}, []
+        own, numbers, calls = self._by_sample(), dict[tuple[int, int], int](), list[DecoderCall]()
         for sample, part in enumerate(team.collect(own, sum(team.everyone(len(own))))):
             for call in part:
                 rows = tuple(numbers.setdefault((sample, row), len(numbers)) for row in call.rows)
@@ -184,7 +187,7 @@ class Recorder:
         """Write the capture, whole or not at all; of a team, what all of them recorded, by its leader.
 
         Args:
-            fingerprint: of the model, see stats.model_fingerprint.
+            fingerprint: of the model, see activation_stats.model_fingerprint.
 
         Raises:
             InputError: the file exists, or no call was made.
@@ -228,7 +231,7 @@ def recording(model: Lance, path: Path | None, task: str, fingerprint: str,
               team: Team = ALONE) -> Iterator[Callable[[int], None]]:
     """Capture what runs in the block into a file; do nothing where `path` is None.
 
-    Yields what to call with the index of each sample before it runs (Recorder.begin).
+    Yields what to call with the index of each sample before it runs (CallRecorder.begin).
 
     Raises:
         InputError: the file exists.
@@ -238,12 +241,12 @@ def recording(model: Lance, path: Path | None, task: str, fingerprint: str,
         return
     if team.leads:
         require_free(path)
-    with Recorder(model) as recorder:
+    with CallRecorder(model) as recorder:
         yield recorder.begin
     recorder.save(path, task, fingerprint, team)
 
 
-def load(path: Path, fingerprint: str) -> tuple[LanceConfig, list[Call]]:
+def load(path: Path, fingerprint: str) -> tuple[LanceConfig, list[DecoderCall]]:
     """Read a capture of the model with this fingerprint.
 
     Raises:
@@ -265,7 +268,7 @@ def load(path: Path, fingerprint: str) -> tuple[LanceConfig, list[Call]]:
         file.close()
 
 
-def _call(file: TensorFile, index: int, entry: dict[str, Any]) -> Call:
+def _call(file: TensorFile, index: int, entry: dict[str, Any]) -> DecoderCall:
     rows = tuple(entry["rows"])
 
     def read(key: str) -> Tensor:
@@ -273,18 +276,19 @@ def _call(file: TensorFile, index: int, entry: dict[str, Any]) -> Call:
         return x.expand(len(rows), *x.shape[1:])
 
     streams: Streams = {expert: read(expert) for expert in SUFFIX if f"call.{index}.{expert}" in file.specs}
-    return Call(rows, tuple(entry["lengths"]), entry["causal"], streams, (read("cos"), read("sin")), entry["decoded"])
+    return DecoderCall(rows, tuple(entry["lengths"]), entry["causal"], streams, (read("cos"), read("sin")),
+                       entry["decoded"])
 
 
-def load_of(src: Path, paths: Sequence[Path]) -> tuple[LanceConfig, list[Call], list[dict[str, Any]]]:
+def load_of(src: Path, paths: Sequence[Path]) -> tuple[LanceConfig, list[DecoderCall], list[dict[str, Any]]]:
     """Captures of a checkpoint, see `load_all`."""
     with Checkpoint(src) as source:
         return load_all(paths, model_fingerprint(source))
 
 
-def load_all(paths: Sequence[Path], fingerprint: str) -> tuple[LanceConfig, list[Call], list[dict[str, Any]]]:
+def load_all(paths: Sequence[Path], fingerprint: str) -> tuple[LanceConfig, list[DecoderCall], list[dict[str, Any]]]:
     """Several captures of one model as one, with distinct row numbers, and a line on each for the meta. See `load`."""
-    calls: list[Call] = []
+    calls: list[DecoderCall] = []
     facts = []
     for path in paths:
         config, more = load(path, fingerprint)

@@ -1,4 +1,5 @@
-"""Recorded calls of the decoder: what one is, which can run as one, and which read what others leave behind.
+"""Decoder calls: the batches of a calibration set, which can run as one, and which read what others leave in the KV
+cache.
 
 A request is a chain of calls on cache rows of its own; calls of different requests know nothing of each other.
 """
@@ -13,7 +14,7 @@ from lance_quant.lance.mot import Rope, Streams
 
 
 @dataclass
-class Call:
+class DecoderCall:
     """One call of the decoder.
 
     rows: numbers of the cache rows, unique in a capture
@@ -40,18 +41,18 @@ class Call:
         """Tokens in all rows together."""
         return len(self.rows) * self.length
 
-    def continues(self, last: "Call") -> bool:
+    def continues(self, last: "DecoderCall") -> bool:
         """Whether both are causal, on the same rows, with the tokens of one right behind those of the other."""
         return (self.causal and last.causal and self.rows == last.rows
                 and all(a == b + last.length for a, b in zip(self.lengths, last.lengths, strict=True)))
 
-    def joined(self, more: "Call") -> "Call":
+    def joined(self, more: "DecoderCall") -> "DecoderCall":
         """Itself and a call that continues it, as one."""
         streams = {expert: torch.cat([x, more.streams[expert]], 1) for expert, x in self.streams.items()}
-        return replace(self, streams=streams, decoded=self.decoded + 1 if more.length == 1 else 0,
-                       rope=tuple(torch.cat(parts, 2) for parts in zip(self.rope, more.rope, strict=True)))
+        cos, sin = (torch.cat(parts, 2) for parts in zip(self.rope, more.rope, strict=True))
+        return replace(self, streams=streams, decoded=self.decoded + 1 if more.length == 1 else 0, rope=(cos, sin))
 
-    def beside(self, other: "Call") -> bool:
+    def beside(self, other: "DecoderCall") -> bool:
         """Whether both can be one call with more rows: the same shapes, and neither reads what the other leaves.
 
         A row may occur twice: each occurrence overwrites its place behind the same past just before it is read.
@@ -65,7 +66,7 @@ class Call:
         return self.causal, self.decoded, tuple((expert, x.shape[1]) for expert, x in self.streams.items())
 
 
-def batched(calls: Iterable[Call], most: int) -> list[Call]:
+def batched(calls: Iterable[DecoderCall], most: int) -> list[DecoderCall]:
     """The same in fewer calls: short ones are slow one by one.
 
     Requests of the same shapes run side by side, and in a request, steps that read the same past.
@@ -73,14 +74,14 @@ def batched(calls: Iterable[Call], most: int) -> list[Call]:
     Args:
         most: tokens of a call, and of requests that run side by side; a single one may have more.
     """
-    alike: dict[Hashable, list[list[Call]]] = {}
+    alike: dict[Hashable, list[list[DecoderCall]]] = {}
     for request in requests(calls):
         alike.setdefault(_shape(request), []).append(request)
-    out: list[Call] = []
+    out: list[DecoderCall] = []
     for group in alike.values():
         each = max(1, most // sum(call.tokens for call in group[0]))
         for start in range(0, len(group), each):
-            merged: list[Call] = []
+            merged: list[DecoderCall] = []
             for call in (stacked(part) for part in zip(*group[start:start + each], strict=True)):
                 if merged and merged[-1].tokens + call.tokens <= most and merged[-1].beside(call):
                     merged[-1] = stacked([merged[-1], call])
@@ -90,20 +91,20 @@ def batched(calls: Iterable[Call], most: int) -> list[Call]:
     return out
 
 
-def stacked(calls: Sequence[Call]) -> Call:
+def stacked(calls: Sequence[DecoderCall]) -> DecoderCall:
     """Calls of the same shape as one with all their rows."""
     if len(calls) == 1:
         return calls[0]
-    return Call(sum((call.rows for call in calls), ()), sum((call.lengths for call in calls), ()), calls[0].causal,
-                {expert: torch.cat([call.streams[expert] for call in calls]) for expert in calls[0].streams},
-                tuple(torch.cat(parts) for parts in zip(*(call.rope for call in calls), strict=True)),
-                calls[0].decoded)
+    streams = {expert: torch.cat([call.streams[expert] for call in calls]) for expert in calls[0].streams}
+    cos, sin = zip(*(call.rope for call in calls), strict=True)
+    return DecoderCall(sum((call.rows for call in calls), ()), sum((call.lengths for call in calls), ()),
+                       calls[0].causal, streams, (torch.cat(cos), torch.cat(sin)), calls[0].decoded)
 
 
-def requests(calls: Iterable[Call]) -> list[list[Call]]:
+def requests(calls: Iterable[DecoderCall]) -> list[list[DecoderCall]]:
     """Calls that share cache rows, directly or through others, in the order of their first calls."""
-    of_row: dict[int, list[Call]] = {}
-    out: list[list[Call]] = []
+    of_row: dict[int, list[DecoderCall]] = {}
+    out: list[list[DecoderCall]] = []
     for call in calls:
         known = list({id(of_row[row]): of_row[row] for row in call.rows if row in of_row}.values())
         request = known[0] if known else []
@@ -118,14 +119,14 @@ def requests(calls: Iterable[Call]) -> list[list[Call]]:
     return out
 
 
-def _shape(request: Sequence[Call]) -> Hashable:
+def _shape(request: Sequence[DecoderCall]) -> Hashable:
     """Equal for requests that can run side by side."""
     names: dict[int, int] = {}  # rows by their first appearance
     return tuple((call.shape(), call.lengths, tuple(names.setdefault(row, len(names)) for row in call.rows))
                  for call in request)
 
 
-def with_outputs(calls: Sequence[Call]) -> dict[int, Expert]:
+def with_outputs(calls: Sequence[DecoderCall]) -> dict[int, Expert]:
     """Places of the calls that something comes out of, and the expert that gives it: of calls that no later one reads,
     latents, and tokens that an answer is read off."""
     out: dict[int, Expert] = {}
@@ -138,7 +139,7 @@ def with_outputs(calls: Sequence[Call]) -> dict[int, Expert]:
     return dict(sorted(out.items()))
 
 
-def with_what_they_read(calls: Sequence[Call], wanted: Collection[int]) -> list[int]:
+def with_what_they_read(calls: Sequence[DecoderCall], wanted: Collection[int]) -> list[int]:
     """Places of some calls and of all that these read, in order."""
     kept: list[int] = []
     read: dict[int, int] = {}
@@ -149,10 +150,10 @@ def with_what_they_read(calls: Sequence[Call], wanted: Collection[int]) -> list[
     return kept[::-1]
 
 
-def _is_read(call: Call, read: dict[int, int]) -> bool:
+def _is_read(call: DecoderCall, read: dict[int, int]) -> bool:
     return any(read.get(row, 0) > length for row, length in zip(call.rows, call.lengths, strict=True))
 
 
-def _note(call: Call, read: dict[int, int]) -> None:
+def _note(call: DecoderCall, read: dict[int, int]) -> None:
     for row, length in zip(call.rows, call.lengths, strict=True):
         read[row] = max(length, read.get(row, 0))

@@ -1,4 +1,7 @@
-"""Gradients of what comes out of the model, on captured calls, inside one layer at a time.
+"""Output gradients for Fisher information: a backward pass over captured calls, one layer in memory at a time.
+
+The squares of these gradients are the diagonal of a Gauss-Newton (Fisher) matrix, estimated by Hutchinson's probes, as
+in GuidedQuant (arXiv:2505.07004).
 
 What comes out are the final hidden states that an answer's tokens are read off, and the velocities of a denoising step.
 Let y be either, and r random signs on it. The gradient of the sum of r * y with respect to anything inside, squared and
@@ -14,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lance_quant.calibration.decoder_calls import Call, requests
+from lance_quant.calibration.decoder_calls import DecoderCall, requests
 from lance_quant.formats import layout
 from lance_quant.formats.layout import SUFFIX, Expert
 from lance_quant.formats.weights import Weights
@@ -22,7 +25,8 @@ from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import DecoderLayer, RMSNorm, Streams
 from lance_quant.storage.tensor_file import Checkpoint
 
-Ends = Mapping[Expert, nn.Module]  # what turns an expert's last hidden states into what comes out
+# What turns an expert's last hidden states into what comes out: the final norm and, for latents, the velocity.
+OutputHeads = Mapping[Expert, nn.Module]
 Use = Callable[[list[Tensor]], None]
 # Given the layer and the places of the calls that it is about to run: what to differentiate by, a list that may still
 # grow while the layer runs, and what takes the gradients, once per probe.
@@ -59,7 +63,7 @@ class Gradients:
         config: sizes of the model.
         layers: the tensors of a layer, float32 on `device`; of the experts that `calls` have tokens for.
         count: number of layers.
-        ends: of the experts that `wanted` names.
+        heads: of the experts that `wanted` names.
         calls: in order, with everything that they read.
         wanted: place in `calls` -> the expert whose output is looked at, of calls that no other reads. Of "und" these
             are the decoded tokens.
@@ -67,9 +71,9 @@ class Gradients:
         probes: draws of r.
     """
 
-    def __init__(self, config: LanceConfig, layers: Callable[[int], Weights], count: int, ends: Ends,
-                 calls: Sequence[Call], wanted: Mapping[int, Expert], device: torch.device, probes: int):
-        self.config, self.calls, self.wanted, self._ends, self._device = config, calls, wanted, ends, device
+    def __init__(self, config: LanceConfig, layers: Callable[[int], Weights], count: int, heads: OutputHeads,
+                 calls: Sequence[DecoderCall], wanted: Mapping[int, Expert], device: torch.device, probes: int):
+        self.config, self.calls, self.wanted, self._heads, self._device = config, calls, wanted, heads, device
         self._groups = _groups(calls)
         self._inputs: list[list[Streams]] = []
         states = [call.streams for call in calls]
@@ -78,7 +82,7 @@ class Gradients:
                 self._inputs.append([_stored(streams) for streams in states])
                 layer = layer_around(config, index, layers(index))
                 states = [{expert: x.cpu() for expert, x in streams.items()} for streams in self.run(layer, states)]
-            self.energy = {expert: sum(float(self._end(place, states[place][expert]).square().sum())
+            self.energy = {expert: sum(float(self._output(place, states[place][expert]).square().sum())
                                        for place, other in wanted.items() if other == expert)
                            for expert in sorted(set(wanted.values()))}
         # By probe and call: the gradient of what the next layer takes in.
@@ -96,13 +100,14 @@ class Gradients:
         for call, streams in zip(calls, states, strict=True):
             for row, length in zip(call.rows, call.lengths, strict=True):
                 rows[row].length = length
+            cos, sin = call.rope
             yield layer({expert: x.to(self._device) for expert, x in streams.items()},
-                        tuple(x.to(self._device) for x in call.rope), [rows[row] for row in call.rows], 0, call.causal)
+                        (cos.to(self._device), sin.to(self._device)), [rows[row] for row in call.rows], 0, call.causal)
 
-    def _end(self, place: int, x: Tensor) -> Tensor:
+    def _output(self, place: int, x: Tensor) -> Tensor:
         """y of a wanted call, from what the last layer gives of its expert's stream."""
         expert = self.wanted[place]
-        return self._ends[expert](x[:, -self.calls[place].decoded:] if expert == "und" else x)
+        return self._heads[expert](x[:, -self.calls[place].decoded:] if expert == "und" else x)
 
     def _probes(self, states: Sequence[Streams], probes: int) -> Iterator[list[Streams]]:
         generator = torch.Generator().manual_seed(0)
@@ -111,7 +116,7 @@ class Gradients:
             for place, expert in self.wanted.items():
                 x = states[place][expert].detach().requires_grad_()
                 with torch.enable_grad():
-                    y = self._end(place, x)
+                    y = self._output(place, x)
                     signs = torch.randint(2, y.shape, generator=generator).mul_(2).sub_(1)
                     scale = self.energy[expert] ** 0.5 or 1.0
                     (out[place][expert],) = torch.autograd.grad((y * signs).sum() / scale, x)
@@ -146,7 +151,7 @@ class Gradients:
                     upstream[place] = _stored({expert: next(left) for expert in given})
 
 
-def _groups(calls: Sequence[Call]) -> list[list[int]]:
+def _groups(calls: Sequence[DecoderCall]) -> list[list[int]]:
     """Places of requests that run together."""
     place_of = {id(call): place for place, call in enumerate(calls)}
     out: list[list[int]] = []
@@ -179,7 +184,7 @@ def inside(name: str, index: int) -> str:
     return name.removeprefix(f"{layout.LAYERS}.{index}.")
 
 
-def layers_of(source: Checkpoint, device: torch.device, calls: Sequence[Call]) -> Callable[[int], Weights]:
+def layers_of(source: Checkpoint, device: torch.device, calls: Sequence[DecoderCall]) -> Callable[[int], Weights]:
     """What reads the tensors of a layer, float32 on `device`, that some calls need."""
     experts = {expert for call in calls for expert in call.streams}
     return lambda index: {name: source.read(name, torch.float32, device)
@@ -187,7 +192,7 @@ def layers_of(source: Checkpoint, device: torch.device, calls: Sequence[Call]) -
                           if layout.expert_of(name) in experts}
 
 
-def ends_of(source: Checkpoint, config: LanceConfig) -> Ends:
+def output_heads_of(source: Checkpoint, config: LanceConfig) -> OutputHeads:
     """The final norms, and the velocity behind that of latents; on the CPU."""
     norms = {expert: norm_around(source.read(f"language_model.model.norm{suffix}.weight", torch.float32),
                                  config.rms_norm_eps) for expert, suffix in SUFFIX.items()}

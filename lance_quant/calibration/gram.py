@@ -1,7 +1,8 @@
-"""Gram (Hessian) accumulators: sum x x^T over the tokens that a linear reads, as GPTQ (arXiv:2210.17323) needs it.
+"""Gram (Hessian) accumulators: H = sum x x^T over the tokens that a linear reads, as GPTQ needs it (arXiv:2210.17323).
 
-Collected from activations that arrive piece by piece, of the float model and of the model packed so far. Tokens may
-count differently (token_weights.py), and some are held back from the sums, to judge what was made of them.
+Collected from activations that arrive piece by piece, of the float model and of the model packed so far: their
+difference gives the asymmetric target of GPTAQ (arXiv:2504.02692). Tokens may count differently (token_weights.py), and
+some are held back from the sums, to judge what was made of them.
 """
 
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ class GramStats:
     held: float32 [t, in], inputs xq of tokens that are not in the sums, times the root of what each counts; t may be 0
     held_float: float32 [t, in], the float model's inputs of the same tokens, likewise
     cross: float32 [in, in], sum of (x - xq) xq^T, x the same token's input in the float model; None where they agree
-    pull: float32 [in, out], sum of xq (W (x - xq) + r - rq)^T for the one linear that reads these inputs; then no cross
-    held_missing: float32 [t, out], r - rq of the held-back tokens, likewise, with `pull`
+    cross_target: float32 [in, out], sum of xq (W (x - xq) + r - rq)^T for the one linear that reads these inputs, r the
+        residual stream; then no cross
+    held_missing: float32 [t, out], r - rq of the held-back tokens, likewise, with `cross_target`
     weighed: whether they count differently
     """
 
@@ -41,13 +43,13 @@ class GramStats:
     held: Tensor
     held_float: Tensor
     cross: Tensor | None = None
-    pull: Tensor | None = None
+    cross_target: Tensor | None = None
     held_missing: Tensor | None = None
     weighed: bool = False
 
     @property
     def mean_square(self) -> Tensor:
-        """[in] mean of xq^2."""
+        """float32 [in] mean of xq^2."""
         return self.gram.diagonal() / (self.counted or 1.0)
 
     @property
@@ -73,8 +75,8 @@ class GramAccumulator:
         self._gram = torch.zeros(width, width, device=device)
         self._weight = weight if paired else None
         self._cross = torch.zeros(width, width, device=device) if paired and weight is None else None
-        self._pull = None if self._weight is None else torch.zeros(width, len(weight), device=device)
-        self._held: list[tuple[Tensor, ...]] = []
+        self._cross_target = torch.zeros(width, len(weight), device=device) if paired and weight is not None else None
+        self._held: list[list[Tensor]] = []
         self._counts = None if counts is None else counts.to(device)
         self._seen = self._kept = 0
         self._counted = 0.0
@@ -86,25 +88,34 @@ class GramAccumulator:
         Args:
             packed, exact: [t, in] their inputs in the packed and in the float model.
             missing: [t, out] the residual stream of the float model less that of the packed one; needed with `weight`.
+
+        Raises:
+            ValueError: no `missing` where it is needed.
         """
         held = self._is_held(torch.arange(self._seen, self._seen + len(packed), device=packed.device))
-        parts = (packed, exact) if self._weight is None else (packed, exact, missing)
+        parts = [packed, exact]
+        if self._weight is not None:
+            if missing is None:
+                raise ValueError("a linear that adds to the residual stream needs what is missing there")
+            parts.append(missing)
         counts = None if self._counts is None else self._counts[self._seen:self._seen + len(packed)]
         if counts is not None:
-            parts = tuple(part * counts.sqrt()[:, None] for part in parts)
+            parts = [part * counts.sqrt()[:, None] for part in parts]
         self._seen += len(packed)
         if held.any():
-            self._held.append(tuple(part[held] for part in parts))
-            parts = tuple(part[~held] for part in parts)
+            self._held.append([part[held] for part in parts])
+            parts = [part[~held] for part in parts]
             counts = None if counts is None else counts[~held]
-        packed, exact, *rest = parts
-        self._kept += len(packed)
-        self._counted += len(packed) if counts is None else float(counts.sum())
+        self._kept += len(parts[0])
+        self._counted += len(parts[0]) if counts is None else float(counts.sum())
+        self._add_products(*parts)
+
+    def _add_products(self, packed: Tensor, exact: Tensor, missing: Tensor | None = None) -> None:
         for start in range(0, len(self._gram), _TRIANGLE):  # what lies below the diagonal follows by symmetry
             self._gram[start:start + _TRIANGLE, start:].addmm_(packed[:, start:start + _TRIANGLE].t(),
                                                                packed[:, start:])
-        if self._weight is not None:
-            self._pull.addmm_(packed.t(), torch.addmm(rest[0], exact - packed, self._weight.t()))
+        if self._cross_target is not None and self._weight is not None and missing is not None:
+            self._cross_target.addmm_(packed.t(), torch.addmm(missing, exact - packed, self._weight.t()))
         elif self._cross is not None:
             self._cross.addmm_((exact - packed).t(), packed)
 
@@ -116,7 +127,7 @@ class GramAccumulator:
             mixed = (mixed ^ (mixed >> shift)) * factor % (1 << 32)
         return (mixed < (1 << 32) // every) & (place < HELD_BACK * every)
 
-    def moments(self) -> GramStats:
+    def stats(self) -> GramStats:
         """What was collected. The sums are handed over: nothing can be added afterwards."""
         assert self._counts is None or self._seen == len(self._counts), "a count for every token"
         for start in range(0, len(self._gram), _TRIANGLE):
@@ -127,8 +138,8 @@ class GramAccumulator:
         held = [torch.cat(parts) for parts in zip(*self._held, strict=True)]
         if not held:
             held = [self._gram.new_empty(0, len(self._gram))] * 2
-        return GramStats(self._gram, self._kept, self._counted, held[0], held[1], self._cross, self._pull,
-                       held[2] if held[2:] else None, self._weighed())
+        return GramStats(self._gram, self._kept, self._counted, held[0], held[1], self._cross, self._cross_target,
+                         held[2] if held[2:] else None, self._weighed())
 
     def _weighed(self) -> bool:
         return self._counts is not None and bool((self._counts != self._counts[:1]).any())

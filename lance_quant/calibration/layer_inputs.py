@@ -1,26 +1,36 @@
-"""Captured requests run again layer by layer, for what GPTQ must know of every linear's inputs.
+"""Layer inputs for GPTQ (arXiv:2210.17323): captured requests run again layer by layer, float and packed side by side.
 
 GPTQ needs the Gram matrix of every linear's inputs: 485 MB for one real down_proj, 35 GB for all. So the inputs of
 layer 0 are stored (capture.py) and every layer's are made again when its turn comes, with the real attention: once
-through the float layer and once through the layer as it is packed so far. Two layers' weights and one down_proj's Gram
-matrix are in memory at a time.
+through the float layer and once through the layer as it is packed so far, as GPTAQ does (arXiv:2504.02692). Two layers'
+weights and one down_proj's Gram matrix are in memory at a time. Tokens count by token_weights.py.
 
-In the Gram matrices tokens count by how much an error there does to what comes out of the model (relevance.py).
+A job takes these steps:
+
+    weigh_tokens()                    once, before the first layer; reads all layers twice
+    for every layer:
+        begin_layer(index, target)
+        gram_stats(group, current)    of its attention's linears
+        pass_attention(current)
+        gram_stats(group, current)    of its MLPs' linears
+        end_layer(current)            behind it, `save` and `load` are allowed
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lance_quant.calibration import gram, token_weights
+from lance_quant.calibration import token_weights
 from lance_quant.calibration.capture import load_of
-from lance_quant.calibration.decoder_calls import Call, batched
+from lance_quant.calibration.decoder_calls import DecoderCall, batched
 from lance_quant.calibration.gradients import inside, layer_around
-from lance_quant.calibration.token_weights import Relevance
+from lance_quant.calibration.gram import GramAccumulator, GramStats
+from lance_quant.calibration.token_weights import TokenWeights
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.layout import SUFFIX, Expert
@@ -34,81 +44,123 @@ from lance_quant.storage.tensor_file import Checkpoint, TensorFile, write_tensor
 BATCH = 4096  # tokens of calls that run as one
 _PIECE = 1024  # tokens that go through an MLP at once; the inputs of a real down_proj are 45 MB
 _NORMS = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm", "mlp_out": "post_attention_layernorm"}
+_STORED = "token_weights."  # in front of a linear's name, in a stored state
 
 
-class Replay:
-    """The inputs of each layer in turn, in the float model and in the packed one: see ours.Activations.
+class Step(Enum):
+    """Where a job is."""
+
+    UNWEIGHED = "before weigh_tokens"
+    BETWEEN = "between two layers"
+    ATTENTION = "in front of a layer's attention"
+    MLP = "between a layer's attention and its MLPs"
+
+
+class LayerInputs:
+    """The inputs of each layer in turn, in the float model and in the packed one; see the module docstring.
 
     Args:
         config: of the model.
         calls: of one capture or several, with distinct row numbers.
         device: where layers run and Gram matrices are summed; hidden states wait on the CPU.
-        facts: which captures these are.
-        weigh: how much each token counts in calls as they are run, see relevance.py; None: all the same.
+        facts: which captures these are, plain values for the meta.
+        weigh: gives the weight of every token in calls as they are run; None: all count the same.
+
+    A step out of order is a bug: RuntimeError.
     """
 
-    def __init__(self, config: LanceConfig, calls: Sequence[Call], device: torch.device,
-                 facts: Sequence[dict[str, Any]] = (), weigh: Callable[[Sequence[Call]], Relevance] | None = None):
+    def __init__(self, config: LanceConfig, calls: Sequence[DecoderCall], device: torch.device,
+                 facts: Sequence[dict[str, Any]] = (),
+                 weigh: Callable[[Sequence[DecoderCall]], TokenWeights] | None = None):
         self._config, self._device, self.facts = config, device, facts
         self._exact = self._packed = batched(calls, BATCH)
         self._weigh = weigh
-        self._relevance: Relevance | None = None
-        self._attended = False  # whether the states are those between attention and MLP
-        self._ends: dict[int, int] = {}
+        self._token_weights: TokenWeights | None = None
+        self._step = Step.BETWEEN if weigh is None else Step.UNWEIGHED
+        self._index, self._target = -1, Weights()  # of the layer in hand
+        self._capacity: dict[int, int] = {}  # of each cache row
         for call in calls:
             for row, length in zip(call.rows, call.lengths, strict=True):
-                self._ends[row] = max(self._ends.get(row, 0), length + call.length)
-        self._found: dict[str, list[gram.GramStats]] = {}
+                self._capacity[row] = max(self._capacity.get(row, 0), length + call.length)
+        self._measured: dict[str, list[GramStats]] = {}  # of the attention output's other expert
+
+    def weigh_tokens(self) -> None:
+        """Measure as how many every token counts, with the inputs of layer 0: a forward and a backward pass over all
+        layers. `load` brings what an earlier run measured instead; without `weigh` there is nothing to do."""
+        if self._weigh is not None:
+            self._require(Step.UNWEIGHED)
+            self._token_weights = self._weigh(self._exact)
+            self._step = Step.BETWEEN
+
+    def begin_layer(self, index: int, target: Weights) -> None:
+        """Take up a layer; `target` are its float weights, scales moved."""
+        self._require(Step.BETWEEN)
+        self._index, self._target, self._step = index, target, Step.ATTENTION
 
     @torch.no_grad()
-    def moments(self, group: layout.Group, target: Weights, current: Weights) -> list[gram.GramStats] | None:
-        """See ours.Activations; places come in the order of ours.PLACES. Where attention was run, both experts are
-        measured at once; elsewhere one at a time, since a Gram matrix of down_proj is as large as a layer."""
-        assert group.place.startswith("mlp") or not self._attended, "the attention of this layer is behind us"
-        if group.place.startswith("mlp") and not self._attended:
-            self._go_on(self._past_attention, group.layer, target, current)
-            self._attended = True
-        if not any(group.expert in call.streams for call in self._exact):
-            return None
-        if group.name not in self._found:
-            wanted = [other for other in layout.groups(group.layer) if other.place == group.place
-                      and (group.place == "attn_out" or other.expert == group.expert)
-                      and any(other.expert in call.streams for call in self._exact)]
-            self._found = self._measure(wanted, target, current)
-        return self._found.pop(group.name)
+    def gram_stats(self, group: layout.Group, current: Weights) -> list[GramStats] | None:
+        """Gram matrices of the inputs of each of a group's linears; None where no token reaches them.
 
-    def _measure(self, groups: Sequence[layout.Group], target: Weights,
-                 current: Weights) -> dict[str, list[gram.GramStats]]:
+        Args:
+            group: of the attention before `pass_attention`, of an MLP after it. Where attention was run, both experts
+                are measured at once; elsewhere one at a time, since a Gram matrix of down_proj is as large as a layer.
+            current: the layer's weights with those linears replaced that are packed already.
+
+        Returns:
+            One GramStats for each linear, the same one where tokens count the same.
+        """
+        self._require(Step.MLP if group.place.startswith("mlp") else Step.ATTENTION)
+        reached = {expert for call in self._exact for expert in call.streams}
+        if group.expert not in reached:
+            return None
+        if group.name not in self._measured:
+            wanted = [other for other in layout.groups(self._index) if other.place == group.place
+                      and other.expert in reached and (group.place == "attn_out" or other.expert == group.expert)]
+            self._measured = self._measure(wanted, current)
+        return self._measured.pop(group.name)
+
+    @torch.no_grad()
+    def pass_attention(self, current: Weights) -> None:
+        """Go on to the MLPs: the states become those behind this layer's attention."""
+        self._require(Step.ATTENTION)
+        self._go_on(self._past_attention, current)
+        self._step = Step.MLP
+
+    @torch.no_grad()
+    def end_layer(self, current: Weights) -> None:
+        """Go on to the next layer: this one's outputs become its inputs."""
+        self._require(Step.MLP)
+        self._go_on(self._past_mlp, current)
+        self._target, self._step = Weights(), Step.BETWEEN
+
+    def _require(self, step: Step) -> None:
+        if self._step is not step:
+            raise RuntimeError(f"layer inputs are {self._step.value}, not {step.value}")
+
+    def _measure(self, groups: Sequence[layout.Group], current: Weights) -> dict[str, list[GramStats]]:
+        target = self._target
         # What is packed so far shows in the inputs only behind the first packed linear of the model.
         paired = any(a is not b for a, b in zip(self._exact, self._packed, strict=True)) \
             or any(current[name] is not target[name] for name in target)
-        sums = {group.name: self._sums(group, paired, target) for group in groups}
+        grams = {group.name: self._accumulators(group, paired, target) for group in groups}
         exact, packed = self._inputs(groups, target, self._exact), self._inputs(groups, current, self._packed)
         for (name, x, stream), (_, xq, stream_q) in zip(exact, packed, strict=True):
-            for part in dict.fromkeys(sums[name]):
-                part.add(xq, x, stream - stream_q)
-        found = {part: part.moments() for part in dict.fromkeys(part for parts in sums.values() for part in parts)}
-        return {name: [found[part] for part in parts] for name, parts in sums.items()}
+            for accumulator in dict.fromkeys(grams[name]):
+                accumulator.add(xq, x, stream - stream_q)
+        done = {one: one.stats() for one in dict.fromkeys(one for own in grams.values() for one in own)}
+        return {name: [done[one] for one in own] for name, own in grams.items()}
 
-    def _sums(self, group: layout.Group, paired: bool, target: Weights) -> list[gram.GramAccumulator]:
+    def _accumulators(self, group: layout.Group, paired: bool, target: Weights) -> list[GramAccumulator]:
         """One for each linear; the same one where tokens count the same."""
         weight = target[f"{group.linears[0]}.weight"]
         fed = weight if group.norm is None else None
-        if self._counts() is None:
-            return [gram.GramAccumulator(weight.shape[1], self._device, paired, fed)] * len(group.linears)
-        return [gram.GramAccumulator(weight.shape[1], self._device, paired, fed, self._counts()[name])
+        if self._token_weights is None:
+            return [GramAccumulator(weight.shape[1], self._device, paired, fed)] * len(group.linears)
+        return [GramAccumulator(weight.shape[1], self._device, paired, fed, self._token_weights[name])
                 for name in group.linears]
 
-    def _counts(self) -> Relevance | None:
-        """As how many every token counts, measured when that is first needed: with the inputs of layer 0. A job that
-        goes on behind that layer has loaded them."""
-        if self._relevance is None and self._weigh is not None:
-            assert self._exact is self._packed, "layers are packed already"
-            self._relevance = self._weigh(self._exact)
-        return self._relevance
-
     def _inputs(self, groups: Sequence[layout.Group], weights: Weights,
-                calls: Sequence[Call]) -> Iterator[tuple[str, Tensor, Tensor]]:
+                calls: Sequence[DecoderCall]) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Group, its inputs [tokens, in] and the residual stream [tokens, hidden] beside them, piece by piece."""
         layer, place = layer_around(self._config, groups[0].layer, weights), groups[0].place
         if place == "attn_out":
@@ -124,7 +176,7 @@ class Replay:
                     yield group.name, norm(stream) if place.endswith("_in") else mlp(norm(stream)), stream
 
     def _attention_outputs(self, groups: Sequence[layout.Group], layer: DecoderLayer,
-                           calls: Sequence[Call]) -> Iterator[tuple[str, Tensor, Tensor]]:
+                           calls: Sequence[DecoderCall]) -> Iterator[tuple[str, Tensor, Tensor]]:
         seen: dict[str, Tensor] = {}
         for group in groups:
             def observe(_: nn.Module, args: tuple[Tensor, ...], name: str = group.name) -> None:
@@ -137,41 +189,35 @@ class Replay:
                     stream = call.streams[group.expert].to(self._device)
                     yield group.name, seen.pop(group.name), stream.flatten(0, -2)
 
-    def _after_attention(self, layer: DecoderLayer, calls: Iterable[Call]) -> Iterator[Streams]:
+    def _after_attention(self, layer: DecoderLayer, calls: Iterable[DecoderCall]) -> Iterator[Streams]:
         """Each call's streams with what attention adds to them."""
         for suffix in SUFFIX.values():
             setattr(layer, f"mlp{suffix}", _Zero())
-        rows = {row: self._row(end) for row, end in self._ends.items()}
+        rows = {row: self._row(capacity) for row, capacity in self._capacity.items()}
         for call in calls:
             for row, length in zip(call.rows, call.lengths, strict=True):
                 rows[row].length = length
             streams = {expert: x.to(self._device) for expert, x in call.streams.items()}
-            rope = tuple(x.to(self._device) for x in call.rope)
-            yield layer(streams, rope, [rows[row] for row in call.rows], 0, call.causal)
+            cos, sin = call.rope
+            yield layer(streams, (cos.to(self._device), sin.to(self._device)), [rows[row] for row in call.rows], 0,
+                        call.causal)
 
     def _row(self, capacity: int) -> CacheRow:
         return CacheRow(*torch.empty(2, 1, self._config.num_key_value_heads, capacity, self._config.head_dim,
                                      device=self._device))
 
-    @torch.no_grad()
-    def advance(self, layer: int, target: Weights, current: Weights) -> None:
-        """See ours.Activations."""
-        if not self._attended:
-            self._go_on(self._past_attention, layer, target, current)
-        self._go_on(self._past_mlp, layer, target, current)
-        self._attended = False
-
-    def _go_on(self, step: Callable[[DecoderLayer, Sequence[Call]], list[Call]], index: int, target: Weights,
+    def _go_on(self, step: Callable[[DecoderLayer, Sequence[DecoderCall]], list[DecoderCall]],
                current: Weights) -> None:
         """Replace the states of both models."""
-        self._exact, self._packed = (step(layer_around(self._config, index, weights), calls)
-                                     for weights, calls in ((target, self._exact), (current, self._packed)))
+        self._exact, self._packed = (
+            step(layer_around(self._config, self._index, weights), calls)
+            for weights, calls in ((self._target, self._exact), (current, self._packed)))
 
-    def _past_attention(self, layer: DecoderLayer, calls: Sequence[Call]) -> list[Call]:
+    def _past_attention(self, layer: DecoderLayer, calls: Sequence[DecoderCall]) -> list[DecoderCall]:
         return [replace(call, streams={expert: x.cpu() for expert, x in streams.items()})
                 for call, streams in zip(calls, self._after_attention(layer, calls), strict=True)]
 
-    def _past_mlp(self, layer: DecoderLayer, calls: Sequence[Call]) -> list[Call]:
+    def _past_mlp(self, layer: DecoderLayer, calls: Sequence[DecoderCall]) -> list[DecoderCall]:
         return [replace(call, streams={expert: self._fed(layer, expert, x) for expert, x in call.streams.items()})
                 for call in calls]
 
@@ -180,30 +226,30 @@ class Replay:
         pieces = (x.to(self._device) for x in streams.flatten(0, -2).split(_PIECE))
         return torch.cat([(x + mlp(norm(x))).cpu() for x in pieces]).view(streams.shape)
 
-    def hidden(self) -> Iterator[tuple[Call, Call]]:
+    def hidden(self) -> Iterator[tuple[DecoderCall, DecoderCall]]:
         """The calls as they stand, in the float model and in the packed one: after the last layer, its outputs."""
         return zip(self._exact, self._packed, strict=True)
 
     def save(self, path: Path) -> None:
-        """See ours.Activations: the hidden states of both models, and how much their tokens count."""
+        """Store the hidden states of both models and the token weights, so that another run can go on from here."""
+        self._require(Step.BETWEEN)
         path.unlink(missing_ok=True)  # of a layer that was not journalled
         tensors = {f"{which}.{index}.{expert}": x for which, calls in self._states()
                    for index, call in enumerate(calls) for expert, x in call.streams.items()}
-        tensors |= {f"relevance.{name}": x for name, x in (self._relevance or {}).items()}
+        tensors |= {_STORED + name: x for name, x in (self._token_weights or {}).items()}
         with whole_file(path) as partial:
             write_tensors(partial, tensors)
 
     def load(self, path: Path) -> None:
-        """See ours.Activations.
+        """Go on from what `save` stored, in place of `weigh_tokens`.
 
         Raises:
             InputError: another version of this program left it.
         """
-        file = TensorFile(path)
-        try:
+        with TensorFile(path) as file:
             wanted = {f"{which}.{index}.{expert}": tuple(x.shape) for which, calls in self._states()
                       for index, call in enumerate(calls) for expert, x in call.streams.items()}
-            kept = [name for name in file.specs if name.startswith("relevance.")]
+            kept = [name for name in file.specs if name.startswith(_STORED)]
             if {name: spec.shape for name, spec in file.specs.items() if name not in kept} != wanted \
                     or bool(kept) != (self._weigh is not None):
                 raise InputError(f"{path} was left by another version of lance-quant: delete {path.parent} and start "
@@ -212,11 +258,10 @@ class Replay:
                 [replace(call, streams={expert: file.read(f"{which}.{index}.{expert}") for expert in call.streams})
                  for index, call in enumerate(calls)]
                 for which, calls in self._states())
-            self._relevance = {name.removeprefix("relevance."): file.read(name) for name in kept} or None
-        finally:
-            file.close()
+            self._token_weights = {name.removeprefix(_STORED): file.read(name) for name in kept} or None
+        self._step = Step.BETWEEN
 
-    def _states(self) -> list[tuple[str, list[Call]]]:
+    def _states(self) -> list[tuple[str, list[DecoderCall]]]:
         return [("exact", self._exact), ("packed", self._packed)]
 
 
@@ -227,16 +272,16 @@ class _Zero(nn.Module):
         return torch.zeros_like(x)
 
 
-def replay_of(src: Path, paths: Sequence[Path], device: torch.device) -> Replay:
-    """The replay of some captures of a checkpoint.
+def layer_inputs_of(src: Path, paths: Sequence[Path], device: torch.device) -> LayerInputs:
+    """The layer inputs of some captures of a checkpoint, with tokens weighed by its gradients.
 
     Raises:
-        InputError: see `capture.load`; also a checkpoint that is none.
+        InputError: a capture that is none, of another format or of another model; a checkpoint that is none.
     """
     config, calls, facts = load_of(src, paths)
 
-    def weigh(running: Sequence[Call]) -> Relevance:
+    def weigh(running: Sequence[DecoderCall]) -> TokenWeights:
         with Checkpoint(src) as source:
             return token_weights.of_checkpoint(source, config, running, device)
 
-    return Replay(config, calls, device, facts, weigh)
+    return LayerInputs(config, calls, device, facts, weigh)

@@ -1,11 +1,11 @@
-"""How much an error in what a linear gives for a token does to what comes out of the model.
+"""Token weights for GPTQ's Hessian, from squared output gradients (GuidedQuant, arXiv:2505.07004).
 
 GPTQ minimises the error of a linear's output, summed over tokens as if all mattered the same. They do not: an answer is
 read off its last tokens alone, in the last layer nothing else of queries and MLPs is ever used, and of a picture an
-answer needs a few places. So every token counts by the squared gradient of the outputs (gradients.py) with respect to
-what the linear gives for it, after GuidedQuant (arXiv:2505.07004): linears that read the same inputs, like q, k and v,
-then have Gram matrices of their own. A part counts all tokens the same (EVEN), since gradients of few probes are noisy
-and other requests come.
+answer needs a few places. So every token counts by the squared gradient of the model's outputs (gradients.py) with
+respect to what the linear gives for it, a Fisher diagonal over tokens: linears that read the same inputs, like q, k and
+v, then have Gram matrices of their own. A part counts all tokens the same (EVEN), since gradients of few probes are
+noisy and other requests come.
 
 Measured on lance-nano, docs/experiments.md: a third to two fifths less KL of answers, a little less velocity error.
 """
@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lance_quant.calibration.decoder_calls import Call, with_outputs, with_what_they_read
-from lance_quant.calibration.gradients import Ends, Gradients, Use, ends_of, inside, layers_of
+from lance_quant.calibration.decoder_calls import DecoderCall, with_outputs, with_what_they_read
+from lance_quant.calibration.gradients import Gradients, OutputHeads, Use, inside, layers_of, output_heads_of
 from lance_quant.formats import layout
 from lance_quant.formats.layout import Expert
 from lance_quant.formats.weights import Weights
@@ -31,7 +31,7 @@ log = logging.getLogger("lance_quant")
 
 # Linear -> float32 [tokens]: as how many tokens each counts, 1 on average; tokens are those of its expert's streams in
 # all calls, in order.
-Relevance = Mapping[str, Tensor]
+TokenWeights = Mapping[str, Tensor]
 
 PROBES = 4  # draws of r; a single one leaves 2 to 7 % more KL
 EVEN = 0.1  # what all tokens count alike; three tenths leave 2 to 5 % more KL
@@ -39,23 +39,24 @@ EVEN = 0.1  # what all tokens count alike; three tenths leave 2 to 5 % more KL
 CHUNK = 8192
 
 
-def of_checkpoint(source: Checkpoint, config: LanceConfig, calls: Sequence[Call], device: torch.device) -> Relevance:
-    """The relevance of captured calls of a checkpoint, see `measure`."""
+def of_checkpoint(source: Checkpoint, config: LanceConfig, calls: Sequence[DecoderCall],
+                  device: torch.device) -> TokenWeights:
+    """The token weights of captured calls of a checkpoint, see `measure`."""
     return measure(config, lambda needed: layers_of(source, device, needed), layout.num_layers(source.specs),
-                   ends_of(source, config), calls, device)
+                   output_heads_of(source, config), calls, device)
 
 
-def measure(config: LanceConfig, layers: Callable[[Sequence[Call]], Callable[[int], Weights]], count: int, ends: Ends,
-            calls: Sequence[Call], device: torch.device) -> Relevance:
-    """How much every token of some calls counts for every linear.
+def measure(config: LanceConfig, layers: Callable[[Sequence[DecoderCall]], Callable[[int], Weights]], count: int,
+            heads: OutputHeads, calls: Sequence[DecoderCall], device: torch.device) -> TokenWeights:
+    """As how many every token of some calls counts, for every linear: float32 [tokens], 1 on average.
 
     Args:
-        config, count, ends, device: see Gradients.
+        config, count, heads, device: see Gradients.
         layers: given calls, what reads a layer for them; see Gradients.
         calls: in order, with everything that they read. Where no answer and no latent comes out of them, all tokens
             count the same.
     """
-    sums, started = _Sums(calls), time.perf_counter()
+    squares, started = _SquaredGradients(calls), time.perf_counter()
     parts = list(_chunks(calls))
     with progress(total=2 * count * len(parts), desc="weigh tokens", unit="layer", disable=None) as bar:
         for expert, places in parts:
@@ -68,16 +69,16 @@ def measure(config: LanceConfig, layers: Callable[[Sequence[Call]], Callable[[in
                 return read(index)
 
             wanted = {kept.index(place): expert for place in places}
-            gradients = Gradients(config, counted, count, ends, needed, wanted, device, PROBES)
+            gradients = Gradients(config, counted, count, heads, needed, wanted, device, PROBES)
             for index in reversed(range(count)):
-                sums.add_layer(gradients, index, counted(index), kept, expert)
-            sums.energy[expert] = sums.energy.get(expert, 0.0) + gradients.energy[expert]
+                squares.add_layer(gradients, index, counted(index), kept, expert)
+            squares.energy[expert] = squares.energy.get(expert, 0.0) + gradients.energy[expert]
     log.info("weighed the tokens of %d calls in %d parts: %.0f s", len(calls), len(parts),
              time.perf_counter() - started)
-    return sums.relevance(count)
+    return squares.token_weights(count)
 
 
-def _chunks(calls: Sequence[Call]) -> Iterator[tuple[Expert, list[int]]]:
+def _chunks(calls: Sequence[DecoderCall]) -> Iterator[tuple[Expert, list[int]]]:
     """The calls that something comes out of, by expert, as many at a time as CHUNK allows with what they read."""
     outputs = with_outputs(calls)
     for expert in layout.EXPERTS:
@@ -92,13 +93,13 @@ def _chunks(calls: Sequence[Call]) -> Iterator[tuple[Expert, list[int]]]:
             yield expert, part
 
 
-class _Sums:
-    """Squared gradients of every linear's output, by what comes out: answers and latents.
+class _SquaredGradients:
+    """Sums of squared gradients of every linear's output, by what comes out: answers and latents.
 
     energy: of what came out so far, by expert
     """
 
-    def __init__(self, calls: Sequence[Call]):
+    def __init__(self, calls: Sequence[DecoderCall]):
         self.energy: dict[Expert, float] = {}
         self._found: dict[tuple[Expert, str], Tensor] = {}
         self._places: dict[Expert, list[slice | None]] = {}  # of each call's tokens, by the expert that runs them
@@ -150,7 +151,7 @@ class _Sums:
             self._found[out, name] = torch.zeros(self._tokens[layout.expert_of(name)])
         return self._found[out, name]
 
-    def relevance(self, count: int) -> Relevance:
+    def token_weights(self, count: int) -> TokenWeights:
         """What was added to `count` layers, answers and latents relative to their energy."""
         return {name: self._counts(sum((self._found[out, name] / (self.energy[out] or 1.0) for out in self.energy
                                         if (out, name) in self._found), torch.zeros(self._tokens[expert])))

@@ -1,8 +1,9 @@
-"""What an error in a weight does to what comes out of the model, measured on captured inputs.
+"""Weight sensitivity: the diagonal of the Fisher matrix of every linear's weight, measured on captured requests.
 
-With G the gradient of the outputs with respect to a weight (gradients.py), an error D of that weight changes them by
-the mean of (sum_ij G_ij D_ij)^2 over the probes, to first order. Where errors are not correlated this is
-sum_ij F_ij D_ij^2 with F = mean of G^2, for every rounding of the weight at once.
+As in SqueezeLLM (arXiv:2306.07629), here for the choice of group sizes (methods/bit_allocation.py). With G the gradient
+of the outputs with respect to a weight (gradients.py), an error D of that weight changes them by the mean of
+(sum_ij G_ij D_ij)^2 over the probes, to first order. Where errors are not correlated this is sum_ij F_ij D_ij^2 with
+F = mean of G^2, for every rounding of the weight at once.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lance_quant.calibration.capture import load_of
-from lance_quant.calibration.decoder_calls import Call, with_outputs, with_what_they_read
-from lance_quant.calibration.gradients import Gradients, Use, ends_of, inside, layers_of
+from lance_quant.calibration.decoder_calls import DecoderCall, with_outputs, with_what_they_read
+from lance_quant.calibration.gradients import Gradients, Use, inside, layers_of, output_heads_of
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.layout import Expert
@@ -27,11 +28,11 @@ PROBES = 4  # draws of r; the sum over a weight's elements averages as well
 TOKENS = 1024
 
 
-class CapturedEffects:
-    """F of every linear; see the module docstring and budget.Effects.
+class CapturedSensitivity:
+    """F of every linear; see the module docstring.
 
     Args:
-        source: the float checkpoint that was captured; must stay open.
+        src: the float checkpoint that was captured; read when the first layer is asked for, and closed again.
         config: its sizes.
         calls: of the captures.
         device: where layers run; hidden states wait on the CPU.
@@ -40,32 +41,42 @@ class CapturedEffects:
         InputError: only one of answers and latents was captured.
     """
 
-    def __init__(self, source: Checkpoint, config: LanceConfig, calls: Sequence[Call], device: torch.device):
-        self._source, self._config, self._device = source, config, device
+    def __init__(self, src: Path, config: LanceConfig, calls: Sequence[DecoderCall], device: torch.device):
+        self._src, self._config, self._device = src, config, device
         self._calls, self._wanted = selected(calls)
         self._gradients: Gradients | None = None
 
     def of_layer(self, index: int, weights: Weights) -> dict[str, Tensor]:
-        """See budget.Effects."""
+        """F of a layer's linears, float32 [out, in], by module name; relative change of the outputs per squared error.
+
+        Args:
+            index: of the layer; layers are asked for from the last to the first. The first time, the requests run
+                forward through the whole model.
+            weights: the layer's tensors by full name, float32, scales moved.
+        """
         if self._gradients is None:
-            self._gradients = Gradients(self._config, layers_of(self._source, self._device, self._calls),
-                                        layout.num_layers(self._source.specs), ends_of(self._source, self._config),
-                                        self._calls, self._wanted, self._device, PROBES)
+            self._gradients = self._run_forward()
         names = [name for group in layout.groups(index) for name in group.linears if f"{name}.weight" in weights]
-        effects = {name: torch.zeros_like(weights[f"{name}.weight"]) for name in names}
+        fisher = {name: torch.zeros_like(weights[f"{name}.weight"]) for name in names}
 
         def watch(layer: DecoderLayer, _: Sequence[int]) -> tuple[list[Tensor], Use]:
-            return [layer.get_submodule(inside(name, index)).weight.requires_grad_(True) for name in names], use
+            return [layer.get_parameter(f"{inside(name, index)}.weight").requires_grad_(True) for name in names], use
 
         def use(found: list[Tensor]) -> None:
             for name, gradient in zip(names, found, strict=True):
-                effects[name] += gradient.square() / PROBES
+                fisher[name] += gradient.square() / PROBES
 
         self._gradients.of_layer(index, weights, watch)
-        return effects
+        return fisher
+
+    def _run_forward(self) -> Gradients:
+        with Checkpoint(self._src) as source:
+            return Gradients(self._config, layers_of(source, self._device, self._calls),
+                             layout.num_layers(source.specs), output_heads_of(source, self._config), self._calls,
+                             self._wanted, self._device, PROBES)
 
 
-def selected(calls: Sequence[Call]) -> tuple[list[Call], dict[int, Expert]]:
+def selected(calls: Sequence[DecoderCall]) -> tuple[list[DecoderCall], dict[int, Expert]]:
     """Some of the calls that something comes out of, evenly taken from all, about TOKENS tokens for either expert, and
     all that these read, in order; and which of them are the former, by place, with the expert whose output is wanted.
 
@@ -85,11 +96,11 @@ def selected(calls: Sequence[Call]) -> tuple[list[Call], dict[int, Expert]]:
             {places[place]: outputs[place] for place in sorted(wanted)})
 
 
-def effects_of(src: Path, paths: Sequence[Path], device: torch.device) -> CapturedEffects:
-    """The effects on some captures of a checkpoint.
+def sensitivity_of(src: Path, paths: Sequence[Path], device: torch.device) -> CapturedSensitivity:
+    """The sensitivity of a checkpoint's weights on some captures.
 
     Raises:
-        InputError: see capture.load and CapturedEffects.
+        InputError: a capture that is none, of another format or of another model, or captures of one expert alone.
     """
     config, calls, _ = load_of(src, paths)
-    return CapturedEffects(Checkpoint(src), config, calls, device)
+    return CapturedSensitivity(src, config, calls, device)

@@ -91,7 +91,7 @@ static void pack(const Weight *w, int64_t row, int64_t column, const uint8_t *re
 }
 
 /* Whether a tile holds NaN or Inf. */
-static int is_odd(const float *restrict x, int64_t size) {
+static int has_non_finite(const float *restrict x, int64_t size) {
     uint32_t largest = 0;
     for (int64_t i = 0; i < size * OUTS; i++) {
         uint32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF;
@@ -197,7 +197,7 @@ int int4_quantize(const Weight *w, const float *weight, const float *moves, cons
         for (int64_t group = 0; group < groups; group++) {
             const float *own = weight ? weight + group * size : NULL;
             load(w, row, group * size, x);
-            odd |= is_odd(x, size);
+            odd |= has_non_finite(x, size);
             int4_range(x, size, low, high);
             if (n_moves)
                 int4_search(x, own, size, moves, starts, n_moves, low, high, scale, zero);
@@ -342,7 +342,7 @@ int nvfp4_quantize(const Weight *w, const float *weight, float global_scale, con
         for (int64_t group = 0; group < groups; group++) {
             const float *own = weight ? weight + group * size : NULL;
             load(w, row, group * size, x);
-            odd |= is_odd(x, size);
+            odd |= has_non_finite(x, size);
             nvfp4_largest(x, size, largest);
             nvfp4_plain(largest, 6 * global_scale, bits);
             if (n_steps) nvfp4_search(x, own, size, steps, n_steps, global_scale, bits);

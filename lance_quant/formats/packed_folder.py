@@ -32,7 +32,7 @@ from lance_quant.formats.int4 import Int4
 from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.weights import PackedWeight
 from lance_quant.storage import atomic
-from lance_quant.storage.resume import Work
+from lance_quant.storage.resume import ResumeJob
 from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size
 
 SUFFIXES = ("qweight", "scales", "zeros", "scales_bf16", "scales_fp8", "scales_e4m3")
@@ -212,7 +212,7 @@ class PackedWriter:
 
 @contextmanager
 def new_folder(path: Path, codec: Codec, specs: Mapping[str, TensorSpec],
-               work: Work | None = None) -> Iterator[PackedWriter]:
+               work: ResumeJob | None = None) -> Iterator[PackedWriter]:
     """Create a packed folder, whole or not at all; `specs` says what its file will hold.
 
     Args:

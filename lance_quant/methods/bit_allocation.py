@@ -31,7 +31,7 @@ from lance_quant.methods import awq
 from lance_quant.methods.bars import bar
 from lance_quant.methods.conversion import Conversion
 from lance_quant.methods.layer import scale_layer
-from lance_quant.storage.resume import Work
+from lance_quant.storage.resume import ResumeJob
 from lance_quant.storage.tensor_file import Checkpoint, require_finite
 
 SIZES = (128, 64, 32)  # group sizes that are tried, cheapest first
@@ -63,7 +63,7 @@ class Sensitivity(Protocol):
 
 
 def choose(source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], stats: ActStats, conversion: Conversion,
-           sensitivity: Sensitivity | None, work: Work | None = None) -> dict[str, Codec | None]:
+           sensitivity: Sensitivity | None, work: ResumeJob | None = None) -> dict[str, Codec | None]:
     """The format of every linear under the conversion's budget; nothing where there is none.
 
     Every layer is scaled as it will be and measured, so this takes about as long again as the conversion.

@@ -19,7 +19,7 @@ from torch import Tensor
 from lance_quant import __version__
 from lance_quant.calibration import weight_sensitivity
 from lance_quant.calibration.activation_stats import ActStats, model_fingerprint
-from lance_quant.calibration.layer_inputs import replay_of
+from lance_quant.calibration.layer_inputs import layer_inputs_of
 from lance_quant.errors import InputError
 from lance_quant.formats import int8, layout, packed_folder
 from lance_quant.formats.base import Scaling
@@ -31,7 +31,7 @@ from lance_quant.methods.conversion import Allocation, Conversion
 from lance_quant.methods.layer import Activations
 from lance_quant.methods.quantized_group import QuantizedGroup
 from lance_quant.storage.atomic import require_free, size_text
-from lance_quant.storage.resume import Work
+from lance_quant.storage.resume import ResumeJob
 from lance_quant.storage.tensor_file import Checkpoint, TensorSpec, file_size, require_finite
 
 log = logging.getLogger("lance_quant")
@@ -123,7 +123,7 @@ def quantize_checkpoint(source: Checkpoint, stats: ActStats, out: Path, conversi
     if conversion.bits_budget is not None:
         bit_allocation.limit(shapes, conversion.bits_budget)  # refused before a work folder is made
     facts = {**_facts(source, stats, conversion, activations), **conversion.sizes(sensitivity is not None)}
-    work = Work(Path(out), {**facts, "journal": JOURNAL}) if conversion.resume else None
+    work = ResumeJob(Path(out), {**facts, "journal": JOURNAL}) if conversion.resume else None
     allocation = bit_allocation.choose(source, shapes, stats, conversion, sensitivity, work)
     specs = plan.plan(source.specs, codec, allocation, conversion.head_bits)
     gaps = _without_statistics(stats, shapes)
@@ -187,7 +187,7 @@ class _Job:
     shapes: Mapping[str, Sequence[int]]
     writer: packed_folder.PackedWriter
     activations: Activations | None
-    work: Work | None
+    work: ResumeJob | None
     allocation: Allocation
 
     def run(self) -> list[LayerRecord]:
@@ -208,11 +208,13 @@ class _Job:
         return records
 
     def _finished(self) -> list[LayerRecord]:
-        if self.work is None:
-            return []
-        records = [LayerRecord(**record) for record in self.work.layers]
-        if records and self.activations is not None:
-            self.activations.load(self.work.state_file(len(records)))
+        """What an earlier run has done, behind which the layer inputs go on; tokens are weighed where there is none."""
+        records = [] if self.work is None else [LayerRecord(**record) for record in self.work.layers]
+        if self.activations is not None:
+            if self.work is not None and records:
+                self.activations.load(self.work.state_file(len(records)))
+            else:
+                self.activations.weigh_tokens()
         return records
 
     def _threads(self) -> AbstractContextManager[Any]:
@@ -367,12 +369,12 @@ def run(src: Path, stats_path: Path | None, captures: Sequence[Path], out: Path 
     """
     device = conversion.device
     measured = captures and conversion.bits_budget is not None
-    sensitivity = weight_sensitivity.effects_of(src, captures, device) if measured else None
+    sensitivity = weight_sensitivity.sensitivity_of(src, captures, device) if measured else None
     if dry_run:
         return plan.dry_run(src, conversion, stats_path, sensitivity)
     if stats_path is None or out is None:
         raise InputError("--stats and --out are needed unless --dry_run is given")
     if captures and conversion.recipe == "published":
         raise InputError("--capture has no place in the published recipe: leave it out, or use --recipe ours")
-    activations = replay_of(src, captures, device) if captures else None
+    activations = layer_inputs_of(src, captures, device) if captures else None
     return str(convert(src, stats_path, out, conversion, activations, sensitivity).out)

@@ -109,8 +109,8 @@ def _held_error(w_io: Tensor, back_io: Tensor, moments: GramStats) -> float | No
 
 def aim(w_io: Tensor, moments: GramStats) -> Tensor | None:
     """W* of the module docstring [in, out]; `w_io` itself where the inputs agree, None where H is singular."""
-    if moments.pull is not None:
-        moved = moments.pull.clone()
+    if moments.cross_target is not None:
+        moved = moments.cross_target.clone()
     elif moments.cross is not None:
         moved = matmul.linear(moments.cross.t(), w_io.t())
     else:

@@ -37,20 +37,28 @@ class Activations(Protocol):
     def facts(self) -> Sequence[Mapping[str, Any]]:
         """What was captured, plain values for the meta."""
 
-    def moments(self, group: layout.Group, target: Weights, current: Weights) -> Sequence[gram.GramStats] | None:
+    def weigh_tokens(self) -> None:
+        """Measure as how many every token counts, before the first layer; `load` brings that as well."""
+
+    def begin_layer(self, index: int, target: Weights) -> None:
+        """Take up a layer; `target` are its float weights, scales moved."""
+
+    def gram_stats(self, group: layout.Group, current: Weights) -> Sequence[gram.GramStats] | None:
         """Of the inputs of each of a group's linears, which differ in how much a token counts; None where no token
-        reaches them.
+        reaches them. Of the MLPs' groups behind `pass_attention`.
 
         Args:
-            target: the layer's float weights, scales moved.
-            current: the same with those linears replaced that are packed already.
+            current: the layer's weights with those linears replaced that are packed already.
         """
 
-    def advance(self, layer: int, target: Weights, current: Weights) -> None:
+    def pass_attention(self, current: Weights) -> None:
+        """Go on from the layer's attention to its MLPs."""
+
+    def end_layer(self, current: Weights) -> None:
         """Go on to the next layer: this one's outputs become its inputs."""
 
     def save(self, path: Path) -> None:
-        """Store where it is, so that another run can go on from there."""
+        """Store where it is, between two layers, so that another run can go on from there."""
 
     def load(self, path: Path) -> None:
         """Go on from what `save` stored."""
@@ -118,14 +126,18 @@ def quantize_layer(index: int, weights: Weights, stats: ActStats, codec: TensorC
     state = _LayerState(index, weights, stats, codec, allocation or {})
     _scale(state)
     current = dict(weights)
+    if activations is not None:
+        activations.begin_layer(index, weights)
     for place in PLACES:
+        if activations is not None and place == "mlp_in":
+            activations.pass_attention(current)
         for group in state.groups(place):
             started = time.perf_counter()
-            moments = None if activations is None else activations.moments(group, weights, current)
+            moments = None if activations is None else activations.gram_stats(group, current)
             done = _round_group(state, group, moments, None if activations is None else current)
             yield group, replace(done, seconds=time.perf_counter() - started)
     if activations is not None:
-        activations.advance(index, weights, current)
+        activations.end_layer(current)
 
 
 def scale_layer(index: int, weights: Weights, stats: ActStats, codec: TensorCodec) -> dict[str, Tensor | None]:

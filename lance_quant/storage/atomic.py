@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all.
+"""Atomic outputs: files and folders that appear whole or not at all.
 
 A file or folder is written under a temporary name beside its final one and renamed when it is complete, so that a
 kill, an error or a full disk never leaves something that looks finished.

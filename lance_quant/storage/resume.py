@@ -1,4 +1,4 @@
-"""Finished layers of a conversion, kept so that a killed one can go on.
+"""Checkpoint and resume of a conversion: finished layers are journalled, so that a killed job can go on.
 
 OUT.work holds the output folder as far as it is written, `job.json`, the arguments that decide the result, and
 `journal.jsonl`, one line per finished layer, written after its tensors are on the disk. A layer that was not finished
@@ -16,7 +16,7 @@ from lance_quant.errors import InputError
 from lance_quant.storage.atomic import move_folder, read_json, whole_file, write_json
 
 
-class Work:
+class ResumeJob:
     """The work folder of one job; made, or found where an earlier run left it.
 
     Args:

@@ -1,13 +1,13 @@
 import pytest
 import torch
 from conftest import CPU
-from made_up_requests import LAYERS, SRC, TASKS, captures_in, weights_of
+from made_up_requests import LAYERS, SRC, TASKS, captures_in, failing_in, weights_of
 
 import awq_apply
 from lance_quant.calibration import capture, token_weights
 from lance_quant.calibration.decoder_calls import batched, requests, with_outputs
-from lance_quant.calibration.gradients import Gradients, ends_of, inside, layer_around, layers_of
-from lance_quant.calibration.layer_inputs import Replay
+from lance_quant.calibration.gradients import Gradients, inside, layer_around, layers_of, output_heads_of
+from lance_quant.calibration.layer_inputs import LayerInputs
 from lance_quant.formats import layout
 from lance_quant.storage.tensor_file import Checkpoint
 
@@ -25,14 +25,14 @@ def load(captured, tasks=TASKS, most=100):
 
 
 def places(calls, expert):
-    """Call and place in it of every token of an expert, in order."""
+    """DecoderCall and place in it of every token of an expert, in order."""
     return [(index, token) for index, call in enumerate(calls) if expert in call.streams
             for token in range(len(call.rows) * call.streams[expert].shape[1])]
 
 
 @pytest.mark.parametrize("task, kind, layer", [("x2t_image", "k_proj", 0), ("x2t_image", "down_proj", 1),
                                                ("t2i", "v_proj", 0), ("t2i", "o_proj_moe_gen", 1)])
-def test_relevance_is_what_an_error_there_does(captured, source, monkeypatch, task, kind, layer):
+def test_a_token_weighs_what_an_error_there_does(captured, source, monkeypatch, task, kind, layer):
     """Small errors of random sign in what a linear gives for one token, 24 draws, against 64 probes: each mean of
     dozens of effective squares is within 25 % or so of the truth. Chunks are small, so that there are several."""
     monkeypatch.setattr(token_weights, "PROBES", 64)
@@ -44,7 +44,7 @@ def test_relevance_is_what_an_error_there_does(captured, source, monkeypatch, ta
     found = token_weights.of_checkpoint(source, config, calls, CPU)[name]
     tokens = places(calls, layout.expert_of(name))
     assert len(found) == len(tokens) and found.mean() == pytest.approx(1, abs=1e-3)
-    gradients = Gradients(config, layers_of(source, CPU, calls), LAYERS, ends_of(source, config), calls,
+    gradients = Gradients(config, layers_of(source, CPU, calls), LAYERS, output_heads_of(source, config), calls,
                           with_outputs(calls), CPU, 0)
     exact = outputs(gradients)
     chosen = found.sort().indices[torch.linspace(len(found) // 2, len(found) - 1, 5).long()]
@@ -71,7 +71,7 @@ def outputs(gradients, name="", call=0, token=0, seed=0):
                             if layout.expert_of(name) in other.streams])
             layer.get_submodule(inside(name, index)).register_forward_hook(spoil)
         states = list(gradients.run(layer, states))
-    return torch.cat([gradients._end(place, states[place][expert]).flatten()
+    return torch.cat([gradients._output(place, states[place][expert]).flatten()
                       for place, expert in gradients.wanted.items()])
 
 
@@ -101,8 +101,8 @@ def test_answers_and_latents_weigh_the_same(captured, source, monkeypatch):
                            for index, _ in places(calls, "und")])
     share = counts[answer].sum() / counts.sum()
     assert 0.05 < share < 0.95, share
-    ends = ends_of(source, config)
-    louder = {**ends, "und": torch.nn.Sequential(ends["und"], torch.nn.Linear(64, 64, bias=False))}
+    heads = output_heads_of(source, config)
+    louder = {**heads, "und": torch.nn.Sequential(heads["und"], torch.nn.Linear(64, 64, bias=False))}
     with torch.no_grad():
         louder["und"][1].weight.copy_(1000 * torch.eye(64))
     louder["und"].requires_grad_(False)
@@ -129,7 +129,7 @@ def test_all_tokens_count_the_same_where_nothing_comes_out(captured, source):
 def test_a_job_that_goes_on_does_not_weigh_again(captured, tmp_path, monkeypatch):
     common = ["--src", str(SRC), "--stats", str(captured / "t2i.pt"), "--device", "cpu", "--resume", "--capture",
               *map(str, captures_in(captured)), "--out", str(tmp_path / "out")]
-    measure, go_on, weighed = token_weights.measure, Replay.advance, []
+    measure, weighed = token_weights.measure, []
 
     def counting(*args):
         weighed.append(args)
@@ -137,13 +137,8 @@ def test_a_job_that_goes_on_does_not_weigh_again(captured, tmp_path, monkeypatch
 
     monkeypatch.setattr(token_weights, "measure", counting)
 
-    def failing(self, layer, target, current):
-        if layer == 1:
-            raise KeyboardInterrupt
-        go_on(self, layer, target, current)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Replay, "advance", failing)
+        patch.setattr(LayerInputs, "end_layer", failing_in(1))
         with pytest.raises(KeyboardInterrupt):
             awq_apply.main(common)
     awq_apply.main(common)

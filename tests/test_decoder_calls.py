@@ -3,7 +3,7 @@ import torch
 from made_up_requests import REQUESTS, answer, draw
 
 from lance_quant.calibration import capture
-from lance_quant.calibration.decoder_calls import Call, batched, requests, with_outputs, with_what_they_read
+from lance_quant.calibration.decoder_calls import DecoderCall, batched, requests, with_outputs, with_what_they_read
 
 
 def call(rows, length, tokens=2, gen=False, decoded=0):
@@ -11,7 +11,7 @@ def call(rows, length, tokens=2, gen=False, decoded=0):
     streams = {"und": torch.full((len(rows), tokens, 1), float(rows[0]))}
     if gen:
         streams["gen"] = torch.full((len(rows), 4, 1), float(rows[0]))
-    return Call(rows, (length,) * len(rows), not gen, streams, (torch.zeros(len(rows), 1, 1, 1),) * 2, decoded)
+    return DecoderCall(rows, (length,) * len(rows), not gen, streams, (torch.zeros(len(rows), 1, 1, 1),) * 2, decoded)
 
 
 def answered(row, prompt=2):
@@ -60,7 +60,7 @@ def test_outputs_are_unread_latents_and_tokens_that_an_answer_is_read_off():
 
 
 def test_every_recorded_request_has_outputs(pipeline):
-    with capture.Recorder(pipeline.model) as recorder:
+    with capture.CallRecorder(pipeline.model) as recorder:
         for seed in range(REQUESTS):
             recorder.begin(seed)
             draw(pipeline.model, seed, steps=3)

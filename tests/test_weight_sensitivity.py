@@ -7,7 +7,7 @@ import awq_apply
 from lance_quant.calibration import weight_sensitivity
 from lance_quant.calibration.activation_stats import ActStats, merge, model_fingerprint
 from lance_quant.calibration.capture import load
-from lance_quant.calibration.decoder_calls import Call
+from lance_quant.calibration.decoder_calls import DecoderCall
 from lance_quant.calibration.gradients import layer_around
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
@@ -16,58 +16,58 @@ from lance_quant.methods import awq, gptq
 from lance_quant.storage.tensor_file import Checkpoint
 
 
-def effects_of(captured, tasks=TASKS):
-    return weight_sensitivity.effects_of(SRC, captures_in(captured, tasks), CPU)
+def captured_sensitivity(captured, tasks=TASKS):
+    return weight_sensitivity.sensitivity_of(SRC, captures_in(captured, tasks), CPU)
 
 
 @torch.no_grad()
-def outputs(effects, changed):
+def outputs(sensitivity, changed):
     """What comes out of the wanted calls, by expert, with some weights changed."""
-    gradients = effects._gradients
+    gradients = sensitivity._gradients
     states = [call.streams for call in gradients.calls]
     for index in range(LAYERS):
         weights = weights_of(index)
         weights.update({name: weight for name, weight in changed.items() if name in weights})
         states = list(gradients.run(layer_around(gradients.config, index, weights), states))
-    return {expert: torch.cat([gradients._end(place, states[place][expert]).flatten() for place, other in
+    return {expert: torch.cat([gradients._output(place, states[place][expert]).flatten() for place, other in
                                gradients.wanted.items() if other == expert]) for expert in ("und", "gen")}
 
 
 @pytest.fixture(scope="module")
-def effects(captured):
+def sensitivity(captured):
     """Few tokens, and F of every linear beside them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight_sensitivity, "PROBES", 16)
         patch.setattr(weight_sensitivity, "TOKENS", 60)
-        made = effects_of(captured)
-        made.found = {name: effect for index in reversed(range(LAYERS))
-                      for name, effect in made.of_layer(index, weights_of(index)).items()}
+        made = captured_sensitivity(captured)
+        made.found = {name: fisher for index in reversed(range(LAYERS))
+                      for name, fisher in made.of_layer(index, weights_of(index)).items()}
     return made
 
 
 @pytest.mark.parametrize("layer, expert, kind", [(2, "gen", "down_proj"), (0, "gen", "up_proj"), (0, "und", "k_proj")])
-def test_effects_predict_what_an_error_does(effects, layer, expert, kind):
+def test_sensitivity_predicts_what_an_error_does(sensitivity, layer, expert, kind):
     """Small errors of random sign, whose squares add up. 8 draws of them and 16 of r, each a mean of dozens of
     effective squares, agree within 20 % or so; twice that is allowed. The understanding expert's keys reach the latents
     through the cache alone."""
     name, weights = layout.linear(layer, expert, kind), weights_of(layer)
     weight = weights[f"{name}.weight"]
     scale = 1e-3 * float(weight.square().mean().sqrt())
-    exact, generator, changes = outputs(effects, {}), torch.Generator().manual_seed(1), []
+    exact, generator, changes = outputs(sensitivity, {}), torch.Generator().manual_seed(1), []
     for _ in range(8):
         signs = torch.randint(2, weight.shape, generator=generator) * 2 - 1
-        changed = outputs(effects, {f"{name}.weight": weight + scale * signs})
+        changed = outputs(sensitivity, {f"{name}.weight": weight + scale * signs})
         changes.append(sum(float((changed[key] - exact[key]).square().sum() / exact[key].square().sum())
                            for key in exact))
-    assert float(effects.found[name].sum()) * scale**2 == pytest.approx(sum(changes) / len(changes), rel=0.4)
+    assert float(sensitivity.found[name].sum()) * scale**2 == pytest.approx(sum(changes) / len(changes), rel=0.4)
 
 
-def test_what_is_never_read_has_no_effect(captured, monkeypatch):
+def test_what_is_never_read_has_no_sensitivity(captured, monkeypatch):
     """The last layer's down_proj of the prompt's tokens does nothing where only latents are wanted."""
     monkeypatch.setattr(weight_sensitivity, "TOKENS", 60)
-    effects = effects_of(captured)
-    effects._wanted = {place: expert for place, expert in effects._wanted.items() if expert == "gen"}
-    last = effects.of_layer(LAYERS - 1, weights_of(LAYERS - 1))
+    sensitivity = captured_sensitivity(captured)
+    sensitivity._wanted = {place: expert for place, expert in sensitivity._wanted.items() if expert == "gen"}
+    last = sensitivity.of_layer(LAYERS - 1, weights_of(LAYERS - 1))
     assert last[layout.linear(LAYERS - 1, "und", "down_proj")].abs().max() == 0
     assert last[layout.linear(LAYERS - 1, "gen", "down_proj")].min() > 0
 
@@ -75,12 +75,12 @@ def test_what_is_never_read_has_no_effect(captured, monkeypatch):
 @pytest.mark.parametrize("task, message", [("x2t_image", "no latents"), ("t2i", "no answers")])
 def test_captures_of_one_expert_are_refused(captured, task, message):
     with pytest.raises(InputError, match=message):
-        effects_of(captured, [task])
+        captured_sensitivity(captured, [task])
 
 
 def call(rows, length, tokens, gen=False):
     streams = {"und": torch.zeros(len(rows), tokens, 2)} | ({"gen": torch.zeros(len(rows), 4, 2)} if gen else {})
-    return Call(rows, (length,) * len(rows), not gen, streams, (torch.zeros(1),) * 2, decoded=0 if gen else 1)
+    return DecoderCall(rows, (length,) * len(rows), not gen, streams, (torch.zeros(1),) * 2, decoded=0 if gen else 1)
 
 
 def test_requests_are_taken_evenly_with_everything_they_read(monkeypatch):
@@ -131,6 +131,24 @@ def test_a_budget_with_captures_takes_their_word(captured, tmp_path, monkeypatch
 
 def test_measuring_asks_from_the_last_layer_to_the_first(captured, monkeypatch):
     monkeypatch.setattr(weight_sensitivity, "TOKENS", 60)
-    effects = effects_of(captured)
+    sensitivity = captured_sensitivity(captured)
     with pytest.raises(AssertionError, match="from the last"):
-        effects.of_layer(0, weights_of(0))
+        sensitivity.of_layer(0, weights_of(0))
+
+
+def test_the_checkpoint_is_closed_again(captured, monkeypatch):
+    monkeypatch.setattr(weight_sensitivity, "TOKENS", 60)
+    opened = []
+
+    class Watched(Checkpoint):
+        def __init__(self, path):
+            super().__init__(path)
+            opened.append(self)
+
+    monkeypatch.setattr(weight_sensitivity, "Checkpoint", Watched)
+    sensitivity = captured_sensitivity(captured)
+    for index in reversed(range(LAYERS)):
+        sensitivity.of_layer(index, weights_of(index))
+    assert len(opened) == 1
+    with pytest.raises(ValueError, match="closed"):
+        opened[0].read(layout.VOCABULARY[0] + ".weight")

@@ -1,16 +1,16 @@
 import pytest
 import torch
 from conftest import CPU, relative
-from made_up_requests import LAYERS, SRC, TASKS, captures_in, draw, in_order, weights_of
+from made_up_requests import LAYERS, SRC, TASKS, captures_in, draw, failing_in, in_order, weights_of
 from safetensors.torch import load_file
 
 import awq_apply
 import nvfp4_apply
 from lance_quant.calibration import capture
-from lance_quant.calibration import layer_inputs as replay_module
+from lance_quant.calibration import layer_inputs as layer_inputs_module
 from lance_quant.calibration.activation_stats import ActStats, merge
 from lance_quant.calibration.gradients import Gradients, inside, layer_around
-from lance_quant.calibration.layer_inputs import Replay, replay_of
+from lance_quant.calibration.layer_inputs import LayerInputs, Step, layer_inputs_of
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.packed_folder import PackedFolder
@@ -18,41 +18,67 @@ from lance_quant.lance.loader import load_lance
 from quantized_linear import swap_linears
 
 
-def even_replay(captured, weigh=None):
+def even_layer_inputs(captured, weigh=None):
     """All tokens count the same, unless they are weighed."""
     config, calls, _ = capture.load_of(SRC, captures_in(captured))
-    return Replay(config, calls, CPU, weigh=weigh)
+    return LayerInputs(config, calls, CPU, weigh=weigh)
 
 
-def test_a_replay_sees_what_the_model_saw(captured):
+def weighed(captured, weigh):
+    layer_inputs = even_layer_inputs(captured, weigh)
+    layer_inputs.weigh_tokens()
+    return layer_inputs
+
+
+def measured(layer_inputs, index, weights, groups=None):
+    """Gram statistics of a layer whose linears all stay as they are, in order of its groups."""
+    layer_inputs.begin_layer(index, weights)
+    for group in groups or in_order(index):
+        if group.place == "mlp_in" and layer_inputs._step is Step.ATTENTION:
+            layer_inputs.pass_attention(weights)
+        yield group, layer_inputs.gram_stats(group, weights)
+    layer_inputs.end_layer(weights)
+
+
+def test_layer_inputs_are_what_the_model_saw(captured):
     """Second moments of every linear's input, summed over both captures, are those of the collected statistics."""
     stats = merge([ActStats.load(captured / f"{task}.pt") for task in TASKS])
-    replay = even_replay(captured)
+    layer_inputs = even_layer_inputs(captured)
     for index in range(LAYERS):
-        weights = weights_of(index)
-        for group in in_order(index):
-            moments, *others = replay.moments(group, weights, weights)
+        for group, (moments, *others) in measured(layer_inputs, index, weights_of(index)):
             assert all(other is moments for other in others), "one Gram matrix serves them all"
             seen = stats.linears[group.linears[0]]
             assert moments.n_tokens + len(moments.held) == seen.n_tokens
             sums = moments.gram.diagonal() + moments.held.square().sum(0)
             assert relative(sums, seen.sum_sq) < 1e-5, group.name
-            assert all(sums is None or not sums.any() for sums in (moments.cross, moments.pull))
-        replay.advance(index, weights, weights)
+            assert all(sums is None or not sums.any() for sums in (moments.cross, moments.cross_target))
 
 
-def test_places_cannot_come_out_of_order(captured):
-    """Behind the MLP's norm the states are those after attention."""
-    replay, weights = even_replay(captured), weights_of(0)
-    groups = in_order(0)
-    replay.moments(groups[-1], weights, weights)
-    with pytest.raises(AssertionError, match="attention of this layer"):
-        replay.moments(groups[0], weights, weights)
+def test_steps_out_of_order_are_refused(captured, tmp_path):
+    """Each in the state that it would spoil; nothing of a layer is stored."""
+    weights, (first, *_, last) = weights_of(0), in_order(0)
+    unweighed = even_layer_inputs(captured, lambda calls: {})
+    with pytest.raises(RuntimeError, match="before weigh_tokens, not between two layers"):
+        unweighed.begin_layer(0, weights)
+    layer_inputs = even_layer_inputs(captured)
+    for early in (lambda: layer_inputs.gram_stats(first, weights), lambda: layer_inputs.pass_attention(weights),
+                  lambda: layer_inputs.end_layer(weights)):
+        with pytest.raises(RuntimeError, match="layer inputs are between two layers, not"):
+            early()
+    layer_inputs.begin_layer(0, weights)
+    for early in (lambda: layer_inputs.gram_stats(last, weights), lambda: layer_inputs.end_layer(weights),
+                  lambda: layer_inputs.begin_layer(1, weights), lambda: layer_inputs.save(tmp_path / "state")):
+        with pytest.raises(RuntimeError, match="in front of a layer's attention, not"):
+            early()
+    layer_inputs.pass_attention(weights)
+    with pytest.raises(RuntimeError, match="between a layer's attention and its MLPs, not"):
+        layer_inputs.gram_stats(first, weights)
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_token_counts_as_it_was_weighed(captured, monkeypatch):
     """Random counts, others for each linear, against the inputs that hooks see when the same calls are run."""
-    monkeypatch.setattr(replay_module, "_PIECE", 7)
+    monkeypatch.setattr(layer_inputs_module, "_PIECE", 7)
     generator, weights, seen, known = torch.Generator().manual_seed(0), weights_of(0), {}, {}
 
     def weigh(calls):
@@ -63,29 +89,29 @@ def test_every_token_counts_as_it_was_weighed(captured, monkeypatch):
             known[name] = torch.rand(tokens, generator=generator) * 2
         return known
 
-    replay = even_replay(captured, weigh)
-    found = {group.name: (group, replay.moments(group, weights, weights)) for group in in_order(0)}
-    layer = layer_around(replay._config, 0, weights)
+    layer_inputs = weighed(captured, weigh)
+    found = list(measured(layer_inputs, 0, weights))
+    layer = layer_around(layer_inputs._config, 0, weights)
     for name in layout.linears(1):
         layer.get_submodule(inside(name, 0)).register_forward_pre_hook(
             lambda _, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2)))
     with torch.no_grad():
-        list(Gradients(replay._config, lambda _: weights, 0, {}, known["calls"], {}, CPU, 0).run(
+        list(Gradients(layer_inputs._config, lambda _: weights, 0, {}, known["calls"], {}, CPU, 0).run(
             layer, [call.streams for call in known["calls"]]))
-    for group, moments in found.values():
+    for group, moments in found:
         for name, own in zip(group.linears, moments, strict=True):
             x = torch.cat(seen[name])
             torch.testing.assert_close(own.gram + own.held.t() @ own.held, x.t() @ (x * known[name][:, None]),
                                        rtol=1e-3, atol=1e-3)
 
 
-def test_calls_replayed_together_see_the_same(captured, monkeypatch):
+def test_calls_that_run_together_see_the_same(captured, monkeypatch):
     """Requests side by side, and denoising steps, which share their rows' past and overwrite what they leave behind."""
     weights, seen = weights_of(0), {}
     for batch in (1, 4096):
-        monkeypatch.setattr(replay_module, "BATCH", batch)
-        replay = even_replay(captured)
-        seen[batch] = len(replay._exact), [replay.moments(group, weights, weights)[0] for group in in_order(0)]
+        monkeypatch.setattr(layer_inputs_module, "BATCH", batch)
+        layer_inputs = even_layer_inputs(captured)
+        seen[batch] = len(layer_inputs._exact), [found[0] for _, found in measured(layer_inputs, 0, weights)]
     assert seen[4096][0] < 0.3 * seen[1][0]
     for one, many in zip(seen[1][1], seen[4096][1], strict=True):
         sums = [moments.gram + moments.held.t() @ moments.held for moments in (one, many)]  # held back are others
@@ -94,7 +120,7 @@ def test_calls_replayed_together_see_the_same(captured, monkeypatch):
 
 @pytest.mark.parametrize("script, flags", [(awq_apply, ["--group_size", "32"]), (nvfp4_apply, ["--slim"])],
                          ids=["int4", "nvfp4"])
-def test_gptq_on_replayed_inputs_is_closer_to_the_float_model(captured, tmp_path, pipelines, script, flags):
+def test_gptq_on_captured_inputs_is_closer_to_the_float_model(captured, tmp_path, pipelines, script, flags):
     """Through the command line. Judged on a captured request: inputs of random weights and random tokens have no
     structure that would carry over to others (trained ones: benchmarks/fidelity_nano.py)."""
     common = ["--src", str(SRC), "--stats", str(captured / "t2i.pt"), "--device", "cpu", *flags]
@@ -118,14 +144,7 @@ def test_an_interrupted_run_goes_on_from_its_stored_states(captured, tmp_path, m
     common = ["--src", str(SRC), "--stats", str(captured / "t2i.pt"), "--device", "cpu", "--capture",
               str(captured / "t2i.safetensors")]
     awq_apply.main([*common, "--out", str(tmp_path / "whole")])
-    advance = Replay.advance
-
-    def failing(self, layer, target, current):
-        if layer == 1:
-            raise KeyboardInterrupt
-        advance(self, layer, target, current)
-
-    monkeypatch.setattr(Replay, "advance", failing)
+    monkeypatch.setattr(LayerInputs, "end_layer", failing_in(1))
     with pytest.raises(KeyboardInterrupt):
         awq_apply.main([*common, "--out", str(tmp_path / "out"), "--resume"])
     monkeypatch.undo()
@@ -136,11 +155,11 @@ def test_an_interrupted_run_goes_on_from_its_stored_states(captured, tmp_path, m
 
 def test_states_of_another_version_are_refused(captured, tmp_path):
     """Unweighed ones, and other shapes."""
-    even_replay(captured).save(tmp_path / "state")
+    even_layer_inputs(captured).save(tmp_path / "state")
     with pytest.raises(InputError, match="another version"):
-        replay_of(SRC, captures_in(captured), CPU).load(tmp_path / "state")
+        layer_inputs_of(SRC, captures_in(captured), CPU).load(tmp_path / "state")
     with pytest.raises(InputError, match="another version"):
-        replay_of(SRC, captures_in(captured, ["t2i"]), CPU).load(tmp_path / "state")
+        layer_inputs_of(SRC, captures_in(captured, ["t2i"]), CPU).load(tmp_path / "state")
 
 
 def test_an_expert_without_captured_tokens_says_so(captured, tmp_path):

@@ -13,7 +13,7 @@ import awq_apply
 from lance_quant.errors import InputError
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.methods import convert, quant_report
-from lance_quant.storage.resume import Work
+from lance_quant.storage.resume import ResumeJob
 
 ROOT = Path(__file__).parent.parent
 SRC = str(GOLDENS / "checkpoint" / "Lance_3B")
@@ -134,10 +134,10 @@ def test_the_report_of_a_resumed_job_lists_all_layers(tmp_path, stops_in, monkey
 
 
 def test_states_are_replaced_layer_by_layer(tmp_path):
-    work = Work(tmp_path / "out", {"a": 1})
+    work = ResumeJob(tmp_path / "out", {"a": 1})
     for layer in range(3):
         work.state_file(layer + 1).write_text("state")
         work.finish_layer({"tensors": [], "entries": {}, "seconds": {}})
     assert [path.name for path in work.root.glob("state-*")] == ["state-3.safetensors"]
     assert json.loads((work.root / "job.json").read_text()) == {"a": 1}
-    assert len(Work(tmp_path / "out", {"a": 1}).layers) == 3
+    assert len(ResumeJob(tmp_path / "out", {"a": 1}).layers) == 3
