@@ -17,9 +17,9 @@ Next    awq_merge_stats.py --inputs calib/x2t_image.pt calib/t2i.pt --out calib/
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lance_quant import distributed
 from lance_quant.calibration import capture
@@ -31,6 +31,7 @@ from lance_quant.evaluation.run_folder import describe, versions
 from lance_quant.formats import layout
 from lance_quant.inference.tasks import load_samples, run_watched
 from lance_quant.lance.config import LancePaths
+from lance_quant.lance.media.samples import Prompt, Question
 from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.settings import TASKS, TIMED, Settings
 from lance_quant.storage.tensor_file import Checkpoint
@@ -51,21 +52,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the script."""
+    """Check what was given, run every task under watch, save and say what is covered."""
     args = parse_args(argv)
     with distributed.joined(args.device) as team:
         with team.agreed():
-            jobs = [_job(one) for one in _tasks(args)]
-            captures = [_capture_path(args, job) for job in jobs]
-            for path in filter(None, [args.out, *captures]):
+            jobs = []
+            for task, file in _sample_files(args.task, args.example_json).items():
+                own = _arguments_for(task, file, vars(args))
+                settings, paths = task_arguments.settings_of(own), requests.paths_of(own, decodes=False)
+                captured = _capture_path(args.capture, task if args.task == ALL else None)
+                jobs.append(Job(settings, load_samples(file, settings, args.limit), paths, captured))
+            for path in filter(None, [args.out, *(job.capture for job in jobs)]):
                 team.require_free(path)
             with Checkpoint(args.model_path) as source:
                 shapes = {name: spec.shape for name, spec in source.specs.items()}
                 linears, fingerprint = layout.linears(layout.require_complete(shapes)), model_fingerprint(source)
         team.require_same(model=fingerprint, samples=[[describe(sample) for sample in job.samples] for job in jobs])
-        pipeline = requests.source_of(args, jobs[0].paths).load()
-        parts = [_measure(pipeline, job, linears, fingerprint, path, team)
-                 for job, path in zip(jobs, captures, strict=True)]
+        runtime = requests.source_of(args, jobs[0].paths).load()
+        parts = [_measure(runtime, job, linears, fingerprint, team) for job in jobs]
         stats = parts[0] if len(parts) == 1 else merge(parts)
         if team.leads:
             stats.save(args.out)
@@ -74,45 +78,43 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Job(NamedTuple):
-    """One task to run."""
+    """One task to run; `capture` is where its capture goes, if one was asked for."""
 
     settings: Settings
-    samples: list
+    samples: list[Question] | list[Prompt]
     paths: LancePaths
+    capture: Path | None
 
 
-def _job(args: argparse.Namespace) -> Job:
-    settings = task_arguments.settings_of(args)
-    paths = requests.paths_of(args, decodes=False)
-    return Job(settings, load_samples(args.example_json, settings, args.limit), paths)
-
-
-def _tasks(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The arguments of each task to run."""
-    if args.task != ALL:
-        return [args]
-    files = {task: args.example_json / f"{task}.json" for task in TASKS}
-    found = [task for task, path in files.items() if path.is_file()]
+def _sample_files(task: str, example_json: Path) -> dict[str, Path]:
+    """Each task to run, and its samples."""
+    if task != ALL:
+        return {task: example_json}
+    files = {name: example_json / f"{name}.json" for name in TASKS}
+    found = {name: path for name, path in files.items() if path.is_file()}
     if not found:
-        raise InputError(f"--task all: --example_json {args.example_json} is no folder with any of "
+        raise InputError(f"--task all: --example_json {example_json} is no folder with any of "
                          f"{', '.join(path.name for path in files.values())}")
     script.log.info("tasks: %s", ", ".join(found))
-    return [argparse.Namespace(**{**vars(args), "task": task, "example_json": files[task],
-                                  "num_frames": args.num_frames if task in TIMED else None}) for task in found]
+    return found
 
 
-def _capture_path(args: argparse.Namespace, job: Job) -> Path | None:
-    if args.capture is None or args.task != ALL:
-        return args.capture
-    return args.capture.with_stem(f"{args.capture.stem}_{job.settings.task}")
+def _arguments_for(task: str, file: Path, given: Mapping[str, Any]) -> argparse.Namespace:
+    """The command line of one task; of several, those that know no frames are not told of any."""
+    frames = given["num_frames"] if given["task"] != ALL or task in TIMED else None
+    return argparse.Namespace(**{**given, "task": task, "example_json": file, "num_frames": frames})
 
 
-def _measure(pipeline: Runtime, job: Job, linears: Sequence[str], fingerprint: str, captured: Path | None,
-             team: Team) -> ActStats:
-    settings, samples, _ = job
-    recording = capture.recording(pipeline.model, captured, settings.task, fingerprint, team)
-    with Collector(pipeline.model, linears) as collector, recording as begin:
-        run_watched(pipeline, team.share(samples), settings, team.share(range(len(samples))), begin)
+def _capture_path(path: Path | None, task: str | None) -> Path | None:
+    """Where a task's capture goes; `task` is None where it is the only one."""
+    return path if path is None or task is None else path.with_stem(f"{path.stem}_{task}")
+
+
+def _measure(runtime: Runtime, job: Job, linears: Sequence[str], fingerprint: str, team: Team) -> ActStats:
+    settings, samples = job.settings, job.samples
+    recording = capture.recording(runtime.model, job.capture, settings.task, fingerprint, team)
+    with Collector(runtime.model, linears) as collector, recording as begin:
+        run_watched(runtime, team.share(samples), settings, team.share(range(len(samples))), begin)
     collector.pool(team)
     with team.agreed():
         return collector.stats(settings.task, {

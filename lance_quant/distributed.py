@@ -65,11 +65,14 @@ class Team:
             yield from own
             return
         for first in range(0, total, self.size):
-            mine = next(own) if first + self.rank < total else None
-            parts = [None] * self.size
+            mine: Any = next(own) if first + self.rank < total else None
+            parts: list[Any] = [None] * self.size
             with _in_touch():
                 dist.gather_object(mine, parts if self.leads else None, dst=0, group=self.group)
-            yield from parts[:total - first] if self.leads else [mine] * (first + self.rank < total)
+            if self.leads:
+                yield from parts[:total - first]
+            elif first + self.rank < total:
+                yield mine
 
     def bring(self, folder: Path, own: Sequence[str], total: int) -> None:
         """Copy every process's files of its samples, one each, to the leader's folder."""

@@ -5,7 +5,6 @@ code 2; every other exception is a bug and keeps its traceback.
 """
 
 import math
-import sys
 from numbers import Integral, Real
 
 
@@ -36,7 +35,10 @@ def require_real(name: str, value: object, lowest: float, highest: float = 2.0**
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"{name} {value!r} must be a number")
-    number = float(value) if abs(value) <= sys.float_info.max else math.inf
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond any float
+        number = math.inf
     if not (lowest <= number <= highest and math.isfinite(number)):
         upper = "finite" if highest == 2.0**63 else f"at most {highest:g}"
         raise InputError(f"{name} {number} must be at least {lowest:g} and {upper}")

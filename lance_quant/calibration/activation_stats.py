@@ -143,22 +143,26 @@ def _unpickled(path: Path) -> Any:
 def _entry(name: str, entry: Any, path: Path) -> LinearStats:
     if not isinstance(entry, dict) or not isinstance(entry.get("sum_abs"), Tensor):
         raise InputError(f"{path}: entry {name} has no sum_abs")
-    sums = {key: entry.get(key) for key in ("sum_abs", "sum_sq", "max_abs")}
-    counts = {key: entry.get(key) for key in ("n_tokens", "n_calls")}
-    for key, count in counts.items():
-        if not isinstance(count, int) or count < 0:
-            raise InputError(f"{path}: {key} of {name} is {count!r}, not a count")
-    for key, value in sums.items():
-        if value is not None:
-            _require_sums(value, sums["sum_abs"].shape, f"{path}: {key} of {name}")
-    return LinearStats(**sums, **counts)
+    n_tokens, n_calls = (_count(entry.get(key), f"{path}: {key} of {name}") for key in ("n_tokens", "n_calls"))
+    shape = entry["sum_abs"].shape
+    sum_abs = _checked_sums(entry["sum_abs"], shape, f"{path}: sum_abs of {name}")
+    sum_sq, max_abs = (None if entry.get(key) is None else _checked_sums(entry[key], shape, f"{path}: {key} of {name}")
+                       for key in ("sum_sq", "max_abs"))
+    return LinearStats(sum_abs, sum_sq, max_abs, n_tokens, n_calls)
 
 
-def _require_sums(value: Any, shape: torch.Size, what: str) -> None:
+def _count(value: Any, what: str) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise InputError(f"{what} is {value!r}, not a count")
+    return value
+
+
+def _checked_sums(value: Any, shape: torch.Size, what: str) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() != 1 or value.shape != shape:
         raise InputError(f"{what} is not a float tensor of one dimension and the width of sum_abs")
     if not torch.isfinite(value).all() or (value < 0).any():
         raise InputError(f"{what} holds NaN, Inf or a negative number; calibrate again")
+    return value
 
 
 def _saved(entry: LinearStats) -> dict[str, Any]:
@@ -347,10 +351,10 @@ class Collector:
             raise InputError(f"no token reached any of the {len(self._names)} linears")
         linears = {}
         for name in (name for name in self._names if name in self._sums):
-            sums = [part.cpu() for part in self._sums[name]]
-            if not all(torch.isfinite(part).all() for part in sums):
+            sum_abs, sum_sq, max_abs = (part.cpu() for part in self._sums[name])
+            if not all(torch.isfinite(part).all() for part in (sum_abs, sum_sq, max_abs)):
                 raise InputError(f"an activation at the input of {name} is NaN or Inf")
-            linears[name] = LinearStats(*sums, self._tokens[name], self._calls[name])
+            linears[name] = LinearStats(sum_abs, sum_sq, max_abs, self._tokens[name], self._calls[name])
         text = json.dumps({**(run or {}), "task": task}, sort_keys=True, default=str)
         run_id = hashlib.sha256(text.encode()).hexdigest()[:32] if run else uuid.uuid4().hex
         described = {"run_id": run_id, **(run or {}), "task": task}

@@ -52,6 +52,11 @@ _LONGEST_HEADER = 100_000_000  # the limit of the safetensors package: no file m
 _PIECE = 1 << 24  # bytes read at once: converting a 1.2 GB table needs 16 MB beside its result
 
 
+def _memory(flat: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor [n], without a copy."""
+    return flat.view(torch.uint8).numpy().data
+
+
 class TensorSpec(NamedTuple):
     """What a tensor is before it exists: enough to plan a file to the byte."""
 
@@ -189,7 +194,7 @@ class TensorFile:
         spec, offset = self._entries[name]
         out = torch.empty(spec.shape, dtype=spec.dtype) if into is None else into
         assert (out.dtype, tuple(out.shape)) == spec, (name, out.dtype, tuple(out.shape), spec)
-        self._file.fill(memoryview(out.view(-1).view(torch.uint8).numpy()), offset)
+        self._file.fill(_memory(out.view(-1)), offset)
         return out
 
     def pieces(self, name: str) -> Iterator[Tensor]:
@@ -353,7 +358,7 @@ class TensorFileWriter:
         self._file.seek(self._offsets[name])
         for piece in pieces:
             flat = piece.to(spec.dtype).cpu().contiguous()
-            written += self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+            written += self._file.write(_memory(flat))
         assert written == spec.nbytes, (name, written, spec)
         self._missing.discard(name)
 
