@@ -150,10 +150,10 @@ def _format_of(path: Path) -> str:
 
 
 def _is_slim(meta: Any, path: Path) -> bool:
-    kind = meta.get("layout", "published") if isinstance(meta, dict) else None
-    if kind not in ("published", "slim"):
-        raise InputError(f"{path}: layout {kind!r} is unknown to this version; update lance-quant")
-    return kind == "slim"
+    layout_name = meta.get("layout", "published") if isinstance(meta, dict) else None
+    if layout_name not in ("published", "slim"):
+        raise InputError(f"{path}: layout {layout_name!r} is unknown to this version; update lance-quant")
+    return layout_name == "slim"
 
 
 def _per_weight(meta: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -176,17 +176,17 @@ def _kept(meta: Mapping[str, Any], path: Path) -> dict[str, tuple[int, int]]:
     return kept
 
 
-def _linear_spec(name: str, entry: Any, kind: str, slim: bool) -> LinearSpec:
+def _linear_spec(name: str, entry: Any, format_name: str, slim: bool) -> LinearSpec:
     if not isinstance(entry, dict) or not name.endswith(".weight"):
         raise InputError(f"meta entry {name!r} is not that of a weight")
-    shape, size = entry.get("shape"), entry.get("group_size" if kind == "int4" else "block_size")
+    shape, size = entry.get("shape"), entry.get("group_size" if format_name == "int4" else "block_size")
     if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
         raise InputError(f"meta of {name}: shape {shape!r} is not [out, in]")
-    if kind == "int4" and entry.get("n_bit") != 4:
+    if format_name == "int4" and entry.get("n_bit") != 4:
         raise InputError(f"meta of {name}: n_bit {entry.get('n_bit')!r}; only 4 bits are supported")
-    if not isinstance(size, int) or size < 1 or (kind == "nvfp4" and size != nvfp4.BLOCK):
+    if not isinstance(size, int) or size < 1 or (format_name == "nvfp4" and size != nvfp4.BLOCK):
         raise InputError(f"meta of {name}: group or block size {size!r} is not supported")
-    (Int4(size) if kind == "int4" else Nvfp4()).require_fits(name, shape)
+    (Int4(size) if format_name == "int4" else Nvfp4()).require_fits(name, shape)
     scale = entry.get("global_scale")
     if (slim or scale is not None) and not (isinstance(scale, int | float) and 0 < scale < math.inf):
         raise InputError(f"meta of {name}: global_scale {scale!r} is not a positive number")
