@@ -94,19 +94,16 @@ class QuantizedGroup:
             return f"{self.label}  {self.seconds:.1f} s"
         facts = [linear.facts for linear in self.linears if linear.facts is not None]
         methods = "/".join(sorted({one.rounding for one in facts}))
-        text = f"{self.label:<18} {_mean_decibel(before):5.1f} -> {_mean_decibel(after):5.1f} dB  {methods:<12}"
+        text = f"{self.label:<18} {_decibel(before):5.1f} -> {_decibel(after):5.1f} dB  {methods:<12}"
         held = [(one.held_nearest, one.held_after) for one in facts
                 if one.held_nearest is not None and one.held_after is not None]
         if held:
             nearest, written = zip(*held, strict=True)
-            text += f" held-back tokens {_mean_decibel(nearest):5.1f} -> {_mean_decibel(written):5.1f} dB"
+            text += f" held-back tokens {_decibel(nearest):5.1f} -> {_decibel(written):5.1f} dB"
         return f"{text}  {self.seconds:.1f} s"
 
 
-def _mean_decibel(errors: Sequence[float]) -> float:
-    return decibel(sum(errors) / len(errors))
-
-
-def decibel(error: float) -> float:
-    """Relative squared error -> signal-to-quantization-noise ratio in dB; infinity for 0."""
-    return math.inf if error == 0 else -10 * math.log10(error)
+def _decibel(errors: Sequence[float]) -> float:
+    """Signal-to-quantization-noise ratio of the mean error."""
+    mean = sum(errors) / len(errors)
+    return -10 * math.log10(mean) if mean else math.inf
