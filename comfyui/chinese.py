@@ -45,6 +45,7 @@ INPUTS = {
     "vae_tiling": ("VAE 分块", "把大画面分成重叠的块解码：内存少得多，结果略有不同。"),
     "kernel": ("计算内核", "mode 为 ondemand 时如何计算 4 位权重。auto：本机上最快的。"
                "reference：纯 PyTorch，很慢，用于对比。native、triton、comfy_kitchen：只用这一种，不可用则报错。"
+               "native_w4a8：用于 CPU，激活值也舍入到 8 位，出图更快，精度略低。"
                "nvfp4_w4a4：用于 Blackwell GPU 上的 NVFP4，激活值也舍入到 4 位，会损失质量；"
                "在其他设备上为缓慢的模拟。"),
     "model": ("模型", "来自 Lance 模型加载器。"),

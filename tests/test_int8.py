@@ -152,9 +152,9 @@ def test_few_rows_do_not_depend_on_one_another():
 @needs_native
 @pytest.mark.parametrize("rows", [3, 40])
 def test_the_dequantized_weight_is_never_there_as_a_whole(monkeypatch, rows):
-    sizes, original = [], cpu._scratch
+    sizes, original = [], cpu.scratch
     monkeypatch.setattr(cpu, "_INT8_BLOCK", 16 * 384)
-    monkeypatch.setattr(cpu, "_scratch", lambda size, dtype: sizes.append(size) or original(size, dtype))
+    monkeypatch.setattr(cpu, "scratch", lambda size, dtype: sizes.append(size) or original(size, dtype))
     check(cpu.Native(), rows, torch.float32, n_out=100)
     assert sizes == ([] if rows == 3 else 6 * [16 * 384] + [4 * 384])
 

@@ -106,8 +106,9 @@ def add_kernel(to: argparse.ArgumentParser) -> None:
     """--kernel."""
     to.add_argument("--kernel", choices=KERNEL_CHOICES, default="auto",
                     help="what computes packed linears; auto: native (C) on CPUs with AVX2, on CUDA triton, or for "
-                         "INT4 comfy_kitchen where it is installed and faster, else the slow reference. nvfp4_w4a4: "
-                         "for NVFP4 on Blackwell, activations rounded to 4 bits as well, which costs quality (README, "
+                         "INT4 comfy_kitchen where it is installed and faster, else the slow reference. native_w4a8: "
+                         "on CPUs, activations rounded to 8 bits as well, faster where many tokens run. nvfp4_w4a4: "
+                         "for NVFP4 on Blackwell, activations rounded to 4 bits as well. Both cost quality (README, "
                          "Packed linears). run.json says which ran")
 
 

@@ -2,6 +2,6 @@
 
 from typing import Literal, get_args
 
-KernelChoice = Literal["auto", "reference", "native", "triton", "comfy_kitchen", "nvfp4_w4a4"]
+KernelChoice = Literal["auto", "reference", "native", "triton", "comfy_kitchen", "native_w4a8", "nvfp4_w4a4"]
 KERNEL_CHOICES: tuple[KernelChoice, ...] = get_args(KernelChoice)
 Mode = Literal["ondemand", "cached"]  # compute on the packed bytes, or unpack them once

@@ -92,27 +92,29 @@ def unavailable() -> str | None:
     return _library_or_reason()[1]
 
 
-def weight_of(q: PackedWeight, group_size: int) -> "_Weight":
-    """A packed weight as the C functions take it."""
-    return _weight(q.packed, *parts_of(q), group_size)
-
-
 def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
     """What many rows are multiplied in; see the module docstring."""
     wide = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AVX10"))
     return torch.bfloat16 if dtype == torch.bfloat16 and wide else torch.float32
 
 
-class _Weight(ctypes.Structure):
-    """`Weight` of packed_linear.c."""
+class Weight(ctypes.Structure):
+    """A packed weight as the C functions take it: `Weight` of packed_weight.h."""
 
     _fields_ = [*((name, ctypes.c_void_p) for name in ("packed", "scale", "scale_e4m3", "e4m3", "zero", "row_scale")),
                 *((name, ctypes.c_int64) for name in ("n_out", "n_in", "group_size", "steps_per_group"))]
 
 
-def _weight(packed: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None, group_size: int) -> _Weight:
+def weight_of(q: PackedWeight, group_size: int) -> Weight:
+    """A packed weight [out, in] as the C functions take it."""
+    return weight_of_parts(q.packed, *parts_of(q), group_size)
+
+
+def weight_of_parts(packed: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None,
+                    group_size: int) -> Weight:
+    """As `weight_of`, from codes uint8 [out, in/2] and what ops.parts_of gives."""
     floating = scale.is_floating_point()
-    weight = _Weight(packed.data_ptr(), scale.data_ptr() if floating else None, None if floating else scale.data_ptr(),
+    weight = Weight(packed.data_ptr(), scale.data_ptr() if floating else None, None if floating else scale.data_ptr(),
                      _e4m3().data_ptr(), None if zero is None else zero.data_ptr(),
                      None if row_scale is None else row_scale.data_ptr(), packed.shape[0], packed.shape[1] * 2,
                      group_size, max(1, group_size // COLUMNS))
@@ -126,7 +128,7 @@ def _e4m3() -> Tensor:
     return nvfp4.decode_e4m3(torch.arange(256, dtype=torch.uint8))
 
 
-def dequantize_rows(weight: _Weight, begin: int, end: int, out: Tensor) -> None:
+def dequantize_rows(weight: Weight, begin: int, end: int, out: Tensor) -> None:
     """Rows of a weight into `out`, contiguous [end - begin, in], float32 or bfloat16."""
     _library().packed_dequantize(ctypes.byref(weight), begin, end, out.dtype == torch.bfloat16, out.data_ptr(),
                                  torch.get_num_threads())
@@ -134,13 +136,13 @@ def dequantize_rows(weight: _Weight, begin: int, end: int, out: Tensor) -> None:
 
 def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, row_scale: Tensor | None,
             bias: Tensor | None, group_size: int) -> Tensor:
-    weight = _weight(packed, scale, zero, row_scale, group_size)
+    weight = weight_of_parts(packed, scale, zero, row_scale, group_size)
     if not x.shape[0]:
         return x.new_empty(0, weight.n_out)
     return dot(x, weight, bias) if x.shape[0] <= DOT_ROWS[gemm_dtype(x.dtype)] else gemm(x, weight, bias)
 
 
-def dot(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
+def dot(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """The path for few rows, see the module docstring: [rows, in] -> [rows, out]."""
     CALLS.add("native dot")
     digits = 2 if x.dtype == torch.bfloat16 else 3
@@ -155,7 +157,7 @@ def dot(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
     return y.to(x.dtype)
 
 
-def gemm(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
+def gemm(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """The path for many rows: [rows, in] -> [rows, out]."""
     dtype = gemm_dtype(x.dtype)
     CALLS.add(f"native dequantize + {str(dtype).removeprefix('torch.')} GEMM")
@@ -163,7 +165,7 @@ def gemm(x: Tensor, weight: _Weight, bias: Tensor | None) -> Tensor:
     step = max(1, _BLOCK // weight.n_in)
     for begin in range(0, weight.n_out, step):
         end = min(begin + step, weight.n_out)
-        block = _scratch((end - begin) * weight.n_in, dtype).view(end - begin, weight.n_in)
+        block = scratch((end - begin) * weight.n_in, dtype).view(end - begin, weight.n_in)
         dequantize_rows(weight, begin, end, block)
         _multiply(wide, block, y[:, begin:end])
     if bias is not None:
@@ -196,7 +198,7 @@ def _int8_gemm(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     for begin in range(0, len(codes), step):
         part = codes[begin:begin + step]
         # codes are exact in either dtype, so this is rounded once, as the definition is
-        block = _scratch(part.numel(), dtype).view(part.shape).copy_(part).mul_(scale[begin:begin + step, None])
+        block = scratch(part.numel(), dtype).view(part.shape).copy_(part).mul_(scale[begin:begin + step, None])
         _multiply(wide, block, y[:, begin:begin + step])
     return y.to(x.dtype)
 
@@ -212,8 +214,8 @@ def _multiply(x: Tensor, block: Tensor, y: Tensor) -> None:
 _kept = threading.local()
 
 
-def _scratch(size: int, dtype: torch.dtype) -> Tensor:
-    """The thread's buffer, grown when a layer's rows are longer than _BLOCK."""
+def scratch(size: int, dtype: torch.dtype) -> Tensor:
+    """The thread's buffer for `size` values, which all layers share; grown when a layer's rows exceed _BLOCK."""
     held = getattr(_kept, "bytes", None)
     if held is None or held.numel() < size * 4:
         held = _kept.bytes = torch.empty(max(size, _BLOCK) * 4, dtype=torch.uint8, device="cpu")
@@ -234,15 +236,22 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
     """The compiled file, or why there is none."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return None, f"it is written for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
-    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
-        return None, "this CPU has no AVX2"
+    if (reason := unsupported_machine()) is not None:
+        return None, reason
     library, reason = compile_c.load(_SOURCE, _FLAGS)
     if library is None:
         return None, reason
     _declare(library)
     return library, None
+
+
+def unsupported_machine() -> str | None:
+    """Why C kernels with AVX2 cannot run on this machine; None if they can."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"it is written for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
+        return "this CPU has no AVX2"
+    return None
 
 
 def _declare(library: ctypes.CDLL) -> None:

@@ -1,4 +1,4 @@
-/* Linear layers over packed weights on x86-64 with AVX2; native.py compiles and calls this. 4 bits first, 8 at the end.
+/* Linear layers over packed weights on x86-64 with AVX2; cpu.py compiles and calls this. 4 bits first, 8 at the end.
 
    A weight row is read 32 bytes at a time: 64 columns, the even ones in the low nibbles. `groups` of scales per 64
    columns are 1 (group sizes that are multiples of 64), 2 (32) or 4 (16).
@@ -13,31 +13,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define COLUMNS 64  /* per step */
+#include "packed_weight.h"
+
 #define ROWS_AT_ONCE 16  /* weight rows per task of a thread */
 #define FIXED_CACHE (1 << 19)  /* bytes of activations */
-
-typedef struct {
-    const uint8_t *packed;    /* [out, in/2] */
-    const uint16_t *scale;    /* bfloat16 [out, in/group_size], or NULL */
-    const uint8_t *scale_e4m3;  /* E4M3 [out, in/group_size], where scale is NULL */
-    const float *e4m3;        /* values of the 256 E4M3 bytes */
-    const uint8_t *zero;      /* [out, in/group_size]; NULL: NVFP4 */
-    const float *row_scale;   /* [out] or NULL: multiplies a row's scales */
-    int64_t n_out, n_in, group_size, steps_per_group;
-} Weight;
-
-INLINE float bf16(uint16_t bits) {
-    uint32_t word = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &word, 4);
-    return value;
-}
-
-INLINE float scale_at(const Weight *w, int64_t index) {
-    return w->scale ? bf16(w->scale[index]) : w->e4m3[w->scale_e4m3[index]];
-}
 
 INLINE float lanes_sum(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));

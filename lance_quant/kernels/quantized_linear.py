@@ -11,6 +11,7 @@ that rounds activations too is asked for by name): this saves memory and its tra
 `swap_linears` serves models that are still on `meta`, so a whole float model never exists.
 """
 
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from lance_quant.kernels import dispatch
 from lance_quant.kernels.base import Kernel
 from lance_quant.kernels.choices import KernelChoice, Mode
 from lance_quant.storage.tensor_file import require_finite
+
+log = logging.getLogger("lance_quant")
 
 
 class _BytesModule(nn.Module):
@@ -395,11 +398,19 @@ def require_kernel(folder: PackedFolder, dtype: torch.dtype, device: torch.devic
 
     Of their values only the first one's are looked at, which shows how a file was made.
     """
-    if kernel != "auto":
-        for name, spec in folder.linears.items():
-            dispatch.choose(kernel, folder.codec(name), spec.shape[1], dtype, device)
-        for name in list(folder.linears)[:1]:
-            dispatch.require_values(kernel, folder.read_weight(name), f"{folder.path}: {name}")
+    if kernel == "auto":
+        return
+    choices = {name: dispatch.choice_for(kernel, spec.scheme) for name, spec in folder.linears.items()}
+    if kernel not in choices.values():
+        raise InputError(f"{folder.path}: kernel {kernel} cannot run any of its linears: it needs scales that were "
+                         f"moved from the inputs into the weights (statistics when quantizing); take --kernel auto")
+    for name, choice in choices.items():
+        dispatch.choose(choice, folder.codec(name), folder.linears[name].shape[1], dtype, device)
+    for name in list(folder.linears)[:1]:
+        dispatch.require_values(kernel, folder.read_weight(name), f"{folder.path}: {name}")
+    if kept := sum(choice != kernel for choice in choices.values()):
+        log.info("%s: %d of %d linears keep 16-bit activations, as their scales were not moved from the inputs",
+                 folder.path, kept, len(choices))
 
 
 def _misfit(name: str, module: nn.Module | None, folder: PackedFolder) -> str | None:
@@ -420,6 +431,7 @@ def _filled(name: str, folder: PackedFolder, dtype: torch.dtype, device: torch.d
     spec = folder.linears[name]
     n_out, n_in = spec.shape
     has_bias = f"{name}.bias" in folder.checkpoint.specs
+    kernel = dispatch.choice_for(kernel, spec.scheme)
     layer: PackedLinear
     if folder.format == "int4":
         layer = WQLinearINT4(n_in, n_out, spec.group_size, has_bias, dtype=dtype, device="meta", mode=mode,
