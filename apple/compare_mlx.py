@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     paths, dtype = LancePaths.find(args.model_path, args.vit_path), dtype_of(args.dtype, device)
     pipeline = Runtime.load(paths, device, dtype)
     questions = samples.load("x2t_image", args.example_json)[:args.limit]
-    asked = [pipeline.ask(question, args.resolution) for question in questions]
+    asked = [pipeline.prompt_of(question, args.resolution) for question in questions]
     answers = [pipeline.answer(*request).ids for request in asked]
     exact = [pipeline.forced_logprobs(*request, ids).cpu() for request, ids in zip(asked, answers, strict=True)]
     for folder in args.mlx_dir:

@@ -238,7 +238,7 @@ def baseline_of(runtime: Runtime, seed: int, plan: Plan) -> Baseline:
 def requests_of(runtime: Runtime, asked: list[tuple[Scene, Question]]) -> list[Request]:
     """Questions about scenes as the model takes them."""
     with tempfile.TemporaryDirectory() as folder:
-        return [Request(*runtime.ask(evaluate.request(scene, question, Path(folder)), RESOLUTION))
+        return [Request(*runtime.prompt_of(evaluate.request(scene, question, Path(folder)), RESOLUTION))
                 for scene, question in asked]
 
 

@@ -128,7 +128,7 @@ def request(scene: Scene, question: Question, folder: Path) -> samples.Question:
 
 def answer(pipeline: Runtime, scene: Scene, question: Question, folder: Path) -> str:
     """The runtime's answer to a question about a scene."""
-    packed, vit_tokens = pipeline.ask(request(scene, question, folder), RESOLUTION)
+    packed, vit_tokens = pipeline.prompt_of(request(scene, question, folder), RESOLUTION)
     return pipeline.answer(packed, vit_tokens, MAX_ANSWER_TOKENS).text
 
 

@@ -436,7 +436,7 @@ def test_understanding_answers_once_per_picture_as_the_pipeline_does(comfy, tiny
              "max_new_tokens": 24}
     result = nodes.image_understanding(tiny, torch.cat([image, 1 - image]), **inputs | asked)
     (answers,) = result["result"]
-    packed, tokens = pipeline.ask(questions[0], "image_256res")
+    packed, tokens = pipeline.prompt_of(questions[0], "image_256res")
     assert answers[0] == pipeline.answer(packed, tokens, 24).text and len(answers) == 2
     assert result["ui"]["text"] == answers
     assert comfy.progress[-1] == (24, 24)

@@ -86,7 +86,7 @@ def test_latent_error_and_psnr_compare_the_run_with_the_baseline(work, prompts):
 def test_kl_is_the_baselines_from_the_quantized_on_the_baselines_answer(work, quantized, questions):
     baseline = load_file(work / "b_x2t/logits.safetensors")
     for question, sample in zip(questions, compared(work, "x2t"), strict=True):
-        packed, vit_tokens = quantized.ask(question, "image_112res")
+        packed, vit_tokens = quantized.prompt_of(question, "image_112res")
         theirs = baseline[f"{question.key}.logprobs"].double()
         ours = quantized.forced_logprobs(packed, vit_tokens, baseline[f"{question.key}.ids"].tolist()).double()
         kl = (theirs.exp() * (theirs - ours)).sum(-1)

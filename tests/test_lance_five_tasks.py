@@ -152,7 +152,7 @@ def test_fixed_quirks_take_the_mean_of_the_source(paths, recorded):
 
 def test_video_answer_is_identical_to_the_official_one(pipeline, recorded):
     official = recorded("x2t_video")
-    answer = pipeline.answer(*pipeline.ask(official.sample, "video_192p"))
+    answer = pipeline.answer(*pipeline.prompt_of(official.sample, "video_192p"))
     assert answer.ids == official.meta["generated_ids"][0]
     assert answer.text == official.meta["result.json"][0]["answer"]
 
@@ -184,7 +184,7 @@ def test_every_step_equals_the_official_one(pipeline, recorded, task, batch_guid
         assert relative(velocity, tensors[f"s0.v.{k}"][1:-1]) < CLOSE, f"pass {k}"
     cells = steps[0].x.shape[0]
     for step in steps:  # recorded with the source's cells in front
-        assert relative(step.x, tensors[f"s0.x_t.{step.index + 1}"][-cells:]) < CLOSE, f"x_t {step.index}"
+        assert relative(step.x, tensors[f"s0.x_t.{step.number + 1}"][-cells:]) < CLOSE, f"x_t {step.number}"
     spans = [key for key in tensors if key.startswith("s0.latent.0.")]
     assert relative(latent, tensors[max(spans)]) < CLOSE
 

@@ -34,8 +34,8 @@ def test_every_step_equals_the_official_one(pipelines, t2i, prompts, variant, sa
     for k, velocity in enumerate(passes):
         assert relative(velocity, official[f"s{sample}.v.{k}"][1:-1]) < CLOSE, f"pass {k}"
     for step in steps:
-        assert relative(step.x, official[f"s{sample}.x_t.{step.index + 1}"]) < CLOSE, f"x_t {step.index}"
-        assert step.t == pytest.approx(official[f"s{sample}.t.{step.index + 1}"].item(), abs=1e-7)
+        assert relative(step.x, official[f"s{sample}.x_t.{step.number + 1}"]) < CLOSE, f"x_t {step.number}"
+        assert step.t == pytest.approx(official[f"s{sample}.t.{step.number + 1}"].item(), abs=1e-7)
     assert relative(latent, official[f"s{sample}.latent.0.0"]) < CLOSE
 
 

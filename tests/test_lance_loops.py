@@ -36,7 +36,7 @@ def merged(paths):
 
 
 def ask(pipeline, questions, sample):
-    return pipeline.ask(questions[sample], "image_256res")
+    return pipeline.prompt_of(questions[sample], "image_256res")
 
 
 @pytest.mark.parametrize("sample", [1, 2])

@@ -50,7 +50,7 @@ def test_the_ends_of_the_range_of_chances_draw_kept_tokens(chance):
 
 
 def test_drawn_answers_follow_their_seed(pipeline, questions):
-    packed, vit_tokens = pipeline.ask(questions[1], "image_256res")
+    packed, vit_tokens = pipeline.prompt_of(questions[1], "image_256res")
 
     def answer(seed):
         return pipeline.answer(packed, vit_tokens, 16, sampling=TokenSampling(temperature=1.5), seed=seed).ids

@@ -15,7 +15,7 @@ def centred(values):
 
 
 def ask(pipeline, questions, sample):
-    return pipeline.ask(questions[sample], "image_256res")
+    return pipeline.prompt_of(questions[sample], "image_256res")
 
 
 @pytest.mark.parametrize("variant", ["f32", "f32r"])

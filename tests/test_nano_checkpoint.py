@@ -138,7 +138,7 @@ def test_training_model_and_runtime_give_the_same_answer_probabilities(trained, 
     lance, vit, packer = trained
     for scene, question in evaluate.held_out_questions(3, seed=1):
         request, answer = asked(scene, question, tmp_path), (*packer.words.ids(question.answer), packer.end)
-        runtime = pipeline.forced_logprobs(*pipeline.ask(request, evaluate.RESOLUTION), list(answer))
+        runtime = pipeline.forced_logprobs(*pipeline.prompt_of(request, evaluate.RESOLUTION), list(answer))
         batch = packer.question_batch([[(question.text, answer)]])
         with torch.no_grad():
             tokens = vit(torch.from_numpy(render(scene).copy())[None])

@@ -9,11 +9,8 @@ from lance_quant.distributed import Team
 from lance_quant.errors import InputError
 from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.inference.request import ModelSource, RunRequest
-from lance_quant.inference.tasks import load_samples
+from lance_quant.inference.tasks import load_samples, require_parts
 from lance_quant.lance.config import LancePaths
-from lance_quant.lance.loader import TorchFile
-from lance_quant.lance.settings import TASKS
-from lance_quant.storage.tensor_file import TensorFile
 
 
 def request_of(args: argparse.Namespace, team: Team) -> RunRequest:
@@ -29,16 +26,8 @@ def request_of(args: argparse.Namespace, team: Team) -> RunRequest:
 
 def paths_of(args: argparse.Namespace, decodes: bool = True) -> LancePaths:
     """The model's paths, with the parts that the task needs checked for; `decodes`: latents become pixels."""
-    paths, task = LancePaths.find(args.model_path, args.vit_path, args.vae_path), TASKS[args.task]
-    looks = task.takes is not None and args.task != "i2v"  # i2v's picture goes through the VAE only
-    if looks and not (paths.vit / "config.json").is_file():
-        raise InputError(f"ViT not found: {paths.vit}/config.json; give its folder with --vit_path")
-    if looks and (paths.vit / "vit.safetensors").is_file():  # absent is fine where the checkpoint has its own
-        TensorFile(paths.vit / "vit.safetensors").close()
-    if task.makes != "text" and (decodes or task.takes is not None):
-        if not paths.vae.is_file():
-            raise InputError(f"VAE (give it with --vae_path) not found: {paths.vae}")
-        TorchFile(paths.vae)
+    paths = LancePaths.find(args.model_path, args.vit_path, args.vae_path)
+    require_parts(args.task, paths, decodes)
     return paths
 
 

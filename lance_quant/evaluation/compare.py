@@ -100,7 +100,7 @@ def _compare_answer(pipeline: Runtime, question: Question, settings: Settings, b
     ids = baseline.trace.read(f"{question.key}.ids").tolist()
     if max(ids) >= len(pipeline.tokenizer):
         raise InputError(f"baseline {baseline.folder} was made with another tokenizer")
-    packed, vit_tokens = pipeline.ask(question, settings.resolution)
+    packed, vit_tokens = pipeline.prompt_of(question, settings.resolution)
     forced = pipeline.forced_logprobs(packed, vit_tokens, ids).cpu()
     divergence = token_divergence(baseline.trace.read(f"{question.key}.logprobs"), forced)
     theirs, ours = baseline.answers()[question.key], run.answers()[question.key]

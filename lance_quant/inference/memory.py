@@ -1,9 +1,10 @@
-"""The highest memory use of this process, as far as the system tells."""
+"""Peak memory of this process, on the host and on a GPU, as far as the system tells."""
 
 import contextlib
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -38,7 +39,7 @@ def _host_peak() -> int | None:
     return None if psutil is None else getattr(psutil.Process().memory_info(), "peak_wset", None)
 
 
-def _module(name: str) -> object | None:
+def _module(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ImportError:

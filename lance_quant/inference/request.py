@@ -24,7 +24,7 @@ from lance_quant.storage.tensor_file import Checkpoint, file_size
 class ModelSource:
     """Where a model's parts lie, and how it is loaded.
 
-    dtype: of the computation. offload, fix_quirks, vae_tiling: see Runtime. compiled: its steps are compiled
+    dtype: of the computation. offload, fix_quirks, vae_tiling: as in runtime.Runtime. compiled: its steps are compiled
     (`load_to_run`).
     """
 

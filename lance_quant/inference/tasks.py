@@ -1,21 +1,26 @@
-"""Running a task over a sample file: what calibration, the baseline run and the quantized run have in common."""
+"""Batch inference: a task over a sample file, for calibration, the baseline run and the quantized run alike."""
 
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from lance_quant.errors import InputError
+from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Denoiser, Step
+from lance_quant.lance.loader import TorchFile
 from lance_quant.lance.media import samples
 from lance_quant.lance.media.samples import Prompt, Question
 from lance_quant.lance.progress import progress
 from lance_quant.lance.runtime import Answer, Runtime
-from lance_quant.lance.settings import Settings
+from lance_quant.lance.settings import TASKS, Settings
 from lance_quant.lance.tokens import TextStream
+from lance_quant.storage.tensor_file import TensorFile
 
 
 def load_samples(path: Path, settings: Settings, limit: int | None = None) -> list[Question] | list[Prompt]:
@@ -38,29 +43,29 @@ class Drawn(NamedTuple):
     steps: list[Step]
 
 
-def answer_all(pipeline: Runtime, questions: list[Question], settings: Settings,
+def answer_all(runtime: Runtime, questions: Sequence[Question], settings: Settings,
                on_text: Callable[[str], None] | None = None, look_every: int | None = None) -> Iterator[Answered]:
     """Answer every question; `on_text` gets questions and answers while they come, instead of a bar.
 
     Args:
-        look_every: as in understanding.answer.
+        look_every: tokens after which the end is looked for; None: as suits the device.
     """
     for question in progress(questions, desc="answer", unit="question", disable=on_text is not None):
-        sequence, vit_tokens = pipeline.ask(question, settings.resolution)
-        with _shown(pipeline, question, settings, on_text) as on_token:
-            answer = pipeline.answer(sequence, vit_tokens, settings.max_new_tokens, on_token, settings.token_sampling,
+        sequence, vit_tokens = runtime.prompt_of(question, settings.resolution)
+        with _shown(runtime, question, settings, on_text) as on_token:
+            answer = runtime.answer(sequence, vit_tokens, settings.max_new_tokens, on_token, settings.token_sampling,
                                      settings.seed, look_every)
         yield Answered(question, answer)
 
 
-def force_all(pipeline: Runtime, answered: list[Answered], settings: Settings) -> Iterator[Tensor]:
+def force_all(runtime: Runtime, answered: list[Answered], settings: Settings) -> Iterator[Tensor]:
     """Log-probabilities float32 [answer tokens, tokenizer size], on the CPU, of every finished answer's tokens."""
     for question, answer in progress(answered, desc="trace", unit="answer"):
-        yield pipeline.forced_logprobs(*pipeline.ask(question, settings.resolution), answer.ids).cpu()
+        yield runtime.forced_logprobs(*runtime.prompt_of(question, settings.resolution), answer.ids).cpu()
 
 
 @contextlib.contextmanager
-def _shown(pipeline: Runtime, question: Question, settings: Settings,
+def _shown(runtime: Runtime, question: Question, settings: Settings,
            on_text: Callable[[str], None] | None) -> Iterator[Callable[[int], object]]:
     """What to call with every token of an answer: a bar, or its text."""
     if on_text is None:
@@ -68,27 +73,60 @@ def _shown(pipeline: Runtime, question: Question, settings: Settings,
             yield lambda _: bar.update()
     else:
         on_text(f"\n[{question.key}] {question.question}\n")
-        yield TextStream(pipeline.tokenizer, on_text).add
+        yield TextStream(runtime.tokenizer, on_text).add
         on_text("\n")
 
 
-def denoiser_of(pipeline: Runtime, prompt: Prompt, settings: Settings) -> Denoiser:
+def denoiser_of(runtime: Runtime, prompt: Prompt, settings: Settings) -> Denoiser:
     """The denoiser of any generation task's request."""
+    takes = settings.spec.takes
+    frames = [] if prompt.visual is None or takes is None else runtime.frames(prompt.visual, takes)
+    return denoiser_for(runtime, prompt.text, frames, settings, prompt.named)
+
+
+def denoiser_for(runtime: Runtime, text: str, frames: Sequence[Image.Image], settings: Settings,
+                 named: str = "") -> Denoiser:
+    """The denoiser of a request whose source is open already.
+
+    Args:
+        frames: none for t2i and t2v; the picture or the clip's frames for all others.
+        named: the word for an edit's source in the system prompt; "": what it is.
+    """
     sampling, resolution = settings.sampling, settings.resolution
-    if prompt.visual is None:
+    if settings.spec.takes is None:
         num_frames = settings.num_frames if settings.spec.makes == "video" else None
-        return pipeline.denoiser(prompt.text, settings.height, settings.width, sampling, num_frames)
-    frames = pipeline.frames(prompt.visual, settings.spec.takes)
+        return runtime.denoiser(text, settings.height, settings.width, sampling, num_frames)
     if settings.task == "i2v":
-        return pipeline.animator(prompt.text, frames[0], resolution, settings.num_frames, sampling)
-    return pipeline.editor(prompt.text, frames, resolution, prompt.named, sampling)
+        return runtime.animator(text, frames[0], resolution, settings.num_frames, sampling)
+    return runtime.editor(text, frames, resolution, named or settings.spec.takes, sampling)
 
 
-def draw_all(pipeline: Runtime, prompts: list[Prompt], settings: Settings,
+def require_parts(task: str, paths: LancePaths, decodes: bool = True) -> None:
+    """Refuse a task whose ViT or VAE is not there, before anything is loaded.
+
+    Args:
+        decodes: latents become pixels.
+
+    Raises:
+        InputError: names the file that is missing, or no torch file.
+    """
+    spec = TASKS[task]
+    looks = spec.takes is not None and task != "i2v"  # i2v's picture goes through the VAE only
+    if looks and not (paths.vit / "config.json").is_file():
+        raise InputError(f"ViT not found: {paths.vit}/config.json; say where its folder is (--vit_path, vit=)")
+    if looks and (paths.vit / "vit.safetensors").is_file():  # absent is fine where the checkpoint has its own
+        TensorFile(paths.vit / "vit.safetensors").close()
+    if spec.makes != "text" and (decodes or spec.takes is not None):
+        if not paths.vae.is_file():
+            raise InputError(f"VAE not found: {paths.vae}; say where its file is (--vae_path, vae=)")
+        TorchFile(paths.vae)
+
+
+def draw_all(runtime: Runtime, prompts: Sequence[Prompt], settings: Settings,
              keep_trace: bool = False) -> Iterator[Drawn]:
     """Sample latents for every prompt, all from the same noise as officially; `keep_trace` keeps every step."""
     for prompt in progress(prompts, desc="draw", unit=settings.spec.makes):
-        denoiser = denoiser_of(pipeline, prompt, settings)
+        denoiser = denoiser_of(runtime, prompt, settings)
         steps: list[Step] = []
         with progress(total=settings.sampling.num_timesteps, desc="denoise", unit="step", leave=False) as bar:
 
@@ -97,17 +135,18 @@ def draw_all(pipeline: Runtime, prompts: list[Prompt], settings: Settings,
                 if keep_trace:
                     steps.append(step._replace(x=step.x.cpu(), velocity=step.velocity.cpu()))
 
-            latent = pipeline.sample(denoiser, settings.seed, on_step)
+            latent = runtime.sample(denoiser, settings.seed, on_step)
         yield Drawn(prompt, latent, steps)
 
 
-def run_watched(pipeline: Runtime, samples: Sequence[Question] | Sequence[Prompt], settings: Settings,
+def run_watched(runtime: Runtime, samples: Sequence[Question] | Sequence[Prompt], settings: Settings,
                 numbers: Sequence[int], begin: Callable[[int], None]) -> None:
     """Run a task for what hooks see of it; `begin` gets each sample's number before it runs."""
-    if settings.spec.makes == "text":
-        done = answer_all(pipeline, samples, settings, look_every=1)  # hooks must see no token behind an end
+    done: Iterator[object]
+    if settings.spec.makes == "text":  # hooks must see no token behind an end
+        done = answer_all(runtime, cast(Sequence[Question], samples), settings, look_every=1)
     else:
-        done = draw_all(pipeline, samples, settings)
+        done = draw_all(runtime, cast(Sequence[Prompt], samples), settings)
     for number in numbers:
         begin(number)
         next(done)
@@ -115,10 +154,10 @@ def run_watched(pipeline: Runtime, samples: Sequence[Question] | Sequence[Prompt
 
 
 @torch.no_grad()
-def forced_velocities(pipeline: Runtime, prompt: Prompt, settings: Settings, trajectory: Tensor,
+def forced_velocities(runtime: Runtime, prompt: Prompt, settings: Settings, trajectory: Tensor,
                       times: Tensor) -> Tensor:
     """Velocities [steps, n, 48] at given points x_t [steps, n, 48] and timesteps [steps], instead of its own path."""
-    denoiser = denoiser_of(pipeline, prompt, settings)
+    denoiser = denoiser_of(runtime, prompt, settings)
     pairs = progress(zip(trajectory, times.tolist(), strict=True), desc="forced", unit="step", total=len(times),
                      leave=False)
-    return torch.stack([denoiser.velocity(x.to(pipeline.model.dtype), t).float().cpu() for x, t in pairs])
+    return torch.stack([denoiser.velocity(x.to(runtime.model.dtype), t).float().cpu() for x, t in pairs])

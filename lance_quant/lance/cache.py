@@ -1,4 +1,7 @@
-"""Keys and values of everything read so far, allocated once for the longest sequence of a request."""
+"""KV cache: keys and values of everything read so far, allocated once for the longest sequence of a request.
+
+One row per sequence; guidance has two. Grouped-query attention keeps kv_heads of them, not one per query head.
+"""
 
 from collections.abc import Sequence
 
@@ -22,7 +25,11 @@ class CacheRow:
         self._place: Tensor | None = None
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the call's keys and values ([kv_heads, n, head_dim]) behind the past; return past and call together."""
+        """Put the call's keys and values, each [kv_heads, n, head_dim], behind the past.
+
+        Returns:
+            Keys and values of past and call, each [kv_heads, length + n, head_dim]; the whole capacity after `next_at`.
+        """
         if self._place is not None:
             return (self._keys[layer].index_copy_(1, self._place, keys),
                     self._values[layer].index_copy_(1, self._place, values))
@@ -57,6 +64,9 @@ def allocate(config: LanceConfig, capacities: Sequence[int], dtype: torch.dtype,
     Args:
         capacities: entries that each row must hold, the call in flight included.
         zeroed: fill them with zeros, for `CacheRow.next_at`.
+
+    Returns:
+        One row each, of [layers, kv_heads, longest capacity, head_dim] keys and as many values.
     """
     capacity = max(capacities)
     store = (torch.zeros if zeroed else torch.empty)(

@@ -1,4 +1,5 @@
-"""Compiled steps: torch.compile around the attention of every layer, and on CUDA one graph per decoded token.
+"""torch.compile and CUDA graphs for the steps that recur: what lies around the attention of every layer is compiled,
+and on CUDA a decoded token is one graph.
 
 Only what recurs is compiled, that is decoding and denoising steps: what lies before and after the attention of a layer
 (`before` and `after` of mot.DecoderLayer), whose code serves all layers, all steps and, since they do not see the
@@ -33,8 +34,9 @@ def compile_steps(model: Lance) -> bool:
                     "(CPU) or triton (CUDA) is needed", type(error).__name__, reason)
         return False
     for module in model.modules():
-        if hasattr(module, "settle"):  # packed linears choose a kernel when they first run, which cannot be compiled
-            module.settle()
+        settle = getattr(module, "settle", None)
+        if settle is not None:  # packed linears choose a kernel when they first run, which cannot be compiled
+            settle()
     model.steps = CompiledSteps(model)
     return True
 
@@ -49,7 +51,7 @@ class CompiledSteps(Steps):
     def __init__(self, model: Lance):
         self.seconds: dict[str, float] = {}
         self.layers = [LayerParts(torch.compile(layer.before), torch.compile(layer.after))
-                       for layer in model.language_model.model.layers]
+                       for layer in model.layers()]
         self._device = model.device
         self._kept: tuple[Hashable, Any, Callable[[], None]] | None = None
 

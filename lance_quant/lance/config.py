@@ -1,4 +1,4 @@
-"""Lance's shape and files: `LanceConfig` from llm_config.json, `LancePaths` from where the parts lie.
+"""Model configuration: `LanceConfig` from llm_config.json, `LancePaths` from where the parts lie.
 
 What the official shell script passes as arguments and never writes to a file (q/k norms, untied head, one token per
 latent cell, table of 31 x 64 x 64 latent positions) is part of the model and constant here.
@@ -38,6 +38,7 @@ class LanceConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
@@ -89,9 +90,12 @@ class LancePaths:
 
     @classmethod
     def find(cls, model: Path, vit: Path | None = None, vae: Path | None = None) -> "LancePaths":
-        """Complete the paths: the official download keeps ViT and VAE beside the model folder.
+        """Complete the paths: ViT and VAE are in the model folder, or beside it as in the official download.
 
         Parts that a task does not use may be absent; a path that was given must exist.
+
+        Raises:
+            InputError: `model` has no llm_config.json, or a given path is not there.
         """
         model = Path(model)
         if not (model / "llm_config.json").is_file():
@@ -99,5 +103,7 @@ class LancePaths:
         for given, what in ((vit, "ViT folder"), (vae, "VAE file")):
             if given is not None and not Path(given).exists():
                 raise InputError(f"{what} not found: {given}")
-        beside = model.resolve().parent
-        return cls(model, Path(vit or beside / "Qwen2.5-VL-ViT"), Path(vae or beside / "Wan2.2_VAE.pth"))
+        def part(name: str) -> Path:
+            return model / name if (model / name).exists() else model.resolve().parent / name
+
+        return cls(model, Path(vit or part("Qwen2.5-VL-ViT")), Path(vae or part("Wan2.2_VAE.pth")))

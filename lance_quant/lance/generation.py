@@ -1,4 +1,7 @@
-"""Pictures and clips: rectified flow over latent tokens, the language model being the denoiser.
+"""Rectified flow (arXiv:2209.03003) over latent tokens with classifier-free guidance (arXiv:2207.12598).
+
+The language model is the denoiser: it says the velocity of latents x_t [cells, 48] at a timestep t, from 1 (noise) to 0
+(data). A cell is 16 x 16 pixels of one latent frame, and a latent frame stands for 4 frames, the first one for 1.
 
 The prompt, and for an edit its source, are read once into the cache. Each step sends <|vision_start|>, the latent
 tokens and <|vision_end|> through the model, conditionally and, while guidance is on, unconditionally (without the
@@ -35,22 +38,26 @@ TEXT_ONLY = Given()
 
 
 class Step(NamedTuple):
-    """One denoising step: x_t [n, 48] that entered, timestep, guided velocity [n, 48] (0 where a frame is given)."""
+    """One denoising step: its number, the timestep, x_t [n, 48] that entered, and the guided velocity [n, 48].
 
-    index: int
+    The velocity is 0 where a frame is given.
+    """
+
+    number: int
     t: float
     x: Tensor
     velocity: Tensor
 
 
 def timesteps(sampling: Sampling) -> Tensor:
-    """The schedule: num_timesteps + 1 values float32 from 1 to 0, shifted towards noise."""
+    """The schedule, float32 [num_timesteps + 1] from 1 to 0: s u / (1 + (s - 1) u) for evenly spaced u and shift s, so
+    that more steps are taken near the noise (SD3's resolution shift, arXiv:2403.03206)."""
     u = torch.linspace(1, 0, sampling.num_timesteps + 1)
     return sampling.timestep_shift * u / (1 + (sampling.timestep_shift - 1) * u)
 
 
 def initial_noise(cells: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """x_T [cells, 48] on the CPU, so that a seed means the same picture on every device.
+    """Noise x_T [cells, 48] on the CPU, so that a seed means the same picture on every device.
 
     Drawn in float32 and rounded to `dtype`, the explicit compute dtype; never derived from a weight.
     """
@@ -88,6 +95,7 @@ class Denoiser:
             if split.content == TARGET:
                 return
             if split.content == VIT:
+                assert self._given.vit_tokens is not None, "a sequence with a ViT span comes with its tokens"
                 x[start + 1:end - 1] = self._given.vit_tokens
             positions = sequence.positions[:, start:end]
             for batch in self._batches(1 if split.content == PROMPT else len(self._rows)):
@@ -98,6 +106,7 @@ class Denoiser:
 
     def _read_source(self, frame: Tensor, positions: Tensor, rows: Sequence[CacheRow]) -> None:
         """Read an edit's source latents, which are free of noise: t = 0."""
+        assert self._given.source is not None, "a sequence with a condition span comes with its latents"
         source = _cells(self._given.source, self._model)
         latents = self._embed(source, 0.0, len(source), self._model.latent_pos_embed(self._given.source.shape[:3]))
         self._see(frame, latents, self._stream_rope(positions), rows)
@@ -151,7 +160,7 @@ class Denoiser:
         return velocity
 
     def _run(self, latents: Tensor, batch: slice) -> Tensor:
-        rows, rope = self._rows[batch], tuple(part[batch] for part in self._rope)
+        rows, rope = self._rows[batch], (self._rope[0][batch], self._rope[1][batch])
         what = f"denoising step, {len(rows)} x {len(latents)} latents"
         with self._model.steps.first(what):
             return self._model.llm2vae(self._see(self._frame, latents, rope, rows, steady=True))
@@ -175,7 +184,7 @@ def _cells(latents: Tensor | None, model: Lance) -> Tensor:
 
 
 def sample(denoiser: Denoiser, noise: Tensor, on_step: Callable[[Step], None] | None = None) -> Tensor:
-    """Integrate from noise x_T [n, 48] (Denoiser.noise) to latents [frames, rows, columns, 48].
+    """Integrate the flow from noise x_T [n, 48] (Denoiser.noise) to latents [frames, rows, columns, 48].
 
     x_t stays in the dtype of `noise`, also in bfloat16, as in the official code, and where `noise` is: on the model's
     device no step waits for another.
@@ -202,5 +211,5 @@ def _slope(step: Step, last: Step | None, times: Tensor, sampling: Sampling) -> 
     """
     if sampling.solver == "euler" or last is None or sampling.guided(step.t) != sampling.guided(last.t):
         return step.velocity
-    ahead = (times[step.index] - times[step.index + 1]) / (2 * (times[last.index] - times[step.index]))
+    ahead = (times[step.number] - times[step.number + 1]) / (2 * (times[last.number] - times[step.number]))
     return step.velocity + ahead * (step.velocity - last.velocity)

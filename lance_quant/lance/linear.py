@@ -1,4 +1,4 @@
-"""nn.Linear for the runtime."""
+"""Linear layers of the runtime: nn.Linear, by the faster library on a CPU (cpu/matmul.py)."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from lance_quant.cpu import matmul
 
 
 class Linear(nn.Linear):
-    """nn.Linear that takes the faster library for float32 on a CPU (matmul.py) where nothing needs a gradient."""
+    """nn.Linear that takes the faster library for float32 on a CPU where nothing needs a gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""

@@ -1,4 +1,4 @@
-"""Loading: build on the meta device, demand exact agreement of keys, stream tensors one at a time.
+"""Checkpoint loading: build on the meta device, demand exact agreement of keys, stream tensors one at a time.
 
 Host memory beside the model itself stays at a few pieces of 16 MB, whatever the size of the checkpoint: tensors are
 read by offsets and converted on the way to their final dtype and device. Packed linears are put in by `prepare` while
@@ -24,11 +24,16 @@ _TOO_SMALL_FOR_A_BAR = 1 << 28  # bytes; smaller modules load in about a second
 
 
 class Source(Protocol):
-    """Where tensors come from: tensorfile.Checkpoint, tensorfile.TensorFile, or TorchFile."""
+    """Where tensors come from: Checkpoint and TensorFile of storage/tensor_file.py, or TorchFile."""
 
-    specs: Mapping[str, TensorSpec]
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of every tensor, by name."""
+        ...
 
-    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor: ...
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """A tensor of the shape in `specs`, as `dtype` (None: as stored) on `device`."""
+        ...
 
 
 class TorchFile:
@@ -44,7 +49,7 @@ class TorchFile:
             raise InputError(f"{path} is no torch state dict, or is truncated: {error}") from error
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """A tensor as `dtype` on `device`, copied out of the file."""
+        """A tensor of the shape in `specs`, as `dtype` (None: as stored) on `device`, copied out of the file."""
         return self._tensors[name].to(device=device, dtype=dtype, copy=True)
 
 
@@ -80,6 +85,9 @@ def fill(module: nn.Module, source: Source, names: Mapping[str, str], dtype: tor
         names: tensor name in `source` -> name in the module. Must cover the module exactly, less what its packed
             linears filled themselves (their `file_keys`).
         what: the source, as error messages name it.
+
+    Raises:
+        InputError: names or shapes do not agree, the first offenders are named; or a value is not finite.
     """
     empty = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta}
     filled = {key for prefix, part in module.named_modules() if hasattr(part, "file_keys")

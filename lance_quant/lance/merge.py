@@ -1,4 +1,4 @@
-"""q/k/v and gate/up as one matmul each, for models that only run.
+"""Fused projections: q/k/v and gate/up as one matmul each, for models that only run.
 
 Linears that read the same input are laid one under the other after loading: fewer and larger matmuls, the same bytes.
 Afterwards the separate linears are gone, and with them the names that calibration, captures and packed folders go by,
@@ -20,7 +20,7 @@ def merge_projections(model: Lance) -> int:
     A group stays as it is where its linears are of different kinds (one of them packed, say).
     """
     count = 0
-    for layer in model.language_model.model.layers:
+    for layer in model.layers():
         for suffix in SUFFIX.values():
             attention, mlp = layer.self_attn, getattr(layer, f"mlp{suffix}")
             count += _merge(attention, [f"{part}_proj{suffix}" for part in "qkv"], f"qkv_proj{suffix}")
@@ -51,9 +51,10 @@ def stacked(linears: Sequence[nn.Module]) -> nn.Module | None:
     (kind,) = kinds
     if not issubclass(kind, nn.Linear):
         return kind.stacked(linears) if hasattr(kind, "stacked") else None
-    whole = kind(linears[0].in_features, sum(linear.out_features for linear in linears), linears[0].bias is not None,
+    parts = [linear for linear in linears if isinstance(linear, nn.Linear)]
+    whole = kind(parts[0].in_features, sum(part.out_features for part in parts), parts[0].bias is not None,
                  device="meta")
     for name, _ in list(whole.named_parameters()):
-        parts = torch.cat([getattr(linear, name).detach() for linear in linears])
-        setattr(whole, name, nn.Parameter(parts, requires_grad=False))
+        rows = torch.cat([getattr(part, name).detach() for part in parts])
+        setattr(whole, name, nn.Parameter(rows, requires_grad=False))
     return whole

@@ -1,4 +1,4 @@
-"""Lance's decoder: a Qwen2.5-VL language model in which every layer has two experts (a mixture of transformers).
+"""Mixture of transformers (arXiv:2411.04996): a Qwen2.5-VL decoder (arXiv:2502.13923) with two experts per layer.
 
 VAE latent tokens go through the generation expert (`*_moe_gen` weights), all other tokens through the understanding
 expert; attention joins them. A call therefore carries one *stream* of tokens per expert through all layers, and only
@@ -12,7 +12,8 @@ Letters in shapes: b cache row, t token, h head (or hidden), d head_dim.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +38,20 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width], in the dtype that `x` and the weight promote to."""
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
 
 
 class Rotary(nn.Module):
-    """Rotary angles over three axes: the frequencies are dealt out to time, rows and columns in sections."""
+    """Multimodal rotary position embedding (mRoPE, arXiv:2409.12191).
+
+    The frequencies are dealt out to three axes, time, rows and columns, in sections.
+    """
+
+    inv_freq: Tensor
+    axis: Tensor
 
     def __init__(self, config: LanceConfig):
         super().__init__()
@@ -71,7 +79,7 @@ def _rotate(x_bhtd: Tensor, rope: Rope) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with q/k norms, one set of projections per expert, one attention over all tokens.
+    """Grouped-query attention (arXiv:2305.13245) with q/k norms: projections per expert, one attention over all tokens.
 
     What lies around the attention itself is in `project` and `output`: neither knows the cache or its length.
     """
@@ -98,7 +106,7 @@ class Attention(nn.Module):
         return q_bhtd, k_bhtd, v_bhtd
 
     def _project(self, x: Tensor, suffix: str, wide: bool) -> tuple[Tensor, Tensor, Tensor]:
-        merged = getattr(self, f"qkv_proj{suffix}", None)  # see merge.py
+        merged = getattr(self, f"qkv_proj{suffix}", None)  # lance/merge.py makes it
         if merged is None:
             parts = [getattr(self, f"{part}_proj{suffix}")(x) for part in "qkv"]
         else:
@@ -109,7 +117,11 @@ class Attention(nn.Module):
         return getattr(self, f"q_norm{suffix}")(q_bhtd), getattr(self, f"k_norm{suffix}")(k_bhtd), v_bhtd
 
     def output(self, attended_bhtd: Tensor, lengths: dict[Expert, int]) -> Streams:
-        """What each stream, of so many tokens, gets from the attention."""
+        """What each stream gets of the attended tokens [b, h, t, d]: [b, t, hidden] for its own t of them.
+
+        Args:
+            lengths: tokens of each stream, in stream order.
+        """
         parts = attended_bhtd.transpose(1, 2).flatten(2).split(list(lengths.values()), 1)
         return {expert: getattr(self, f"o_proj{SUFFIX[expert]}")(part)
                 for expert, part in zip(lengths, parts, strict=True)}
@@ -141,7 +153,7 @@ def _attend_row(q_htd: Tensor, k_htd: Tensor, v_htd: Tensor, mask: Tensor | None
 
 
 class MLP(nn.Module):
-    """Gated SiLU feed-forward of one expert."""
+    """Gated SiLU feed-forward (SwiGLU, arXiv:2002.05202) of one expert."""
 
     def __init__(self, config: LanceConfig):
         super().__init__()
@@ -150,7 +162,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        merged = getattr(self, "gate_up_proj", None)  # see merge.py
+        """[..., hidden] -> [..., hidden]."""
+        merged = getattr(self, "gate_up_proj", None)  # lance/merge.py makes it
         gate, up = (self.gate_proj(x), self.up_proj(x)) if merged is None else merged(x).chunk(2, -1)
         return self.down_proj(F.silu(gate).mul_(up))  # in place: the largest activations of a denoising step
 
@@ -174,11 +187,11 @@ class DecoderLayer(nn.Module):
         return {expert: getattr(self, part + SUFFIX[expert])(x) for expert, x in streams.items()}
 
     def before(self, streams: Streams, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the call, see Attention.project."""
+        """Rotated queries, rotated keys and values of the call, [b, h, t, d] each (Attention.project)."""
         return self.self_attn.project(self._each("input_layernorm", streams), rope)
 
     def after(self, streams: Streams, attended_bhtd: Tensor) -> Streams:
-        """The layer's output from its input and what was attended."""
+        """The layer's output [b, t, hidden] per expert, from its input and what was attended, [b, h, t, d]."""
         attended = self.self_attn.output(attended_bhtd, {expert: x.shape[1] for expert, x in streams.items()})
         streams = {expert: x + attended[expert] for expert, x in streams.items()}
         fed = self._each("mlp", self._each("post_attention_layernorm", streams))
@@ -188,7 +201,8 @@ class DecoderLayer(nn.Module):
                 parts: LayerParts | None = None) -> Streams:
         """Run the layer, of number `layer`, or `parts` in the place of its own `before` and `after`."""
         before, after = parts or (self.before, self.after)
-        return after(streams, _attend(*before(streams, rope), rows, layer, causal))
+        q_bhtd, k_bhtd, v_bhtd = before(streams, rope)
+        return after(streams, _attend(q_bhtd, k_bhtd, v_bhtd, rows, layer, causal))
 
 
 class Decoder(nn.Module):
@@ -251,6 +265,10 @@ class LatentPositions(nn.Module):
     checkpoint, where it is ignored); the three factors give the same values.
     """
 
+    t: Tensor
+    h: Tensor
+    w: Tensor
+
     def __init__(self, hidden_size: int):
         super().__init__()
         third = hidden_size // 3 // 2 * 2
@@ -297,6 +315,10 @@ class Lance(nn.Module):
         """Fill every buffer that no checkpoint holds."""
         self.language_model.model.rotary.compute_buffers(rotary_rounding, self.device)
         self.latent_pos_embed.compute_buffers(self.dtype, self.device)
+
+    def layers(self) -> list[DecoderLayer]:
+        """The decoder's layers, in order."""
+        return list(cast(Iterable[DecoderLayer], self.language_model.model.layers))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings [t, hidden] of ids [t]."""

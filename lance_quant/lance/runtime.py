@@ -1,10 +1,10 @@
-"""A loaded Lance: the language model, its tokenizer, and ViT and VAE when a request first needs them."""
+"""Inference runtime: a loaded Lance, that is the language model, its tokenizer, and ViT and VAE when first needed."""
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from PIL import Image
@@ -50,6 +50,7 @@ class Answer(NamedTuple):
 
     @property
     def text(self) -> str:
+        """The answer as a person reads it."""
         return self.raw.replace("<|im_end|>", "").strip()
 
 
@@ -57,10 +58,10 @@ class Runtime:
     """One model on one device. Use `Runtime.load`.
 
     fix_quirks: False reproduces the official code's quirks on purpose; True takes the repaired variant of those that
-        are mere bugs (README, "Quirks").
+        are mere bugs.
     offload: where ViT and VAE are while they are not used. "none": on the device, once they were needed; "cpu": in
         host memory; "vae_vit": nowhere, they are loaded anew.
-    vae_tiling: see vae.load_vae.
+    vae_tiling: let the VAE go through large frames in overlapping tiles (vae.load_vae).
     """
 
     def __init__(self, model: Lance, source: Checkpoint, paths: LancePaths, rotary_rounding: torch.dtype,
@@ -81,9 +82,9 @@ class Runtime:
         Args:
             checkpoint: file or folder of the weights; default `paths.model`. A packed file goes with `prepare`.
             prepare: swaps linears while the model is on meta (quantized_linear.swap_linears).
-            rotary_rounding: see loader.load_lance.
-            merged: run q/k/v and gate/up as one matmul each, see merge.merge_projections; not for models whose linears
-                are still to be watched or swapped.
+            rotary_rounding: dtype through which the rotary frequencies are rounded; None: `dtype`.
+            merged: run q/k/v and gate/up as one matmul each (merge.py); not for models whose linears are still to be
+                watched or swapped.
         """
         config = LanceConfig.load(paths.model / "llm_config.json")
         source = Checkpoint(checkpoint or paths.model)
@@ -111,8 +112,14 @@ class Runtime:
     def _home(self) -> torch.device:
         return torch.device("cpu") if self.offload == "cpu" else self.model.device
 
+    @overload
+    def using(self, name: Literal["vit"]) -> contextlib.AbstractContextManager["Vit"]: ...
+
+    @overload
+    def using(self, name: Literal["vae"]) -> contextlib.AbstractContextManager["Vae"]: ...
+
     @contextlib.contextmanager
-    def using(self, name: Literal["vit", "vae"]) -> Iterator["Vit | Vae"]:
+    def using(self, name: Literal["vit", "vae"]) -> Iterator[Any]:
         """The ViT or VAE on the model's device for a block; after it, it goes where `offload` says. May be nested."""
         part = getattr(self, name)
         if name in self._used or self.offload == "none":
@@ -156,16 +163,24 @@ class Runtime:
     def _crops(self) -> torch.Generator | None:
         return None if self.fix_quirks else torch.Generator().manual_seed(_GLOBAL_SEED)
 
-    def ask(self, question: Question, resolution: str) -> tuple[TokenSequence, Tensor]:
+    def prompt_of(self, question: Question, resolution: str) -> tuple[TokenSequence, Tensor]:
         """An x2t request as the model takes it: sequence prompt, and ViT tokens [n, hidden]."""
         tokens, grid = self.look(self.frames(question.visual, question.modality), resolution)
         return understanding_sequence(self.tokenizer, question.system, question.question, grid), tokens
 
     def answer(self, sequence: TokenSequence, vit_tokens: Tensor, max_new_tokens: int = understanding.MAX_NEW_TOKENS,
-               on_token: Callable[[int], None] | None = None,
+               on_token: Callable[[int], object] | None = None,
                sampling: understanding.TokenSampling = understanding.GREEDY, seed: int = SEED,
                look_every: int | None = None) -> Answer:
-        """Answer a request made by `ask`; the arguments are understanding.answer's."""
+        """Answer a request made by `prompt_of`.
+
+        Args:
+            sequence: the prompt. vit_tokens: [pads of the prompt, hidden].
+            max_new_tokens: longest answer.
+            on_token: called with every new id; an exception that it raises ends the request.
+            sampling: how tokens are chosen. seed: of tokens that are drawn.
+            look_every: tokens after which the end is looked for; None: as suits the device.
+        """
         ids = understanding.answer(self.model, self.tokenizer, sequence, vit_tokens, max_new_tokens, on_token, sampling,
                                    seed, look_every)
         return Answer(ids, self.tokenizer.decode(ids))
@@ -202,7 +217,8 @@ class Runtime:
         """
         tokens, merged = self.look(frames, resolution)
         source = self.encode(frames, resolution)
-        grid = tuple(source.shape[:3])
+        times, rows, columns = source.shape[:3]
+        grid = (times, rows, columns)
         sequence = generation_sequence(self.tokenizer, EDIT_SYSTEM.format(named), instruction, grid,
                                  [(VIT, merged), (CONDITION, grid)], self.fix_quirks)
         return generation.Denoiser(self.model, sequence, sampling, generation.Given(tokens, source))

@@ -121,7 +121,7 @@ class Settings:
     seed: of the noise, and of tokens that are drawn; all samples share it.
     sampling: how pictures and clips are integrated. token_sampling: how the tokens of answers are chosen.
     fix_quirks: repair the official code's bugs instead of reproducing them.
-    vae_tiling: see vae.load_vae.
+    vae_tiling: let the VAE go through large frames in overlapping tiles: less memory, not quite the same pixels.
 
     Raises:
         InputError: a value is out of range or of the wrong type.

@@ -1,4 +1,4 @@
-"""From a request to the packed sequence that Lance reads: tokenizer, templates, splits and 3-D positions.
+"""Chat templates, token sequences and mRoPE positions (arXiv:2409.12191): what Lance reads of a request.
 
 A sequence is a chain of splits. A causal split sees itself causally and everything before it; the other modes see
 themselves whole and everything before them. Each visual is written <|vision_start|><|video_pad|><|vision_end|> (images
@@ -32,6 +32,9 @@ CAPTION_SYSTEMS = (
     "Write an exhaustive depiction of the given {}, capturing its essence and key moments.",
     "Describe the key features of the input {}, including color, shape, size, texture, objects, background.",
 )
+# What the official examples say in front of a question.
+QUESTION_SYSTEMS = {"image": "Look at the image carefully and answer the question.",
+                    "video": "Watch the video carefully and answer the question."}
 _VISUAL = "<|vision_start|><|video_pad|><|vision_end|>"
 _TEMPORAL_STEP = 2  # position units per visual frame (tokens_per_second 2, one second per frame)
 _EDIT_TIME = 1000  # where an edit's ViT span begins on the time axis
@@ -59,12 +62,13 @@ class Visual(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """How many pads there are."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """A packed sequence of L tokens.
+    """A prompt, with everything that is read beside its text: L tokens.
 
     ids: int64 [L]. positions: int64 [3, L], the time, row and column axes of mRoPE.
     splits: cover the sequence in order. visuals: its runs of pads.

@@ -1,4 +1,7 @@
-"""Visual question answering: read the prompt into the cache, then decode token by token, greedily by default."""
+"""Autoregressive decoding for visual question answering: greedy, or nucleus sampling (top-p, arXiv:1904.09751).
+
+The prompt is read into the cache in one call per split (prefill), then the answer is decoded token by token.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -58,7 +61,7 @@ class Decoding:
 
     @torch.no_grad()
     def start(self, prompt: TokenSequence, vit_tokens: Tensor, longest: int, seed: int) -> None:
-        """Read a prompt (see `answer`); the next `longest` steps answer it."""
+        """Read a prompt and its ViT tokens [pads, hidden]; the next `longest` steps answer it."""
         self._row.reset()
         _prefill(self._model, prompt, vit_tokens, self._row)
         first = self._row.length
@@ -93,7 +96,7 @@ def _tokens_per_look(device: torch.device) -> int:
 
 
 def answer(model: Lance, tokenizer: LanceTokenizer, prompt: TokenSequence, vit_tokens: Tensor,
-           max_new_tokens: int = MAX_NEW_TOKENS, on_token: Callable[[int], None] | None = None,
+           max_new_tokens: int = MAX_NEW_TOKENS, on_token: Callable[[int], object] | None = None,
            sampling: TokenSampling = GREEDY, seed: int = SEED, look_every: int | None = None) -> list[int]:
     """Answer ids, the closing <|im_end|> included if it came within the limit. Only <|im_end|> stops.
 

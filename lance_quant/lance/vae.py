@@ -1,4 +1,4 @@
-"""The Wan2.2 VAE: diffusers' AutoencoderKLWan under the official file's key names.
+"""Causal 3-D video VAE: Wan2.2's (arXiv:2503.20314), diffusers' AutoencoderKLWan under the official file's key names.
 
 diffusers' own single-file conversion knows the older Wan2.1 names only; the class itself is right once its keys are
 renamed and its configuration is given. The latents of the model are normalised per channel with the constants below.
@@ -76,7 +76,7 @@ def _renamed(name: str, beginnings: Iterable[tuple[str, str]], rest: Iterable[tu
         match = re.match(re.escape(old).replace(re.escape("#"), r"(\d+)"), name)
         if match:
             numbers = iter(match.groups())
-            head, tail = re.sub("#", lambda _, numbers=numbers: next(numbers), new), name[match.end():]
+            head, tail = "".join(next(numbers) if letter == "#" else letter for letter in new), name[match.end():]
             for old_part, new_part in rest:
                 if tail.startswith(old_part):
                     tail = new_part + tail.removeprefix(old_part)
@@ -101,7 +101,7 @@ class Encoded(NamedTuple):
     log_variance: Tensor
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """A sample by the official formula, which adds the noise of the raw latents to the normalised mean.
+        """A sample [t, h, w, 48] by the official formula, which adds the raw latents' noise to the normalised mean.
 
         Drawn on the CPU, so that a seed means the same on every device.
         """
@@ -152,6 +152,9 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tiling: bool 
         tiling: also go through large frames (decoding above 256 pixels, encoding above 512) in overlapping, blended
             tiles, diffusers' own. Not exact: attention inside the VAE sees one tile at a time. With lance-nano's VAE
             tiles and whole are 49 dB apart on a picture like those that it was trained on, and 23 to 29 dB on others.
+
+    Raises:
+        InputError: the file is no torch state dict, or not one of this architecture.
     """
     source = TorchFile(path)
     try:

@@ -1,4 +1,4 @@
-"""The Qwen2.5-VL vision tower, straight from transformers: its keys and its maths are Lance's."""
+"""Vision transformer: the Qwen2.5-VL tower (arXiv:2502.13923) from transformers, whose keys and maths are Lance's."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from transformers import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from lance_quant.formats.layout import VIT_PREFIX
-from lance_quant.lance.loader import Source, fill, require_nothing_on_meta
+from lance_quant.lance.loader import fill, require_nothing_on_meta
 from lance_quant.storage.atomic import read_json
 from lance_quant.storage.tensor_file import Checkpoint, TensorFile
 
@@ -42,7 +42,10 @@ def load_vit(checkpoint: Checkpoint, folder: Path, device: torch.device, dtype: 
     """Load the tower: from the checkpoint if that holds one (the video checkpoint does), else from `folder`.
 
     Args:
-        rotary_rounding: as in loader.load_lance.
+        rotary_rounding: dtype through which the rotary frequencies are rounded; None: `dtype`.
+
+    Raises:
+        InputError: a file is missing, or its keys or shapes do not agree exactly.
     """
     settings = read_json(folder / "config.json", "ViT configuration")
     config = Qwen2_5_VLVisionConfig.from_dict({key: value for key, value in settings.items() if key != "model_type"})
@@ -52,7 +55,6 @@ def load_vit(checkpoint: Checkpoint, folder: Path, device: torch.device, dtype: 
     if inside:
         fill(tower, checkpoint, inside, dtype, device, str(checkpoint.path))
     else:
-        source: Source
         with TensorFile(folder / "vit.safetensors") as source:
             fill(tower, source, {name: name for name in source.specs}, dtype, device, str(folder / "vit.safetensors"))
     rotary = type(tower.rotary_pos_emb)(config)  # outside meta: its frequencies are in no checkpoint

@@ -92,7 +92,7 @@ def _compare_one(native: FedRuntime, sample: Question | Prompt, settings: Settin
 def _compare_answer(native: FedRuntime, question: Question, settings: Settings,
                     official: Mapping[str, Tensor]) -> dict[str, Any]:
     """Tokens as both choose them, and log-probabilities in front of each official token."""
-    sequence, tokens = native.ask(question, settings.resolution)
+    sequence, tokens = native.prompt_of(question, settings.resolution)
     answer = native.answer(sequence, tokens, settings.max_new_tokens)
     theirs = official["ids"].tolist()
     forced = native.forced_logprobs(sequence, tokens, theirs).cpu()

@@ -1,4 +1,4 @@
-"""Sample files: what a task is asked, in the official example format, and what every task takes and makes.
+"""Sample files (manifests): what a task is asked, in the official example format, and what every task takes and makes.
 
     t2i, t2v                 {"000000.png": "a prompt", ...}
     i2v, image_edit,         {"0001": {"interleave_array": ["an instruction", "source.png"],
@@ -67,9 +67,10 @@ def load(task: str, path: Path, fix_quirks: bool = False) -> list[Question] | li
     Raises:
         InputError: says which entry breaks which rule.
     """
-    if TASKS[task].makes == "text":
-        return _questions(task, path, fix_quirks)
-    prompts = _prompts(path) if TASKS[task].takes is None else _instructions(task, path, fix_quirks)
+    modality = TASKS[task].takes
+    if modality is not None and TASKS[task].makes == "text":
+        return _questions(task, modality, path, fix_quirks)
+    prompts = _prompts(path) if modality is None else _instructions(task, modality, path, fix_quirks)
     if len({prompt.key for prompt in prompts}) < len(prompts):
         raise InputError(f"{path}: two entries have the same number and would be written to one file")
     return prompts
@@ -97,8 +98,7 @@ def _number(name: str, path: Path) -> str:
     return f"{int(match[1]):06d}"
 
 
-def _instructions(task: str, path: Path, fix_quirks: bool) -> list[Prompt]:
-    modality = TASKS[task].takes
+def _instructions(task: str, modality: Modality, path: Path, fix_quirks: bool) -> list[Prompt]:
     prompts = []
     for key, entry in _entries(path).items():
         elements = _elements(entry, modality, f"{path}: entry {key!r} is no {task} sample (one {modality!r}, and one "
@@ -110,8 +110,7 @@ def _instructions(task: str, path: Path, fix_quirks: bool) -> list[Prompt]:
     return prompts
 
 
-def _questions(task: str, path: Path, fix_quirks: bool) -> list[Question]:
-    modality = TASKS[task].takes
+def _questions(task: str, modality: Modality, path: Path, fix_quirks: bool) -> list[Question]:
     draw = random.Random(_CAPTION_SEED)
     questions = []
     for key, entry in _entries(path).items():
@@ -124,7 +123,9 @@ def _questions(task: str, path: Path, fix_quirks: bool) -> list[Question]:
             text = [system.format(modality), "", text]
         if not (isinstance(text, list) and len(text) == 3 and all(isinstance(part, str) for part in text)):
             raise InputError(rule)
-        questions.append(Question(str(key), _find(elements[modality], modality, path), *text, modality))
+        system, question, reference = text
+        visual = _find(elements[modality], modality, path)
+        questions.append(Question(str(key), visual, system, question, reference, modality))
     return questions
 
 

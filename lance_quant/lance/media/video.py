@@ -1,4 +1,4 @@
-"""Clips from and to files, through PyAV: RGB frames at the model's rate in, H.264 out.
+"""Video decoding and encoding through PyAV: RGB frames at the model's rate in, H.264 out.
 
 The model sees and makes 12 frames a second. A longer clip than 6 seconds is seen at a lower rate.
 """

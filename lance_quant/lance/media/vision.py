@@ -1,4 +1,4 @@
-"""Pictures and frames to model input: opening, buckets, crop, resize, normalisation, patches. PIL and torch only.
+"""Image preprocessing: opening, buckets, crop, resize, normalisation, patches. PIL and torch only.
 
 Each picture is brought to one of six aspect ratios at about the area that the resolution preset names, once for the
 ViT and once for the VAE. A picture is a clip of one frame: pixels are [3, frames, height, width] throughout.
@@ -34,10 +34,15 @@ def open_image(path: Path, exif: bool = False) -> Image.Image:
     if not Path(path).is_file():
         raise InputError(f"image not found: {path}")
     try:
-        image = Image.open(path)
+        image: Image.Image = Image.open(path)
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise InputError(f"cannot read the image {path}: {error}") from error
+    return as_rgb(image, exif)
+
+
+def as_rgb(image: Image.Image, exif: bool = False) -> Image.Image:
+    """A picture in RGB: transparency over white, palettes resolved; EXIF orientation only on request."""
     if exif:
         image = ImageOps.exif_transpose(image)
     if image.mode == "P":
@@ -124,7 +129,7 @@ def vit_patches(pixels: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 
 
 def unit_range(pixels: Tensor) -> Tensor:
-    """Float32 in -1..1 of uint8 pixels: what the VAE takes."""
+    """Float32 in -1..1 of uint8 pixels, of the same shape [3, frames, height, width]: what the VAE takes."""
     return (pixels.float() / 255 - 0.5) / 0.5
 
 
