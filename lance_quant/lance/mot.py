@@ -210,7 +210,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LanceConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # A weight that is given is not initialized: on meta that imports torch._dynamo, 4 s of CPU.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size,
+                                         _weight=torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.rotary = Rotary(config)
         for suffix in SUFFIX.values():
