@@ -30,49 +30,74 @@ def places(calls, expert):
             for token in range(len(call.rows) * call.streams[expert].shape[1])]
 
 
-@pytest.mark.parametrize("task, kind, layer", [("x2t_image", "k_proj", 0), ("x2t_image", "down_proj", 1),
-                                               ("t2i", "v_proj", 0), ("t2i", "o_proj_moe_gen", 1)])
-def test_a_token_weighs_what_an_error_there_does(captured, source, monkeypatch, task, kind, layer):
+LINEARS = {"x2t_image": [(0, "self_attn.k_proj"), (1, "mlp.down_proj")],
+           "t2i": [(0, "self_attn.v_proj"), (1, "self_attn.o_proj_moe_gen")]}
+
+
+@pytest.fixture(scope="module", params=LINEARS)
+def probed(captured, source, request):
+    """Two linears, sizes, calls of one task, and their token weights from 64 probes; chunks are small, so that there
+    are several."""
+    config, calls = load(captured, [request.param], 4 if request.param == "x2t_image" else 1)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("PROBES", 64), ("CHUNK", 60), ("EVEN", 0.0)):
+            patch.setattr(token_weights, name, value)
+        assert len(list(token_weights._chunks(calls))) > 1
+        return LINEARS[request.param], config, calls, token_weights.of_checkpoint(source, config, calls, CPU)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_token_weighs_what_an_error_there_does(probed, source, which):
     """Small errors of random sign in what a linear gives for one token, 24 draws, against 64 probes: each mean of
-    dozens of effective squares is within 25 % or so of the truth. Chunks are small, so that there are several."""
-    monkeypatch.setattr(token_weights, "PROBES", 64)
-    monkeypatch.setattr(token_weights, "CHUNK", 60)
-    monkeypatch.setattr(token_weights, "EVEN", 0.0)
-    config, calls = load(captured, [task], 4 if task == "x2t_image" else 1)
-    assert len(list(token_weights._chunks(calls))) > 1
-    name = f"{layout.LAYERS}.{layer}.{'mlp' if 'down' in kind else 'self_attn'}.{kind}"
-    found = token_weights.of_checkpoint(source, config, calls, CPU)[name]
-    tokens = places(calls, layout.expert_of(name))
+    dozens of effective squares is within 25 % or so of the truth."""
+    linears, config, calls, weights = probed
+    layer, inside_layer = linears[which]
+    name = f"{layout.LAYERS}.{layer}.{inside_layer}"
+    found, tokens = weights[name], places(calls, layout.expert_of(name))
     assert len(found) == len(tokens) and found.mean() == pytest.approx(1, abs=1e-3)
     gradients = Gradients(config, layers_of(source, CPU, calls), LAYERS, output_heads_of(source, config), calls,
                           with_outputs(calls), CPU, 0)
-    exact = outputs(gradients)
+    outputs = Outputs(gradients, name, layer)
+    exact = outputs.exact()
     chosen = found.sort().indices[torch.linspace(len(found) // 2, len(found) - 1, 5).long()]
-    changes = torch.tensor([[float((outputs(gradients, name, *tokens[index], seed) - exact).square().sum())
+    changes = torch.tensor([[float((outputs.with_error(*tokens[index], seed) - exact).square().sum())
                              for seed in range(24)] for index in chosen.tolist()]).mean(1)
     ratios = changes / changes.sum() / (found[chosen] / found[chosen].sum())
     assert ratios.log().abs().max() < 0.7, ratios  # a factor of two
 
 
-@torch.no_grad()
-def outputs(gradients, name="", call=0, token=0, seed=0):
+class Outputs:
     """Everything that comes out, with an error in what a linear gives for one token of a call."""
-    states = [call.streams for call in gradients.calls]
 
-    def spoil(_, args, output):
-        if next(counted) == call:
+    @torch.no_grad()
+    def __init__(self, gradients, name, first):
+        self.gradients, self.error = gradients, None
+        layers = [layer_around(gradients.config, index, weights_of(index)) for index in range(LAYERS)]
+        self.calls = [place for place, call in enumerate(gradients.calls) if layout.expert_of(name) in call.streams]
+        layers[first].get_submodule(inside(name, first)).register_forward_hook(self.spoil)
+        self.states = [call.streams for call in gradients.calls]  # in front of the linear's layer: no error there
+        for layer in layers[:first]:
+            self.states = list(gradients.run(layer, self.states))
+        self.layers = layers[first:]
+
+    def spoil(self, _, args, output):
+        call = next(self.counted)
+        if self.error is not None and self.error[0] == call:
+            _, token, seed = self.error
             signs = torch.randint(2, output.shape[-1:], generator=torch.Generator().manual_seed(seed)) * 2 - 1
             output.flatten(0, -2)[token] += 1e-3 * signs
 
-    for index in range(LAYERS):
-        layer = layer_around(gradients.config, index, weights_of(index))
-        if name.startswith(f"{layout.LAYERS}.{index}."):
-            counted = iter([place for place, other in enumerate(gradients.calls)
-                            if layout.expert_of(name) in other.streams])
-            layer.get_submodule(inside(name, index)).register_forward_hook(spoil)
-        states = list(gradients.run(layer, states))
-    return torch.cat([gradients._output(place, states[place][expert]).flatten()
-                      for place, expert in gradients.wanted.items()])
+    @torch.no_grad()
+    def exact(self):
+        self.counted, states = iter(self.calls), self.states
+        for layer in self.layers:
+            states = list(self.gradients.run(layer, states))
+        return torch.cat([self.gradients._output(place, states[place][expert]).flatten()
+                          for place, expert in self.gradients.wanted.items()])
+
+    def with_error(self, call, token, seed):
+        self.error = call, token, seed
+        return self.exact()
 
 
 def test_in_the_last_layer_queries_and_mlps_count_where_something_is_read_off(captured, source):
