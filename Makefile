@@ -25,7 +25,7 @@ demo: $(VENV)/.installed      ## every stage on lance-nano, then a table, demo_o
 	$(BIN)/python examples/demo.py --out demo_out
 
 test: $(VENV)/.installed-dev lint      ## lint and the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile  # a file's tests share what it sets up
 
 lint: $(VENV)/.installed-dev      ## ruff and mypy
 	$(BIN)/ruff check .
