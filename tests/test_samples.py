@@ -52,3 +52,16 @@ def test_the_script_draws_what_is_committed(tmp_path):
         elif path.suffix == ".png":  # the font's edges may differ between versions of FreeType
             ours, theirs = (np.array(Image.open(one)).astype(int) for one in (path, committed))
             assert ours.shape == theirs.shape and np.abs(ours - theirs).mean() < 1
+
+
+def test_official_sample_files_find_their_pictures_from_the_checkout(tmp_path):
+    """They lie in config/examples and name assets/… from the root of the checkout, two folders up."""
+    (tmp_path / "config/examples").mkdir(parents=True)
+    (tmp_path / "assets").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "assets/case.png")
+    entry = {"interleave_array": ["assets/case.png", ["look", "what is it?", "black"]],
+             "element_dtype_array": ["image", "text"], "istarget_in_interleave": [0, 1]}
+    manifest = tmp_path / "config/examples/x2t_image_example.json"
+    manifest.write_text(json.dumps({"0001": entry}), encoding="utf-8")
+    (question,) = samples.load("x2t_image", manifest)
+    assert question.visual == tmp_path / "assets/case.png"

@@ -150,9 +150,12 @@ def _entries(path: Path) -> Mapping[str, Any]:
 
 
 def _find(visual: str, modality: Modality, manifest: Path) -> Path:
-    """A readable picture or clip by its path: as it stands, or below the sample file's folder or the one above."""
+    """A readable picture or clip by its path: as it stands, or below the sample file's folder or one of two above it.
+
+    Two above, because the official sample files lie in config/examples and name files from the checkout's root.
+    """
     folder = Path(manifest).resolve().parent
-    tried = [Path(visual), folder / visual, folder.parent / visual]
+    tried = [Path(visual), *(base / visual for base in (folder, *folder.parents[:2]))]
     for candidate in tried:
         if candidate.is_file():
             open_visual(candidate, modality)
