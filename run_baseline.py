@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     task_arguments.add_compile(parser)
     parser.add_argument("--backend", choices=["native", "official"], default="native",
                         help="what runs the model: this package, or ByteDance's own code in a process of its own "
-                             "(README, The official source)")
+                             "(docs/official_source.md)")
     add_official(parser)
     parser.add_argument("--save_path_gen", type=Path, required=True, help="results folder; must not exist")
     parser.add_argument("--save_latents", action="store_true",

@@ -100,19 +100,22 @@ def side_by_side(section: dict, root: Path) -> Image.Image:
     rows = [(f"float\n{bits(section['baseline'])}", section["baseline"]["folder"], [""] * len(shown))]
     rows += [(f"{run['model']['format'].upper()}\n{bits(run)}", run["folder"],
               [f"{sample['psnr']:.1f} dB" for sample in run["samples"]]) for run in section["runs"]]
-    size = Image.open(root / rows[0][1] / shown[0]["file"]).size
-    top, step = 4 * LINE + GAP, size[1] + LINE + GAP
-    page = Image.new("RGB", (LABEL + len(shown) * (size[0] + GAP), top + len(rows) * step), "white")
+    page = Image.new("RGB", corner(len(rows), len(shown)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for row, (label, folder, notes) in enumerate(rows):
+        _, top = corner(row, 0)
+        pen.text((GAP, top + SIZE // 3), label, "black", font)
+        for column, sample in enumerate(shown):
+            page.paste(Image.open(root / folder / sample["file"]), corner(row, column))
+            pen.text((corner(row, column)[0], top + SIZE + 2), notes[column], "dimgray", font)
     for column, sample in enumerate(shown):
-        left = LABEL + column * (size[0] + GAP)
-        pen.text((left, GAP), textwrap.fill(sample["prompt"], 18), "black", font)
-        for row, (_, folder, notes) in enumerate(rows):
-            page.paste(Image.open(root / folder / sample["file"]), (left, top + row * step))
-            pen.text((left, top + row * step + size[1] + 2), notes[column], "dimgray", font)
-    for row, (label, _, _) in enumerate(rows):
-        pen.text((GAP, top + row * step + size[1] // 3), label, "black", font)
+        pen.text((corner(0, column)[0], GAP), textwrap.fill(sample["prompt"], 18), "black", font)
     return page
+
+
+def corner(row: int, column: int) -> tuple[int, int]:
+    """Left and top of a model's picture of a caption, in pixels."""
+    return LABEL + column * (SIZE + GAP), 4 * LINE + GAP + row * (SIZE + LINE + GAP)
 
 
 def bits(entry: dict) -> str:

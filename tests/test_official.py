@@ -1,7 +1,7 @@
 """The official source: where it is looked for, what is refused, and, where it can be run, that both backends agree.
 
 The comparison needs a checkout (LANCE_SRC_PATH) and a Python that its requirements are installed for
-(LANCE_OFFICIAL_PYTHON, README "The official source").
+(LANCE_OFFICIAL_PYTHON, docs/official_source.md).
 """
 
 import json

@@ -72,7 +72,7 @@ def add_task(to: argparse.ArgumentParser, steps_flag: str = "--validation_num_ti
                     help="let the VAE go through large frames in overlapping tiles: half the memory at 768 x 768 for "
                          "twice the time, and not quite the same pixels")
     to.add_argument("--fix_quirks", action="store_true",
-                    help="repair the official code's bugs instead of reproducing them (README, Quirks)")
+                    help="repair the official code's bugs instead of reproducing them (docs/runtime.md)")
 
 
 def _add_sampling(to: argparse.ArgumentParser) -> None:
@@ -108,8 +108,8 @@ def add_kernel(to: argparse.ArgumentParser) -> None:
                     help="what computes packed linears; auto: native (C) on CPUs with AVX2, on CUDA triton, or for "
                          "INT4 comfy_kitchen where it is installed and faster, else the slow reference. native_w4a8: "
                          "on CPUs, activations rounded to 8 bits as well, faster where many tokens run. nvfp4_w4a4: "
-                         "for NVFP4 on Blackwell, activations rounded to 4 bits as well. Both cost quality (README, "
-                         "Packed linears). run.json says which ran")
+                         "for NVFP4 on Blackwell, activations rounded to 4 bits as well. Both cost quality "
+                         "(docs/kernels.md). run.json says which ran")
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

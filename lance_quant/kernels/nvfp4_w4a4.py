@@ -3,8 +3,8 @@
     y[r, o] = g[r] * G * sum over i of (E2M1 * E4M3 of x[r, i]) * (E2M1 * E4M3 of w[o, i])
 
 Activations are rounded as `nvfp4.quantize` rounds a weight, every row by itself with a power of two g[r], so that no
-row depends on what it is batched with. That costs quality, which weights in four bits alone do not (README), so this
-kernel runs only when it is asked for by name. A row with NaN or Inf gives NaN in all its outputs, and only there.
+row depends on what it is batched with. That costs quality, which weights in 4 bits alone do not (docs/kernels.md), so
+this kernel runs only when it is asked for by name. A row with NaN or Inf gives NaN in all its outputs, and only there.
 
 Everything but one call is plain PyTorch, which `--compile` fuses. Where that call cannot run (any device but a GPU of
 compute capability 10.0 or newer with a torch that has it, outputs that are no multiple of 16, inputs of 32) the same

@@ -58,7 +58,7 @@ class Runtime:
     """One model on one device. Use `Runtime.load`.
 
     fix_quirks: False reproduces the official code's quirks on purpose; True takes the repaired variant of those that
-        are mere bugs.
+        are mere bugs (docs/runtime.md, Quirks).
     offload: where ViT and VAE are while they are not used. "none": on the device, once they were needed; "cpu": in
         host memory; "vae_vit": nowhere, they are loaded anew.
     vae_tiling: let the VAE go through large frames in overlapping tiles (vae.load_vae).

@@ -73,8 +73,8 @@ def run(request: OfficialRequest, folder: Path, record: bool) -> Finished:
 def _require_success(request: OfficialRequest, python: str, status: int, last: str, answer: dict[str, Any]) -> None:
     if "cannot_import" in answer or last.startswith(("ModuleNotFoundError", "ImportError")):
         raise InputError(f"{request.checkout.path} cannot be imported by {python}: "
-                         f"{answer.get('cannot_import', last)}. Install what it needs there (README, The official "
-                         f"source), or choose its Python with --official_python or {ENV_PYTHON}")
+                         f"{answer.get('cannot_import', last)}. Install what it needs there "
+                         f"(docs/official_source.md), or choose its Python with --official_python or {ENV_PYTHON}")
     if "refused" in answer:
         raise InputError(f"official run of {request.paths.model}: {answer['refused']}")
     if status:
