@@ -5,6 +5,7 @@ import functools
 import importlib
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -115,6 +116,16 @@ def test_every_named_file_of_the_repository_exists(page):
 def test_every_python_example_is_python(page):
     for block in blocks(page, "python"):
         ast.parse(block)
+
+
+def test_the_python_of_the_readme_draws_a_picture(tmp_path):
+    """As it stands, but for where lance-nano is and where the picture goes."""
+    (block,) = blocks(ROOT / "README.md", "python")
+    assert len(block.splitlines()) <= 10
+    block = block.replace('"lance_nano/', f'r"{ROOT}/lance_nano/')
+    done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, r'{ROOT}')\n{block}"], cwd=tmp_path,
+                          check=True, stdout=subprocess.PIPE, text=True)
+    assert (tmp_path / "circle.png").is_file() and done.stdout.strip() == "red"
 
 
 def test_targets_of_make_that_are_named_exist_and_are_listed():
