@@ -33,6 +33,7 @@ from lance_nano.scenes import Scene, held_out, layout_words, question_scene, ren
 from lance_nano.tokenizer import Words, learned_words
 from lance_nano.vae import frame_vae
 from lance_quant.cli import script
+from lance_quant.errors import InputError
 
 QUESTIONS, COPIES = 5, 2
 LAGGING = ("compare", "count")  # kinds learned last: asked about every picture that allows them
@@ -65,7 +66,8 @@ class Options:
     device: str
 
     def __post_init__(self) -> None:
-        script.require_file(self.vae, "codec (lance_nano.train_vae makes one)")
+        if not self.vae.is_file():
+            raise InputError(f"codec not found: {self.vae}; python -m lance_nano.train_vae makes one")
 
 
 class Nano(nn.Module):

@@ -11,6 +11,7 @@ from lance_nano.data import IGNORE, Packer
 from lance_nano.questions import one_per_kind
 from lance_nano.scenes import question_scene
 from lance_nano.tokenizer import learned_words
+from lance_quant.errors import InputError
 
 GOLDEN_VAE = Path(__file__).parent / "goldens" / "checkpoint" / "Wan2.2_VAE.pth"
 
@@ -127,3 +128,8 @@ def test_equal_seeds_give_equal_runs_and_a_stopped_run_goes_on(tmp_path):
     longer = run(tmp_path / "a", codec_path, steps=3)
     assert longer["step"] == 3
     assert not torch.equal(longer["model"]["lance.vae2llm.weight"], first["model"]["lance.vae2llm.weight"])
+
+
+def test_training_without_a_codec_says_how_to_make_one(tmp_path):
+    with pytest.raises(InputError, match="none.pt; python -m lance_nano.train_vae makes one"):
+        train.main(["--vae", str(tmp_path / "none.pt"), "--out", str(tmp_path / "nano.pt"), "--processes", "1"])
