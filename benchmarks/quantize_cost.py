@@ -24,6 +24,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from lance_quant.calibration.activation_stats import ActStats, LinearStats
 from lance_quant.calibration.decoder_calls import DecoderCall
 from lance_quant.calibration.layer_inputs import LayerInputs
 from lance_quant.cli import script
+from lance_quant.cpu.threads import block_threads_on
 from lance_quant.evaluation.run_folder import device_name
 from lance_quant.formats import layout
 from lance_quant.formats.base import Codec
@@ -151,10 +153,11 @@ def measure(method: str, format_: str, where: str, tokens: int, shrink: int) -> 
         layer.quantize_layer(0, weights, stats, codec, layer_inputs)
     layer_bytes = sum(w.nbytes for w in weights.values())
     started, cpu = time.perf_counter(), cpu_seconds()
-    if layer_inputs is not None:
-        layer_inputs.weigh_tokens()
-    for group, done in groups:
-        print(f"{method:<14} {group.name:<22} {done.seconds:7.1f} s", file=sys.stderr, flush=True)
+    with nullcontext() if method == "published" else block_threads_on(device):  # as a conversion does
+        if layer_inputs is not None:
+            layer_inputs.weigh_tokens()
+        for group, done in groups:
+            print(f"{method:<14} {group.name:<22} {done.seconds:7.1f} s", file=sys.stderr, flush=True)
     _wait(device)
     found = {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - cpu, "layer_bytes": layer_bytes,
              "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -3,11 +3,11 @@ import threading
 import pytest
 import torch
 
+from lance_quant.cpu.threads import block_threads
 from lance_quant.errors import InputError
 from lance_quant.formats import nvfp4
 from lance_quant.formats.base import nearest_levels
 from lance_quant.formats.blocks import (
-    block_threads,
     dequantize_to,
     map_blocks,
     quantize_measured,

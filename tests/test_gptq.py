@@ -224,7 +224,7 @@ def test_a_gram_matrix_is_summed_by_halves(monkeypatch):
     """Blocks of rows right of the diagonal, mirrored: symmetric to the bit, whatever the block."""
     x = rand(500, IN)
     for rows in (1024, 32, 7):
-        monkeypatch.setattr(gram, "_TRIANGLE", rows)
+        monkeypatch.setattr(gram, "_TILE", rows)
         moments = moments_of(x)
         assert torch.equal(moments.gram, moments.gram.t())
         kept = x[~gram.GramAccumulator(1)._is_held(torch.arange(500))]

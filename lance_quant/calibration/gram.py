@@ -10,13 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lance_quant.cpu import matmul
+from lance_quant.cpu.threads import map_threads
+
 FEW_TOKENS = 2048  # below, the Gram matrix is noisy and a stronger damping is better
 # Noisy? -> fraction of the mean diagonal that is added to it. Noisy as well: tokens that count differently, since few
 # make up most of the sums.
 DAMPING = {False: 0.01, True: 0.1}
 HELD_BACK = 2048  # most tokens that are kept for the comparison with nearest rounding
 _RUN, _EVERY = 16, 8  # one in 8 runs of 16 consecutive tokens is held back, or fewer
-_TRIANGLE = 1024  # rows of a Gram matrix that are summed at once
+_TILE = 1024  # rows and columns of a square matrix that are summed at once
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,11 @@ class GramAccumulator:
         self._add_products(*parts)
 
     def _add_products(self, packed: Tensor, exact: Tensor, missing: Tensor | None = None) -> None:
-        for start in range(0, len(self._gram), _TRIANGLE):  # what lies below the diagonal follows by symmetry
-            self._gram[start:start + _TRIANGLE, start:].addmm_(packed[:, start:start + _TRIANGLE].t(),
-                                                               packed[:, start:])
+        _add_product(self._gram, packed, packed, above=True)  # what lies below the diagonal follows by symmetry
         if self._cross_target is not None and self._weight is not None and missing is not None:
-            self._cross_target.addmm_(packed.t(), torch.addmm(missing, exact - packed, self._weight.t()))
+            _add_product(self._cross_target, packed, matmul.linear(exact - packed, self._weight).add_(missing))
         elif self._cross is not None:
-            self._cross.addmm_((exact - packed).t(), packed)
+            _add_product(self._cross, exact - packed, packed)
 
     def _is_held(self, place: Tensor) -> Tensor:
         """Runs that follow no period, as requests of one length would, of all tokens if their number is known."""
@@ -130,8 +131,8 @@ class GramAccumulator:
     def stats(self) -> GramStats:
         """What was collected. The sums are handed over: nothing can be added afterwards."""
         assert self._counts is None or self._seen == len(self._counts), "a count for every token"
-        for start in range(0, len(self._gram), _TRIANGLE):
-            end = start + _TRIANGLE
+        for start in range(0, len(self._gram), _TILE):
+            end = start + _TILE
             self._gram[end:, start:end] = self._gram[start:end, end:].t()
             square = self._gram[start:end, start:end]
             square.copy_(torch.triu(square) + torch.triu(square, 1).t())
@@ -143,3 +144,22 @@ class GramAccumulator:
 
     def _weighed(self) -> bool:
         return self._counts is not None and bool((self._counts != self._counts[:1]).any())
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, above: bool = False) -> None:
+    """Add left^T right, of [t, n] and [t, m], to [n, m]; with `above` only the tiles on and above the diagonal."""
+
+    def add(tile: tuple[slice, slice]) -> None:
+        rows, columns = tile
+        total[rows, columns].addmm_(left[:, rows].t(), right[:, columns])
+
+    tiles = [(rows, columns) for rows in _tiles(left.shape[1]) for columns in _tiles(right.shape[1])
+             if not above or columns.start >= rows.start]
+    if total.device.type == "cpu":
+        map_threads(add, tiles)
+    else:
+        list(map(add, tiles))
+
+
+def _tiles(length: int) -> list[slice]:
+    return [slice(start, start + _TILE) for start in range(0, length, _TILE)]

@@ -1,24 +1,19 @@
 """Cache blocking: weights are searched, packed and unpacked in pieces, by single-threaded workers.
 
 The pieces of a layer are too short for torch's own threads, which would wait for one another after every operation
-(`map_blocks`, `block_threads`: measurements). What comes out does not depend on how a weight is cut, nor on the number
+(`map_blocks`, cpu/threads.py: measurements). What comes out does not depend on how a weight is cut, nor on the number
 of workers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lance_quant.cpu.threads import Found, map_threads
 from lance_quant.cpu.weighted_sums import totals
 from lance_quant.formats.base import Measured, Packed, Quantizer, TensorCodec
-
-Item = TypeVar("Item")
-Found = TypeVar("Found")
 
 
 class Block(NamedTuple):
@@ -82,38 +77,6 @@ def map_blocks(function: Callable[[Block], Found], weights: Sequence[Tensor],
     """
     cut = blocks(weights, group_size)
     return map_threads(function, cut) if weights[0].device.type == "cpu" else [function(block) for block in cut]
-
-
-def map_threads(function: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
-    """Call `function` on every item, in order, with single-threaded workers, torch.get_num_threads() many."""
-    with block_threads() as workers:
-        if workers == 1 or len(items) == 1:
-            return [function(item) for item in items]
-        # Said in every thread: bmm goes by the thread's own OpenMP setting, not by the process's.
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, items))
-
-
-# How many workers map_threads takes inside the thread's outermost `block_threads`, which alone sets it; None outside.
-_WORKERS: ContextVar[int | None] = ContextVar("block_workers", default=None)
-
-
-@contextmanager
-def block_threads() -> Iterator[int]:
-    """Inside, torch's own operations take one thread, and map_blocks as many workers as they took threads before.
-
-    A layer is hundreds of short operations between blocks, and after each of them torch's threads wait for one another:
-    on a loaded 4-core machine a layer took 33 CPU-seconds that way, and 5 with one thread.
-    """
-    before = torch.get_num_threads()
-    workers = _WORKERS.get() or before
-    outer = _WORKERS.set(workers)
-    torch.set_num_threads(1)
-    try:
-        yield workers
-    finally:
-        torch.set_num_threads(before)
-        _WORKERS.reset(outer)
 
 
 def quantize_scaled(quantizer: Quantizer[Packed], weights: Sequence[Tensor], scale: Tensor | None,

@@ -4,13 +4,17 @@ import torch
 from torch import Tensor, nn
 
 from lance_quant.cpu import matmul
+from lance_quant.cpu.threads import in_block_threads
 
 
 class Linear(nn.Linear):
-    """nn.Linear that takes the faster library for float32 on a CPU where nothing needs a gradient."""
+    """nn.Linear that takes the faster library for float32 on a CPU where nothing is trained.
+
+    Inside `block_threads` its gradients take it, too: those of calibration are the same on any number of threads.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # matmul has no gradient and reads /proc
-            return super().forward(x)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and not in_block_threads()):
+            return super().forward(x)  # matmul reads /proc, and gives no gradient to a bias
         return matmul.linear(x, self.weight, self.bias)

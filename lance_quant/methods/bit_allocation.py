@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lance_quant.calibration.activation_stats import ActStats
+from lance_quant.cpu.threads import block_threads_on
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.base import Codec
@@ -91,7 +92,8 @@ def choose(source: Checkpoint, shapes: Mapping[str, tuple[int, ...]], stats: Act
                        for name in layout.of_layer(source.specs, index)}
             for name, weight in weights.items():
                 require_finite(weight, name)
-            found |= measure(index, weights, stats, conversion.codec, sensitivity)
+            with block_threads_on(conversion.device):
+                found |= measure(index, weights, stats, conversion.codec, sensitivity)
         return found
 
     options = measured() if work is None else work.kept("options", measured)

@@ -20,10 +20,10 @@ from lance_quant import __version__
 from lance_quant.calibration import weight_sensitivity
 from lance_quant.calibration.activation_stats import ActStats, model_fingerprint
 from lance_quant.calibration.layer_inputs import layer_inputs_of
+from lance_quant.cpu.threads import block_threads, block_threads_on
 from lance_quant.errors import InputError
 from lance_quant.formats import int8, layout, packed_folder
 from lance_quant.formats.base import Scaling
-from lance_quant.formats.blocks import block_threads
 from lance_quant.formats.weights import Weights
 from lance_quant.methods import bit_allocation, layer, plan, published, quant_report
 from lance_quant.methods.bars import bar
@@ -214,14 +214,13 @@ class _Job:
             if self.work is not None and records:
                 self.activations.load(self.work.state_file(len(records)))
             else:
-                self.activations.weigh_tokens()
+                with self._threads():
+                    self.activations.weigh_tokens()
         return records
 
-    def _threads(self) -> AbstractContextManager[Any]:
-        """Large products, of the published search and of captured layers, are torch's to share among threads."""
-        blockwise = self.conversion.recipe == "ours" and self.activations is None \
-            and self.conversion.device.type == "cpu"
-        return block_threads() if blockwise else nullcontext()
+    def _threads(self) -> AbstractContextManager[object]:
+        """Ours gives the same bytes on any number of threads; the products of the published search are torch's."""
+        return block_threads_on(self.conversion.device) if self.conversion.recipe == "ours" else nullcontext()
 
     def _stored(self, index: int, spare: list[Tensor]) -> Weights:
         """A layer as the source has it, in the memory of `spare`; runs while the layer before is worked on."""

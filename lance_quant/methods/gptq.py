@@ -26,8 +26,9 @@ from torch import Tensor
 
 from lance_quant.calibration.gram import GramStats
 from lance_quant.cpu import cholesky, matmul, rounding
+from lance_quant.cpu.threads import block_threads, map_threads
 from lance_quant.formats.base import Grid, Quantizer, nearest_levels
-from lance_quant.formats.blocks import Block, block_threads, map_blocks, map_threads
+from lance_quant.formats.blocks import Block, map_blocks
 
 BLOCK = 128  # columns per step: what is behind a block is corrected once per block, by a matrix product
 OUTPUTS = 512  # that a worker rounds at a time
@@ -100,11 +101,12 @@ def _held_error(w_io: Tensor, back_io: Tensor, moments: GramStats) -> float | No
     """Relative to the linear's own output, whatever the residual stream lacks already."""
     if not len(moments.held):
         return None
-    wanted = moments.held_float @ w_io
+    wanted = matmul.linear(moments.held_float, w_io.t())
     signal = float(wanted.square().sum())
     if moments.held_missing is not None:
         wanted += moments.held_missing
-    return float((moments.held @ back_io - wanted).square_().sum()) / signal if signal > 0 else None
+    off = matmul.linear(moments.held, back_io.t()).sub_(wanted)
+    return float(off.square_().sum()) / signal if signal > 0 else None
 
 
 def aim(w_io: Tensor, moments: GramStats) -> Tensor | None:
