@@ -17,6 +17,7 @@ from conftest import GOLDENS
 from PIL import Image
 
 import lance_quant
+from lance_nano import CHECKPOINT
 from lance_nano.questions import questions as questions_of
 from lance_nano.recognise import shows
 from lance_nano.scenes import Scene, Thing, render
@@ -37,7 +38,7 @@ SCENE = Scene("white", (Thing("circle", "red", "large", 4, 16.0),))
 
 @pytest.fixture(scope="module")
 def nano():
-    return Pipeline.load(ROOT / "lance_nano" / "checkpoint" / "Lance_nano", device="cpu")
+    return Pipeline.load(CHECKPOINT, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,6 @@ def test_nano_draws_what_it_is_asked_for(nano):
 def test_the_first_example_of_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     example = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
-    (tmp_path / "lance_nano").symlink_to(ROOT / "lance_nano")
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "docs/python.md", "exec"), {})
     assert shows(SCENE, pixels(Image.open("circle.png"))) and capsys.readouterr().out == "red\n"
