@@ -145,6 +145,16 @@ def test_public_functions_have_type_hints(path):
         assert not bare and node.returns is not None, f"{node.name} (line {node.lineno}): {bare}"
 
 
+@pytest.mark.parametrize("path", [*PACKAGE, *SCRIPTS], **by_name)
+def test_only_main_and_what_reads_the_command_line_take_its_arguments(path):
+    """Everything else takes settings, requests, paths and numbers."""
+    if path.parent.name == "cli" or path.relative_to(ROOT).parts[1:] == ("official", "request.py"):
+        return
+    takers = [node.name for node in functions(path) if node.name != "main"
+              and any(arg.annotation and "Namespace" in ast.unparse(arg.annotation) for arg in node.args.args)]
+    assert not takers
+
+
 @pytest.mark.parametrize("path", QUANTIZER, **by_name)
 def test_public_functions_of_the_quantizer_have_docstrings(path):
     assert not [node.name for node in public(path) if ast.get_docstring(node) is None]

@@ -121,7 +121,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
                         cfg_high=high, cfg_renorm=args.cfg_renorm, solver=args.solver)
     if args.limit is not None:
         require_whole("limit", args.limit, 1)
-    num_frames = _DEFAULTS["num_frames"] if args.num_frames is None else args.num_frames
+    num_frames = Settings.num_frames if args.num_frames is None else args.num_frames
     settings = Settings(task=args.task, resolution=args.resolution or "", height=args.video_height,
                         width=args.video_width, num_frames=num_frames, seed=args.seed, sampling=sampling,
                         max_new_tokens=args.max_new_tokens, token_sampling=TokenSampling(args.temperature, args.top_p),

@@ -14,7 +14,7 @@ import logging
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -77,7 +77,7 @@ class RunRecord:
         everyones = team.everyone(self.peaks)
         self.peaks = {name: _highest(peaks[name] for peaks in everyones) for name in self.peaks}
 
-    def as_json(self, settings: Settings, samples: list[Question] | list[Prompt]) -> dict[str, Any]:
+    def as_json(self, settings: Settings, samples: Sequence[Question | Prompt]) -> dict[str, Any]:
         """The content of run.json."""
         return {
             "format": FORMAT,
@@ -131,8 +131,8 @@ def _processor() -> str:
 def _highest(peaks: Iterable[Mapping[str, int | None]]) -> dict[str, int | None]:
     """The largest figure of each kind; None for a kind that is unknown anywhere."""
     peaks = list(peaks)
-    return {kind: None if any(peak[kind] is None for peak in peaks) else max(peak[kind] for peak in peaks)
-            for kind in peaks[0]}
+    known = {kind: [size for peak in peaks if (size := peak[kind]) is not None] for kind in peaks[0]}
+    return {kind: max(sizes) if len(sizes) == len(peaks) else None for kind, sizes in known.items()}
 
 
 def run_task(runtime: Runtime, request: RunRequest, record: RunRecord, folder: Path, keep_trace: bool,

@@ -60,13 +60,15 @@ def _seen(psnr: float | str | None) -> str:
 def _closest(section: Section) -> list[str]:
     """How the run with the smallest error compares with each of the others."""
     metric = metrics_of(section["task"])[0]
-    measured = [run for run in section["runs"] if run["summary"][metric.key] is not None]
+    measured = [(mean, index) for index, run in enumerate(section["runs"])
+                if isinstance(mean := run["summary"][metric.key], float)]
     if len(measured) < 2:
         return []
-    best, *others = sorted(measured, key=lambda run: run["summary"][metric.key])
-    closer, alike = [], []
+    best, *others = (section["runs"][index] for _, index in sorted(measured))
+    closer: list[str] = []
+    alike: list[str] = []
     for other in others:
-        rows = list(zip(other["samples"], best["samples"], strict=True))
+        rows = zip(other["samples"], best["samples"], strict=True)
         differences = [theirs[metric.key] - ours[metric.key] for theirs, ours in rows]
         interval = bootstrap(differences, weights_of(metric, best["samples"]))
         (closer if interval and interval.low > 0 else alike).append(other["name"])

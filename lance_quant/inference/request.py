@@ -3,7 +3,7 @@
 Scripts make them from their flags, once; everything below reads these and no flags.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class RunRequest:
     """
 
     settings: Settings
-    samples: list[Question] | list[Prompt]
+    samples: Sequence[Question | Prompt]
     source: ModelSource
     arguments: Mapping[str, Any]
     on_text: Callable[[str], None] | None = None

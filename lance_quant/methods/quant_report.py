@@ -28,7 +28,7 @@ class Row(NamedTuple):
     seconds: float
 
 
-class Error(NamedTuple):
+class RoundingError(NamedTuple):
     """Relative squared output errors of a linear, of nearest rounding and as written; `held`: on held-back tokens."""
 
     nearest: float
@@ -47,7 +47,7 @@ class Linear:
     group_size: int | None  # inputs per scale; None: left in bfloat16
     scale: str
     rounding: str
-    error: Error | None
+    error: RoundingError | None
     outlier_ratio: float | None
     seconds: float
     note: str
@@ -63,12 +63,12 @@ class Chart:
     layers: tuple[int, int]
 
 
-def minimised(entry: Mapping[str, Any]) -> Error | None:
+def minimised(entry: Mapping[str, Any]) -> RoundingError | None:
     """The error of a linear's meta entry that its rounding minimised; None where none was measured."""
     if entry.get("held_after") is not None:
-        return Error(entry["held_nearest"], entry["held_after"], True)
+        return RoundingError(entry["held_nearest"], entry["held_after"], True)
     if entry.get("error_after") is not None:
-        return Error(entry["error_before"], entry["error_after"], False)
+        return RoundingError(entry["error_before"], entry["error_after"], False)
     return None
 
 
@@ -135,19 +135,19 @@ def _exceptions(linears: Sequence[Linear], packed: int) -> Iterable[str]:
 
 def _charts(linears: Sequence[Linear]) -> list[Chart]:
     """One chart per expert, on a common axis."""
-    shown = [one for one in linears if one.group_size is not None and one.error is not None
-             and 0 < one.error.written < math.inf and 0 < one.error.nearest < math.inf]
+    shown = [(one, math.log10(one.error.nearest), math.log10(one.error.written)) for one in linears
+             if one.group_size is not None and one.error is not None and min(one.error[:2]) > 0
+             and max(one.error[:2]) < math.inf]
     if not shown:
         return []
-    values = [math.log10(value) for one in shown for value in one.error[:2]]
-    low, high = min(values) - 0.05, max(values) + 0.05
-    labels = tuple(percent(10**at) for at in (high, (low + high) / 2, low))
+    low = min(min(nearest, written) for _, nearest, written in shown) - 0.05
+    high = max(max(nearest, written) for _, nearest, written in shown) + 0.05
+    labels = (percent(10**high), percent(10**((low + high) / 2)), percent(10**low))
     charts = []
     for expert, title in _EXPERTS.items():
-        own = [one for one in shown if one.expert == expert]
-        marks = [(one, 100 * (index + 0.5) / len(own),
-                  *(100 * (high - math.log10(value)) / (high - low) for value in one.error[:2]))
-                 for index, one in enumerate(own)]
+        own = [mark for mark in shown if mark[0].expert == expert]
+        marks = [(one, 100 * (index + 0.5) / len(own), 100 * (high - nearest) / (high - low),
+                  100 * (high - written) / (high - low)) for index, (one, nearest, written) in enumerate(own)]
         if marks:
-            charts.append(Chart(title, marks, labels, (own[0].layer, own[-1].layer)))
+            charts.append(Chart(title, marks, labels, (own[0][0].layer, own[-1][0].layer)))
     return charts

@@ -1,4 +1,4 @@
-"""Runs ByteDance's unedited inference_lance.py in a process of its own. Started by official.py, never imported.
+"""Child process: runs ByteDance's unedited inference_lance.py. Started by process.py, never imported.
 
 The command line is the official one: `inference_lance.main()` parses it. What is ours comes as a JSON file named by
 the environment: where the source and the VAE lie, the compute dtype, whether to record. It imports nothing of
@@ -53,8 +53,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_
         mask = None
         if causal:
             mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device).tril(k1 - k0 - (q1 - q0))
-        heads = (part.transpose(0, 1)[None] for part in (q[q0:q1], k[k0:k1], v[k0:k1]))
-        out = torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)
+        query, key, value = (part.transpose(0, 1)[None] for part in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
         outputs.append(out[0].transpose(0, 1))
     return torch.cat(outputs)
 
@@ -73,7 +73,7 @@ class TorchView(types.ModuleType):
 class _OneCpu(int):
     """What torch.cuda.device_count() says where there is none: main() takes its device from `rank % count`."""
 
-    def __rmod__(self, rank: int) -> torch.device:
+    def __rmod__(self, rank: int) -> torch.device:  # type: ignore[misc, override]  # no number, on purpose
         return torch.device("cpu")
 
 
@@ -105,7 +105,7 @@ def load_official(source: str, device: str, dtype: torch.dtype) -> types.ModuleT
     if importlib.util.find_spec("flash_attn") is None:
         stand_in = types.ModuleType("flash_attn")
         stand_in.__spec__ = machinery.ModuleSpec("flash_attn", None)  # transformers asks for it
-        stand_in.flash_attn_varlen_func = attention
+        vars(stand_in)["flash_attn_varlen_func"] = attention
         sys.modules["flash_attn"] = stand_in
     if torch.version.cuda is None:
         name = "torchvision._meta_registrations"
@@ -145,9 +145,10 @@ class Recorder:
     """
 
     def __init__(self, folder: Path | None):
-        self.folder, self.count, self._seen = folder, 0, {}
+        self.folder, self.count = folder, 0
+        self._seen: dict[str, list[Tensor]] = {}
 
-    def attach(self, model: torch.nn.Module) -> None:
+    def attach(self, model: Any) -> None:
         """Watch a model from now on."""
         if self.folder is None:
             return
@@ -247,9 +248,10 @@ class Refused(Exception):
 
 
 def run(request: dict[str, Any], inference: types.ModuleType, device: str) -> dict[str, Any]:
-    """Run the official main() on the command line, recording; what official.py puts into run.json."""
+    """Run the official main() on the command line, recording; what results.py puts into run.json."""
     recorder = Recorder(Path(request["record"]) if request["record"] else None)
-    started, marks, names = time.perf_counter(), {}, vars(inference)
+    marks: dict[str, float] = {}
+    started, names = time.perf_counter(), vars(inference)
     initialise, validate = names["init_from_model_path_if_needed"], names["validate_on_fixed_batch"]
 
     @functools.wraps(initialise)
@@ -289,7 +291,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     named = request["dtype"] if request["dtype"] != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device]
     torch.set_num_threads(request["threads"])
-    reply = {"device": torch.cuda.get_device_name() if device == "cuda" else None, "dtype": named,
+    reply: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else None, "dtype": named,
              "versions": {"python": platform.python_version()}}
     try:
         inference = load_official(request["source"], device, getattr(torch, named))

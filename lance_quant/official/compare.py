@@ -75,6 +75,7 @@ def compare(request: OfficialRequest, device: torch.device) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="lance_official_") as scratch:
         done = run(request, Path(scratch), record=True)
         native = FedRuntime.load(request.paths, device, getattr(torch, done.reply["dtype"]))
+        assert isinstance(native, FedRuntime)
         found = {one.key: _compare_one(native, one, request.settings, load_file(record))
                  for one, record in zip(request.samples, done.records, strict=True)}
     return {"task": request.settings.task, "dtype": done.reply["dtype"], "source": describe(request.checkout),

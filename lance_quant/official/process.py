@@ -154,7 +154,7 @@ def _write_samples(request: OfficialRequest, folder: Path) -> Path:
     On several lines, since one line is taken for JSONL there; and with the visuals under numbers, since answers are
     filed by base name there and two questions about one picture would overwrite each other.
     """
-    entries = {}
+    entries: dict[str, Any] = {}
     for number, sample in enumerate(request.samples):
         if sample.visual is None:
             entries[f"{number:06d}.png"] = sample.text

@@ -31,7 +31,7 @@ class OfficialRequest:
     """
 
     settings: "Settings"
-    samples: "Sequence[Question] | Sequence[Prompt]"
+    samples: "Sequence[Question | Prompt]"
     paths: "LancePaths"
     device: str
     dtype: str
