@@ -17,24 +17,14 @@ Next    awq_merge_stats.py --inputs calib/x2t_image.pt calib/t2i.pt --out calib/
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lance_quant import distributed
-from lance_quant.calibration import capture
-from lance_quant.calibration.activation_stats import ActStats, Collector, coverage, merge, model_fingerprint
-from lance_quant.cli import requests, script, task_arguments
-from lance_quant.distributed import Team
+from lance_quant.cli import script, task_arguments
 from lance_quant.errors import InputError
-from lance_quant.evaluation.run_folder import describe, versions
 from lance_quant.formats import layout
-from lance_quant.inference.tasks import load_samples, run_watched
-from lance_quant.lance.config import LancePaths
-from lance_quant.lance.media.samples import Prompt, Question
-from lance_quant.lance.runtime import Runtime
-from lance_quant.lance.settings import TASKS, TIMED, Settings
-from lance_quant.storage.tensor_file import Checkpoint
+from lance_quant.lance.settings import TASKS, TIMED
 
 ALL = "all"
 
@@ -54,6 +44,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Check what was given, run every task under watch, save and say what is covered."""
     args = parse_args(argv)
+    from lance_quant import distributed  # late, as torch takes seconds to import: --help does not wait for it
+    from lance_quant.calibration.activation_stats import coverage, merge, model_fingerprint
+    from lance_quant.cli import requests
+    from lance_quant.evaluation.run_folder import describe, versions
+    from lance_quant.inference.calibrate import Job, measure
+    from lance_quant.inference.tasks import load_samples
+    from lance_quant.storage.tensor_file import Checkpoint
+
     with distributed.joined(args.device) as team:
         with team.agreed():
             jobs = []
@@ -69,21 +67,12 @@ def main(argv: list[str] | None = None) -> None:
                 linears, fingerprint = layout.linears(layout.require_complete(shapes)), model_fingerprint(source)
         team.require_same(model=fingerprint, samples=[[describe(sample) for sample in job.samples] for job in jobs])
         runtime = requests.source_of(args, jobs[0].paths).load()
-        parts = [_measure(runtime, job, linears, fingerprint, team) for job in jobs]
+        parts = [measure(runtime, job, linears, fingerprint, versions(), team) for job in jobs]
         stats = parts[0] if len(parts) == 1 else merge(parts)
         if team.leads:
             stats.save(args.out)
             script.log.info("%s", coverage(stats, linears))
             print(args.out)
-
-
-class Job(NamedTuple):
-    """One task to run; `capture` is where its capture goes, if one was asked for."""
-
-    settings: Settings
-    samples: list[Question] | list[Prompt]
-    paths: LancePaths
-    capture: Path | None
 
 
 def _sample_files(task: str, example_json: Path) -> dict[str, Path]:
@@ -108,18 +97,6 @@ def _arguments_for(task: str, file: Path, given: Mapping[str, Any]) -> argparse.
 def _capture_path(path: Path | None, task: str | None) -> Path | None:
     """Where a task's capture goes; `task` is None where it is the only one."""
     return path if path is None or task is None else path.with_stem(f"{path.stem}_{task}")
-
-
-def _measure(runtime: Runtime, job: Job, linears: Sequence[str], fingerprint: str, team: Team) -> ActStats:
-    settings, samples = job.settings, job.samples
-    recording = capture.recording(runtime.model, job.capture, settings.task, fingerprint, team)
-    with Collector(runtime.model, linears) as collector, recording as begin:
-        run_watched(runtime, team.share(samples), settings, team.share(range(len(samples))), begin)
-    collector.pool(team)
-    with team.agreed():
-        return collector.stats(settings.task, {
-            "model": fingerprint, "seed": settings.seed, "settings": settings.as_json(),
-            "samples": [describe(sample)["key"] for sample in samples], "versions": versions()})
 
 
 def command() -> None:

@@ -12,7 +12,6 @@ Next    awq_apply.py --stats OUT, nvfp4_apply.py --stats OUT
 import argparse
 from pathlib import Path
 
-from lance_quant.calibration.activation_stats import ActStats, coverage, merge
 from lance_quant.cli import script
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
@@ -33,6 +32,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Merge, save, say what is covered."""
     args = parse_args(argv)
+    # late, as torch takes seconds to import: --help needs none of it
+    from lance_quant.calibration.activation_stats import ActStats, coverage, merge
+
     require_free(args.out)
     merged = merge([ActStats.load(path) for path in args.inputs], args.weights)
     if not merged.linears:

@@ -18,9 +18,8 @@ from pathlib import Path
 
 from lance_quant.cli import script
 from lance_quant.errors import InputError
-from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.config import LancePaths
-from lance_quant.serving import omni_folder
+from lance_quant.serving import omni_names
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,10 +31,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vit_path", type=Path, help="Qwen2.5-VL-ViT folder; default: beside the Lance folder")
     parser.add_argument("--vae_path", type=Path, help="Wan2.2_VAE.pth; default: beside the Lance folder")
     parser.add_argument("--out", type=Path, help="folder to create; never overwritten; not written by --dry_run")
-    parser.add_argument("--folder", choices=omni_folder.FOLDERS,
+    parser.add_argument("--folder", choices=omni_names.FOLDERS,
                         help="what the model is to vllm-omni, which goes by this name; default: Lance_3B_Video for a "
                              "checkpoint with a ViT inside, else Lance_3B")
-    parser.add_argument("--parts", choices=omni_folder.PARTS, default="link",
+    parser.add_argument("--parts", choices=omni_names.PARTS, default="link",
                         help="link ViT and VAE where they are, or copy them, so that OUT can be moved elsewhere")
     parser.add_argument("--dry_run", action="store_true", help="read headers only and print what would be written")
     return parser.parse_args(argv)
@@ -44,6 +43,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Plan or export, and print the result."""
     args = parse_args(argv)
+    from lance_quant.formats.packed_folder import PackedFolder  # late, as torch takes seconds: --help needs none of it
+    from lance_quant.serving import omni_folder
+
     paths = LancePaths.find(args.model_path, args.vit_path, args.vae_path)
     if args.dry_run:
         with PackedFolder(args.src) as packed:

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,15 +34,12 @@ from lance_quant.lance.config import MAX_LATENT_FRAMES, MAX_LATENT_SIZE, LanceCo
 from lance_quant.lance.mot import LatentPositions
 from lance_quant.lance.tokens import LanceTokenizer
 from lance_quant.serving import weight_layouts
+from lance_quant.serving.omni_names import Folder, Parts
 from lance_quant.storage import atomic
 from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size, require_finite
 
 log = logging.getLogger("lance_quant")
 
-Folder = Literal["Lance_3B", "Lance_3B_Video"]
-FOLDERS = get_args(Folder)
-Parts = Literal["link", "copy"]
-PARTS = get_args(Parts)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 VIT_FOLDER, VIT_FILE, VAE_FILE = "Qwen2.5-VL-ViT", "vit.safetensors", "Wan2.2_VAE.pth"
 # Copied where they exist; the required ones are checked by LanceConfig and LanceTokenizer.
