@@ -373,7 +373,7 @@ EDIT = {"interleave_array": ["Paint it red.", str(GOLDENS / "inputs/house_1x1.pn
 
 @pytest.mark.parametrize("change, message", [
     ({"element_dtype_array": ["text", "video"]}, "is no image_edit sample"),
-    ({"interleave_array": ["Paint it red."]}, "is no image_edit sample.*lists 1 elements"),
+    ({"interleave_array": ["Paint it red."]}, "is no image_edit sample.*its lists differ in length"),
     ({"interleave_array": [["S", "Q", "A"], EDIT["interleave_array"][1]]}, "instruction as one string"),
     ({"interleave_array": ["Paint it red.", "none.png"]}, r"image none\.png of .* not found"),
 ])
@@ -388,7 +388,7 @@ def test_several_sources_are_refused(tmp_path):
     source = EDIT["interleave_array"][1]
     (tmp_path / "e.json").write_text(json.dumps({"1": {"interleave_array": ["Join them.", source, source],
                                                        "element_dtype_array": ["text", "image", "image"]}}))
-    with pytest.raises(InputError, match="lists 3 elements"):
+    with pytest.raises(InputError, match="it lists text, image, image"):
         samples.load("image_edit", tmp_path / "e.json")
 
 

@@ -25,7 +25,7 @@ from lance_quant.lance.config import LancePaths
 from lance_quant.lance.mot import LatentPositions
 from lance_quant.methods import convert
 from lance_quant.methods.conversion import Conversion
-from lance_quant.serving import omni_folder, weight_layouts
+from lance_quant.serving import omni_folder, omni_names, weight_layouts
 from lance_quant.storage.tensor_file import TensorFileWriter, TensorSpec, write_tensors
 
 MODEL = GOLDENS / "checkpoint" / "Lance_3B"
@@ -264,7 +264,7 @@ def test_damaged_weights_are_refused(packed, tmp_path):
 
 
 def test_parts_are_linked_or_copied(packed, tmp_path):
-    linked, copied = (export(packed["int4"], tmp_path / parts, parts=parts) for parts in omni_folder.PARTS)
+    linked, copied = (export(packed["int4"], tmp_path / parts, parts=parts) for parts in omni_names.PARTS)
     names = {"config.json", "Wan2.2_VAE.pth", "Qwen2.5-VL-ViT/config.json", "Qwen2.5-VL-ViT/vit.safetensors",
              *(f"Lance_3B/{name}" for name in ("config.json", "model.safetensors", "llm_config.json", "vocab.json",
                                                "merges.txt", "tokenizer_config.json"))}
@@ -311,7 +311,7 @@ def test_what_a_model_is_to_vllm_omni_can_be_said(packed, video, tmp_path):
     assert (export(video[0], tmp_path / "b", folder="Lance_3B") / "Lance_3B").is_dir()
 
 
-@pytest.mark.parametrize("parts", omni_folder.PARTS)
+@pytest.mark.parametrize("parts", omni_names.PARTS)
 def test_a_dry_run_tells_every_byte(packed, video, tmp_path, parts):
     for name, src in {**packed, "video": video[0]}.items():
         with PackedFolder(src) as folder:

@@ -45,7 +45,8 @@ def add_task(to: argparse.ArgumentParser, steps_flag: str = "--validation_num_ti
              more: Sequence[str] = ()) -> None:
     """What to run and how; `steps_flag` is the name of the number of denoising steps, `more` what else --task takes."""
     to.add_argument("--task", choices=[*TASKS, *more], required=True, help="what to run")
-    to.add_argument("--example_json", type=Path, required=True, help="sample file in the official example format")
+    to.add_argument("--example_json", type=Path, required=True,
+                    help="sample file in an official format: the examples' JSON, or a benchmark's JSON or JSONL")
     to.add_argument("--limit", type=int, help="take only this many samples")
     to.add_argument("--resolution", choices=RESOLUTIONS,
                     help="preset for input pictures and clips; default: image_768res for x2t_image and image_edit, "

@@ -9,9 +9,12 @@
                                        "istarget_in_interleave": [0, 1]}, ...}
 
 For x2t_video and video_edit the visual is a "video". A text element of x2t that is a plain string is a captioning
-request with that reference. Files on one line work, and any number of questions may name one picture.
+request with that reference. Files on one line work, and any number of questions may name one picture. Visuals whose
+"istarget_in_interleave" is 1 are left out: GEdit_en.json lists the target picture of every edit. JSONL works as well,
+one {"index": 0, "data": ...} a line, as in GenEVAL.jsonl and DPG.jsonl.
 """
 
+import json
 import random
 import re
 from collections.abc import Mapping
@@ -83,15 +86,19 @@ def open_visual(path: Path, modality: Modality, exif: bool = False) -> list[Imag
 
 def _prompts(path: Path) -> list[Prompt]:
     prompts = []
-    for name, text in _entries(path).items():
+    entries, of_lines = _entries(path)
+    for name, text in entries.items():
         if not isinstance(text, str):
             raise InputError(f"{path}: entry {name!r} must map a number to a prompt string")
-        prompts.append(Prompt(_number(name, path), text))
+        prompts.append(Prompt(_file_name(name, path, of_lines), text))
     return prompts
 
 
-def _number(name: str, path: Path) -> str:
+def _file_name(name: str, path: Path, of_lines: bool) -> str:
+    """The key of an entry: its number or, in JSONL, a word that can name a file (DPG has COCOval2014000000010363)."""
     match = re.fullmatch(r"(\d+)(\.(png|jpe?g|mp4))?", name)
+    if match is None and of_lines and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}", name):
+        return name
     if match is None:
         raise InputError(f"{path}: entry {name!r} must be a number such as \"0001\" or \"000000.png\": "
                          "it names the file that is made")
@@ -100,20 +107,22 @@ def _number(name: str, path: Path) -> str:
 
 def _instructions(task: str, modality: Modality, path: Path, fix_quirks: bool) -> list[Prompt]:
     prompts = []
-    for key, entry in _entries(path).items():
+    entries, of_lines = _entries(path)
+    for key, entry in entries.items():
         elements = _elements(entry, modality, f"{path}: entry {key!r} is no {task} sample (one {modality!r}, and one "
                                               "\"text\" with the instruction)")
         if not isinstance(elements["text"], str):
             raise InputError(f"{path}: entry {key!r} must give its instruction as one string")
         named = modality if fix_quirks else entry["element_dtype_array"][-1]
-        prompts.append(Prompt(_number(key, path), elements["text"], _find(elements[modality], modality, path), named))
+        prompts.append(Prompt(_file_name(key, path, of_lines), elements["text"],
+                              _find(elements[modality], modality, path), named))
     return prompts
 
 
 def _questions(task: str, modality: Modality, path: Path, fix_quirks: bool) -> list[Question]:
     draw = random.Random(_CAPTION_SEED)
     questions = []
-    for key, entry in _entries(path).items():
+    for key, entry in _entries(path)[0].items():
         rule = (f"{path}: entry {key!r} is no {task} sample (one {modality!r}, and one \"text\" of [system prompt, "
                 "question, reference answer])")
         elements = _elements(entry, modality, rule)
@@ -130,32 +139,69 @@ def _questions(task: str, modality: Modality, path: Path, fix_quirks: bool) -> l
 
 
 def _elements(entry: Any, modality: Modality, rule: str) -> dict[str, Any]:
-    """The entry's text and visual by their dtypes; exactly one of each."""
-    try:
-        dtypes, values = entry["element_dtype_array"], entry["interleave_array"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{rule}: {error!r}") from error
-    if sorted(dtypes) != sorted(["text", modality]) or len(values) != 2:
-        raise InputError(f"{rule}: it lists {len(values)} elements of {list(dtypes)}")
-    return dict(zip(dtypes, values, strict=True))
+    """The entry's text and visual by their dtypes; exactly one of each beside visuals that are the target.
+
+    Evaluation manifests of edits list a target picture, which the official code leaves out, too. A text that is the
+    target is the reference answer, and stays.
+    """
+    lists = [entry.get(name) for name in ("element_dtype_array", "interleave_array")] if isinstance(entry, dict) else []
+    if not lists or not all(isinstance(one, list) for one in lists):
+        raise InputError(f"{rule}: it has no lists \"element_dtype_array\" and \"interleave_array\"")
+    dtypes, values = lists
+    targets = entry.get("istarget_in_interleave", [0] * len(values))
+    if not isinstance(targets, list) or not len(dtypes) == len(values) == len(targets):
+        raise InputError(f"{rule}: its lists differ in length")
+    shown = [(dtype, value) for dtype, value, target in zip(dtypes, values, targets, strict=True)
+             if dtype == "text" or not target]
+    if sorted(str(dtype) for dtype, _ in shown) != sorted(["text", modality]):
+        raise InputError(f"{rule}: beside targets it lists {', '.join(str(dtype) for dtype, _ in shown) or 'nothing'}")
+    return dict(shown)
 
 
-def _entries(path: Path) -> Mapping[str, Any]:
-    entries = read_json(Path(path), "sample file")
+def _entries(path: Path) -> tuple[Mapping[str, Any], bool]:
+    """Entries by key, or by index where the file is JSONL: every line is {"index": ..., "data": ...}; whether it is."""
+    path = Path(path)
+    entries = _lines(path) if path.is_file() else None
+    if entries is not None:
+        return entries, True
+    entries = read_json(path, "sample file")
     if not isinstance(entries, dict):
         raise InputError(f"sample file {path} must be a JSON object, not a {type(entries).__name__}")
     if not entries:
         raise InputError(f"sample file {path} holds no samples")
-    return entries
+    return entries, False
+
+
+def _lines(path: Path) -> dict[str, Any] | None:
+    """The entries of a JSONL file; None if the first line shows that it is none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    entries: dict[str, Any] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError:
+            found = None
+        if not isinstance(found, dict) or not {"index", "data"} <= found.keys():
+            if not entries:
+                return None
+            raise InputError(f"sample file {path}, line {number}: must be a JSON object with \"index\" and \"data\", "
+                             "as the lines before")
+        if str(found["index"]) in entries:
+            raise InputError(f"sample file {path}, line {number}: index {found['index']} is there already")
+        entries[str(found["index"])] = found["data"]
+    return entries or None
 
 
 def _find(visual: str, modality: Modality, manifest: Path) -> Path:
-    """A readable picture or clip by its path: as it stands, or below the sample file's folder or one of two above it.
+    """A readable picture or clip by its path: as it stands, or below the sample file's folder or one of three above it.
 
-    Two above, because the official sample files lie in config/examples and name files from the checkout's root.
+    Official files name pictures from the root of the checkout: two folders above config/examples, three above
+    benchmarks/image_gen/GEdit.
     """
     folder = Path(manifest).resolve().parent
-    tried = [Path(visual), *(base / visual for base in (folder, *folder.parents[:2]))]
+    tried = [Path(visual), *(base / visual for base in (folder, *folder.parents[:3]))]
     for candidate in tried:
         if candidate.is_file():
             open_visual(candidate, modality)
