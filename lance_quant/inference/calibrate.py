@@ -18,7 +18,7 @@ class Job(NamedTuple):
     """One task to run; `capture` is where its capture goes, if one was asked for."""
 
     settings: Settings
-    samples: list[Question] | list[Prompt]
+    samples: Sequence[Question | Prompt]
     paths: LancePaths
     capture: Path | None
 

@@ -139,7 +139,7 @@ def draw_all(runtime: Runtime, prompts: Sequence[Prompt], settings: Settings,
         yield Drawn(prompt, latent, steps)
 
 
-def run_watched(runtime: Runtime, samples: Sequence[Question] | Sequence[Prompt], settings: Settings,
+def run_watched(runtime: Runtime, samples: Sequence[Question | Prompt], settings: Settings,
                 numbers: Sequence[int], begin: Callable[[int], None]) -> None:
     """Run a task for what hooks see of it; `begin` gets each sample's number before it runs."""
     done: Iterator[object]

@@ -144,11 +144,11 @@ def _elements(entry: Any, modality: Modality, rule: str) -> dict[str, Any]:
     Evaluation manifests of edits list a target picture, which the official code leaves out, too. A text that is the
     target is the reference answer, and stays.
     """
-    lists = [entry.get(name) for name in ("element_dtype_array", "interleave_array")] if isinstance(entry, dict) else []
-    if not lists or not all(isinstance(one, list) for one in lists):
+    given: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtypes, values = given.get("element_dtype_array"), given.get("interleave_array")
+    if not isinstance(dtypes, list) or not isinstance(values, list):
         raise InputError(f"{rule}: it has no lists \"element_dtype_array\" and \"interleave_array\"")
-    dtypes, values = lists
-    targets = entry.get("istarget_in_interleave", [0] * len(values))
+    targets = given.get("istarget_in_interleave", [0] * len(values))
     if not isinstance(targets, list) or not len(dtypes) == len(values) == len(targets):
         raise InputError(f"{rule}: its lists differ in length")
     shown = [(dtype, value) for dtype, value, target in zip(dtypes, values, targets, strict=True)
