@@ -90,11 +90,11 @@ class Team:
         return values
 
     def add(self, tensor: Tensor) -> None:
-        """Replace a CPU tensor by its sum over all processes, on all of them."""
+        """Replace a CPU tensor of any shape by its sum over all processes, on all of them."""
         self._reduce(tensor, dist.ReduceOp.SUM)
 
     def maximum(self, tensor: Tensor) -> None:
-        """Replace a CPU tensor by its maximum over all processes, on all of them."""
+        """Replace a CPU tensor of any shape by its maximum over all processes, on all of them."""
         self._reduce(tensor, dist.ReduceOp.MAX)
 
     def _reduce(self, tensor: Tensor, operation: Any) -> None:

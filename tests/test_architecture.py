@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "lance_quant").rglob("*.py"))
 SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
-QUANTIZER = sorted((ROOT / "lance_quant" / "methods").glob("*.py"))
 # The rooms of lance_quant/, from the ground up: a module imports from its own room and from those below it.
 FLOORS = ("errors", "storage", "distributed", "cpu", "formats", "lance", "kernels", "calibration", "methods",
           "inference", "evaluation", "pipeline", "cli", "official", "serving")
@@ -155,9 +155,24 @@ def test_only_main_and_what_reads_the_command_line_take_its_arguments(path):
     assert not takers
 
 
-@pytest.mark.parametrize("path", QUANTIZER, **by_name)
-def test_public_functions_of_the_quantizer_have_docstrings(path):
-    assert not [node.name for node in public(path) if ast.get_docstring(node) is None]
+def is_overload(node):
+    return any("overload" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *SCRIPTS], **by_name)
+def test_public_functions_have_docstrings(path):
+    assert not [node.name for node in public(path) if not (ast.get_docstring(node) or is_overload(node))]
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *SCRIPTS], **by_name)
+def test_public_functions_of_tensors_say_shapes(path):
+    """[out, in] and the like, or that the shape is any, flat or a scalar."""
+    for node in public(path):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        typed = " ".join(ast.unparse(one) for one in (*(arg.annotation for arg in arguments), node.returns) if one)
+        if re.search(r"\bTensor\b", typed) and not is_overload(node):
+            said = ast.get_docstring(node) or ""
+            assert re.search(r"\[[^\]]+\]|shape|\bflat\b|scalar", said), f"{node.name} (line {node.lineno})"
 
 
 @pytest.mark.parametrize("path", [*PACKAGE, *SCRIPTS], **by_name)

@@ -59,8 +59,24 @@ def test_the_oldest_python_is_said_alike_everywhere():
     assert PYPROJECT["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
     assert PYPROJECT["tool"]["mypy"]["python_version"] == oldest
     assert f'"{oldest}"' in (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    nodes = tomllib.loads((ROOT / "comfyui/pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert nodes["requires-python"] == PROJECT["requires-python"]
     for page in ("README.md", "CONTRIBUTING.md"):
         assert f"Python {oldest}" in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_version_to_cite_is_the_version():
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M)
+    assert cited[1] == lance_quant.__version__
+    assert f"## {lance_quant.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_hooks_run_a_ruff_that_the_tests_may_run():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    pinned = re.search(r"ruff-pre-commit\n    rev: v(\S+)", hooks)[1]
+    lines = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    (ruff,) = [Requirement(line) for line in lines if line.startswith("ruff")]
+    assert ruff.specifier.contains(pinned)
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,7 @@ def _velocity(source: Checkpoint) -> nn.Linear:
 
 
 def norm_around(weight: Tensor, eps: float) -> RMSNorm:
-    """A norm with this weight, without copying it."""
+    """A norm with this weight [hidden], without copying it."""
     norm = RMSNorm(len(weight), eps)
     norm.weight = nn.Parameter(weight, requires_grad=False)
     return norm

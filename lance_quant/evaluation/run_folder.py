@@ -181,7 +181,7 @@ def _run_prompts(runtime: Runtime, request: RunRequest, record: RunRecord, folde
 
 
 def save_traces(path: Path, traces: Iterable[Mapping[str, Tensor]]) -> None:
-    """A safetensors file of these tensors."""
+    """A safetensors file of these tensors, of any shape."""
     write_tensors(path, {name: tensor for trace in traces for name, tensor in trace.items()})
 
 

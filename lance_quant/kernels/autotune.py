@@ -114,7 +114,7 @@ class Autotuner:
         self._winners = winners
 
     def run(self, kind: str, *args: Any) -> Tensor:
-        """What a call gives, by the winner for its kind; the first call of a kind finds that out."""
+        """What a call gives, [rows, out], by the winner for its kind; the first call of a kind finds that out."""
         name = self._winners.get(kind)
         if name not in self._contestants:
             name = self._preferred

@@ -215,7 +215,7 @@ _kept = threading.local()
 
 
 def scratch(size: int, dtype: torch.dtype) -> Tensor:
-    """The thread's buffer for `size` values, which all layers share; grown when a layer's rows exceed _BLOCK."""
+    """The thread's buffer [size], which all layers share; grown when a layer's rows exceed _BLOCK."""
     held = getattr(_kept, "bytes", None)
     if held is None or held.numel() < size * 4:
         held = _kept.bytes = torch.empty(max(size, _BLOCK) * 4, dtype=torch.uint8, device="cpu")

@@ -151,7 +151,7 @@ def products(codes: Tensor, packed: Tensor, code_scale: Tensor, scale: Tensor, r
 
 def multiplied(codes: Tensor, packed: Tensor, code_scale: Tensor, scale: Tensor, factor: Tensor,
                dtype: torch.dtype) -> Tensor:
-    """As `products`, on the tensor cores; `scale` is `blocked` float8_e4m3fn, `factor` multiplies it.
+    """As `products`, [rows, out], on the tensor cores; `scale` is `blocked` float8_e4m3fn, `factor` multiplies it.
 
     In which order a byte's two codes come does not matter, as long as it is the same in both.
     """

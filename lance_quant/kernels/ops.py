@@ -40,7 +40,7 @@ class Derived(Generic[Made]):
         self._kept = WeakTensorKeyDictionary()
 
     def of(self, first: Tensor, second: Tensor | None) -> Made:
-        """make(first, second), from the last time if they are the same tensors."""
+        """make(first, second), tensors of any shape, from the last time if they are the same tensors."""
         kept = self._kept.get(first)
         if kept is None or (None if kept[0] is None else kept[0]()) is not second:
             kept = None if second is None else TensorWeakRef(second), self._make(first, second)

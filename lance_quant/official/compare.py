@@ -54,12 +54,12 @@ class FedRuntime(Runtime):
     mean: Tensor
 
     def look(self, frames: Sequence[Image.Image], resolution: str) -> tuple[Tensor, Grid]:
-        """As Runtime.look."""
+        """As Runtime.look, [n, hidden] and their grid; the tokens are kept."""
         self.tokens, grid = super().look(frames, resolution)
         return self.tokens, grid
 
     def encode(self, frames: Sequence[Image.Image], resolution: str) -> Tensor:
-        """The latents that were fed."""
+        """The latents that were fed, [frames, rows, columns, 48]; the encoder's own are kept."""
         pixels = vision.unit_range(vision.vae_pixels(frames, resolution, self._crops()))
         with self.using("vae") as vae:
             self.mean = vae.encode(pixels).mean.permute(3, 0, 1, 2)

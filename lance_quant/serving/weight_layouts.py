@@ -71,7 +71,7 @@ def awq_specs(shape: Sequence[int], group_size: int) -> dict[str, TensorSpec]:
 
 
 def awq_tensors(q: Int4Weight, group_size: int) -> dict[str, Tensor]:
-    """A packed INT4 weight in AWQ's layout, by suffix; `group_size` divides its own (see awq_group_size)."""
+    """A packed INT4 weight [out, in] in AWQ's layout, by suffix; `group_size` divides its own (see awq_group_size)."""
     n_in, groups = 2 * q.packed.shape[1], q.scale.shape[1]
     repeats = n_in // groups // group_size
     scale, zero = (part.repeat_interleave(repeats, 1) for part in (q.scale, q.zero))
@@ -87,7 +87,7 @@ def modelopt_specs(shape: Sequence[int]) -> dict[str, TensorSpec]:
 
 
 def modelopt_tensors(q: Nvfp4Weight, global_scale: float, linear: str) -> dict[str, Tensor]:
-    """A packed NVFP4 weight in ModelOpt's layout, by suffix.
+    """A packed NVFP4 weight [out, in] in ModelOpt's layout, by suffix.
 
     Args:
         global_scale: a power of two, one for all linears that vLLM fuses (see shared_global_scale).

@@ -65,6 +65,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in a file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -116,6 +117,7 @@ class _Positional:
             return self._file.readinto(view)
 
     def close(self) -> None:
+        """Close the file; tensors that were read stay valid."""
         self._file.close()
 
 
@@ -171,7 +173,7 @@ class TensorFile:
         return self._file.read(offset + start, min(length, spec.nbytes - start))
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """A tensor, as `dtype` (floating-point tensors only; default as stored), on `device`.
+        """A tensor in its shape, as `dtype` (floating-point tensors only; default as stored), on `device`.
 
         Read and converted in pieces of 16 MB, so that host memory beside the result stays at two pieces.
         """
@@ -206,6 +208,7 @@ class TensorFile:
             yield torch.frombuffer(self._file.read(offset + start, count), dtype=spec.dtype)
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def __enter__(self) -> "TensorFile":
@@ -259,15 +262,15 @@ class Checkpoint:
         raise InputError(f"no checkpoint in {path}: expected one of {', '.join(cls.CANDIDATES)}")
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """See TensorFile.read."""
+        """As TensorFile.read: in its shape, from the shard that holds it."""
         return self._home[name].read(name, dtype, device)
 
     def stored(self, name: str, into: Tensor | None = None) -> Tensor:
-        """See TensorFile.stored."""
+        """As TensorFile.stored: in its shape, from the shard that holds it."""
         return self._home[name].stored(name, into)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """See TensorFile.pieces."""
+        """As TensorFile.pieces: flat, from the shard that holds it."""
         return self._home[name].pieces(name)
 
     def fingerprint(self, names: Iterable[str]) -> str:
@@ -285,6 +288,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def close(self) -> None:
+        """Close all shards."""
         for file in self._files:
             file.close()
 
@@ -296,7 +300,7 @@ class Checkpoint:
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
-    """Raise InputError if a floating-point tensor holds NaN or Inf: nothing made of it would mean anything."""
+    """Raise InputError if a floating-point tensor of any shape holds NaN or Inf: nothing made of it means anything."""
     if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
         raise InputError(f"{what} holds NaN or Inf: the checkpoint is damaged, download it again")
 
@@ -378,7 +382,7 @@ class TensorFileWriter:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A file of these tensors."""
+    """A file of these tensors, of any shape."""
     with TensorFileWriter(path, {name: TensorSpec(x.dtype, tuple(x.shape)) for name, x in tensors.items()}) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
