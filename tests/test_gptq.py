@@ -32,7 +32,7 @@ def global_scale_of(quantizer, w):
     return quantizer.global_scale(float(w.abs().max()))
 
 
-def moments_of(x, exact=None):
+def gram_stats_of(x, exact=None):
     sums = gram.GramAccumulator(x.shape[1], paired=exact is not None)
     sums.add(x, x if exact is None else exact)
     return sums.stats()
@@ -42,8 +42,8 @@ def output_error(w, back, x):
     return float(((x @ back - x @ w) ** 2).sum() / ((x @ w) ** 2).sum())
 
 
-def objective(w, back, moments):
-    gram = moments.gram.double() + torch.eye(IN).double() * moments.damping * moments.gram.diagonal().double().mean()
+def objective(w, back, inputs):
+    gram = inputs.gram.double() + torch.eye(IN).double() * inputs.damping * inputs.gram.diagonal().double().mean()
     off = (back - w).double()
     return float((off * (gram @ off)).sum())
 
@@ -51,10 +51,10 @@ def objective(w, back, moments):
 @quantizers
 def test_correlated_inputs_gain_a_lot_over_nearest_rounding(quantizer):
     """New tokens of the same kind; measured 5 to 8 times."""
-    w, moments, fresh = weight(), moments_of(correlated(4096)), correlated(1024, seed=50)
+    w, inputs, fresh = weight(), gram_stats_of(correlated(4096)), correlated(1024, seed=50)
     global_scale = global_scale_of(quantizer, w)
-    done = gptq.round_weight(w, moments, quantizer, global_scale)
-    grid = quantizer.grid(w, moments.mean_square, global_scale)
+    done = gptq.round_weight(w, inputs, quantizer, global_scale)
+    grid = quantizer.grid(w, inputs.mean_square, global_scale)
     assert done.method == "gptq" and done.reason is None
     assert output_error(w, done.values, fresh) < 0.4 * output_error(w, nearest_levels(quantizer, w, grid), fresh)
 
@@ -72,7 +72,7 @@ def test_uncorrelated_inputs_leave_nothing_to_propagate(quantizer):
 def test_values_are_levels_of_the_grid_and_pack_exactly(codec):
     w, quantizer = weight(), codec.quantizer
     global_scale = global_scale_of(quantizer, w)
-    done = gptq.round_weight(w, moments_of(correlated(4096)), quantizer, global_scale)
+    done = gptq.round_weight(w, gram_stats_of(correlated(4096)), quantizer, global_scale)
     assert torch.equal(nearest_levels(quantizer, done.values, done.grid), done.values)
     packed = quantizer.encode(done.values.t().contiguous(), done.grid, global_scale)
     assert torch.equal(codec.dequantize(packed), done.values.t())
@@ -82,10 +82,10 @@ def test_values_are_levels_of_the_grid_and_pack_exactly(codec):
 @quantizers
 def test_blocks_change_nothing(quantizer, monkeypatch):
     """The lazy update of what is behind a block is a regrouping of the same sums."""
-    w, moments = weight(), moments_of(correlated(4096))
-    grid = quantizer.grid(w, moments.mean_square, global_scale_of(quantizer, w))
+    w, inputs = weight(), gram_stats_of(correlated(4096))
+    grid = quantizer.grid(w, inputs.mean_square, global_scale_of(quantizer, w))
     order = torch.arange(IN)
-    factor = gptq.inverse_factor(moments.gram, 0.01, order)
+    factor = gptq.inverse_factor(inputs.gram, 0.01, order)
     whole = gptq.propagate(w, order, factor, grid, quantizer)
     monkeypatch.setattr(gptq, "BLOCK", 16)
     apart = gptq.propagate(w, order, factor, grid, quantizer)
@@ -95,12 +95,12 @@ def test_blocks_change_nothing(quantizer, monkeypatch):
 @quantizers
 @pytest.mark.parametrize("seed", range(4))
 def test_coordinate_descent_never_raises_its_objective(quantizer, seed):
-    w, moments = weight(seed), moments_of(correlated(3000, seed=seed))
+    w, inputs = weight(seed), gram_stats_of(correlated(3000, seed=seed))
     global_scale = global_scale_of(quantizer, w)
-    grid = quantizer.grid(w, moments.mean_square, global_scale)
+    grid = quantizer.grid(w, inputs.mean_square, global_scale)
     start = nearest_levels(quantizer, w, grid)
-    values, _ = gptq.descend(w, start, grid, moments, quantizer, global_scale)
-    assert objective(w, values, moments) < objective(w, start, moments)
+    values, _ = gptq.descend(w, start, grid, inputs, quantizer, global_scale)
+    assert objective(w, values, inputs) < objective(w, start, inputs)
     assert torch.equal(nearest_levels(quantizer, w, grid), start), "the grid that was passed in is left alone"
 
 
@@ -110,7 +110,7 @@ def test_the_target_moves_towards_the_float_models_output(quantizer):
     exact = correlated(4096)
     packed = exact @ (torch.eye(IN) + 0.03 * rand(IN, IN, seed=7))
     w, global_scale = weight(), global_scale_of(quantizer, weight())
-    paired = moments_of(packed, exact)
+    paired = gram_stats_of(packed, exact)
     aimed = gptq.round_weight(w, paired, quantizer, global_scale)
     plain = gptq.round_weight(w, dataclasses.replace(paired, cross=None), quantizer, global_scale)
     wanted = exact @ w
@@ -129,7 +129,7 @@ def test_one_linears_sums_say_what_the_general_ones_say():
     exact, packed, _ = drifted()
     sums = gram.GramAccumulator(IN, weight=weight().t())
     sums.add(packed, exact, torch.zeros(len(exact), OUT))
-    torch.testing.assert_close(gptq.aim(weight(), sums.stats()), gptq.aim(weight(), moments_of(packed, exact)),
+    torch.testing.assert_close(gptq.aim(weight(), sums.stats()), gptq.aim(weight(), gram_stats_of(packed, exact)),
                                rtol=1e-4, atol=1e-6)
 
 
@@ -200,8 +200,8 @@ def test_held_back_tokens_are_judged_by_what_they_count():
     counts = torch.linspace(0, 2, len(exact))
     sums = gram.GramAccumulator(IN, counts=counts)
     sums.add(packed, exact)
-    moments = sums.stats()
-    done = gptq.round_weight(weight(), moments, Int4(32).quantizer, 1.0)
+    inputs = sums.stats()
+    done = gptq.round_weight(weight(), inputs, Int4(32).quantizer, 1.0)
     held = sums._is_held(torch.arange(len(exact)))
     off = (packed[held] @ done.values - exact[held] @ weight()).square().sum(1)
     signal = (exact[held] @ weight()).square().sum(1)
@@ -212,11 +212,11 @@ def test_held_back_tokens_judge_the_stream_as_well():
     exact, packed, missing = drifted()
     sums = gram.GramAccumulator(IN, weight=weight().t())
     sums.add(packed, exact, missing)
-    moments = sums.stats()
-    assert len(moments.held_missing) == len(moments.held) == len(moments.held_float)
-    done = gptq.round_weight(weight(), moments, Int4(32).quantizer, 1.0)
-    wanted = moments.held_float @ weight()
-    error = (moments.held @ done.values - wanted - moments.held_missing).square().sum() / wanted.square().sum()
+    inputs = sums.stats()
+    assert len(inputs.held_missing) == len(inputs.held) == len(inputs.held_float)
+    done = gptq.round_weight(weight(), inputs, Int4(32).quantizer, 1.0)
+    wanted = inputs.held_float @ weight()
+    error = (inputs.held @ done.values - wanted - inputs.held_missing).square().sum() / wanted.square().sum()
     assert done.after == pytest.approx(float(error), rel=1e-4)
 
 
@@ -225,32 +225,32 @@ def test_a_gram_matrix_is_summed_by_halves(monkeypatch):
     x = rand(500, IN)
     for rows in (1024, 32, 7):
         monkeypatch.setattr(gram, "_TILE", rows)
-        moments = moments_of(x)
-        assert torch.equal(moments.gram, moments.gram.t())
+        inputs = gram_stats_of(x)
+        assert torch.equal(inputs.gram, inputs.gram.t())
         kept = x[~gram.GramAccumulator(1)._is_held(torch.arange(500))]
-        torch.testing.assert_close(moments.gram, kept.t() @ kept, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(inputs.gram, kept.t() @ kept, rtol=1e-4, atol=1e-3)
 
 
 def test_without_a_difference_the_target_is_the_weight():
-    moments = moments_of(correlated(600), correlated(600))
-    torch.testing.assert_close(gptq.aim(weight(), moments), weight())
+    inputs = gram_stats_of(correlated(600), correlated(600))
+    torch.testing.assert_close(gptq.aim(weight(), inputs), weight())
 
 
 @quantizers
 def test_the_same_numbers_give_the_same_weight(quantizer):
-    w, moments = weight(), moments_of(correlated(4096))
-    first, second = (gptq.round_weight(w, moments, quantizer, global_scale_of(quantizer, w)) for _ in range(2))
+    w, inputs = weight(), gram_stats_of(correlated(4096))
+    first, second = (gptq.round_weight(w, inputs, quantizer, global_scale_of(quantizer, w)) for _ in range(2))
     assert torch.equal(first.values, second.values) and torch.equal(first.grid.scale, second.grid.scale)
 
 
 @quantizers
 def test_it_keeps_nearest_rounding_where_held_back_tokens_prefer_it(quantizer):
     """Calibrated on one direction, judged on white noise: what was compensated there is an error here."""
-    w, moments = weight(), moments_of(correlated(4096))
+    w, inputs = weight(), gram_stats_of(correlated(4096))
     noise = rand(512, IN, seed=8)
     global_scale = global_scale_of(quantizer, w)
-    done = gptq.round_weight(w, dataclasses.replace(moments, held=noise, held_float=noise), quantizer, global_scale)
-    grid = quantizer.grid(w, moments.mean_square, global_scale)
+    done = gptq.round_weight(w, dataclasses.replace(inputs, held=noise, held_float=noise), quantizer, global_scale)
+    grid = quantizer.grid(w, inputs.mean_square, global_scale)
     assert (done.method, done.reason) == ("nearest", "better on held-back tokens") and done.after == done.before
     assert torch.equal(done.values, nearest_levels(quantizer, w, grid))
 
@@ -271,7 +271,7 @@ def silent_group(x):
                          ids=["silent channel", "silent group", "one token", "few tokens", "rank one"])
 def test_degenerate_inputs_give_finite_levels(quantizer, x):
     w = weight()
-    done = gptq.round_weight(w, moments_of(x), quantizer, global_scale_of(quantizer, w))
+    done = gptq.round_weight(w, gram_stats_of(x), quantizer, global_scale_of(quantizer, w))
     assert torch.isfinite(done.values).all() and torch.isfinite(done.grid.scale).all()
     assert torch.equal(nearest_levels(quantizer, done.values, done.grid), done.values)
     assert output_error(w, done.values, x) < 0.02
@@ -282,7 +282,7 @@ def test_degenerate_inputs_give_finite_levels(quantizer, x):
                          ids=["silence", "no token", "NaN"])
 def test_without_usable_statistics_rounding_is_plain_and_says_why(quantizer, x):
     w = weight()
-    done = gptq.round_weight(w, moments_of(x), quantizer, global_scale_of(quantizer, w))
+    done = gptq.round_weight(w, gram_stats_of(x), quantizer, global_scale_of(quantizer, w))
     grid = quantizer.grid(w, torch.ones(IN), global_scale_of(quantizer, w))
     assert (done.method, done.reason) == ("nearest", "no usable Gram matrix")
     assert torch.equal(done.values, nearest_levels(quantizer, w, grid))
@@ -290,40 +290,41 @@ def test_without_usable_statistics_rounding_is_plain_and_says_why(quantizer, x):
 
 @quantizers
 def test_a_gram_matrix_that_cannot_be_inverted_is_named(quantizer):
-    moments = moments_of(correlated(512))
-    broken = dataclasses.replace(moments, gram=moments.gram - 2 * torch.eye(IN) * moments.gram.diagonal().min())
+    inputs = gram_stats_of(correlated(512))
+    broken = dataclasses.replace(inputs, gram=inputs.gram - 2 * torch.eye(IN) * inputs.gram.diagonal().min())
     done = gptq.round_weight(weight(), broken, quantizer, global_scale_of(quantizer, weight()))
     assert (done.method, done.reason) == ("nearest", "singular Gram matrix")
 
 
 @quantizers
 def test_a_zero_weight_stays_zero(quantizer):
-    done = gptq.round_weight(torch.zeros(IN, OUT), moments_of(correlated(512)), quantizer, quantizer.global_scale(0.0))
+    inputs = gram_stats_of(correlated(512))
+    done = gptq.round_weight(torch.zeros(IN, OUT), inputs, quantizer, quantizer.global_scale(0.0))
     assert (done.values == 0).all() and torch.isfinite(done.grid.scale).all()
 
 
 def test_one_run_of_tokens_in_eight_is_held_back_and_never_counted_twice():
     x = rand(2048, 8)
-    moments = moments_of(x)
+    inputs = gram_stats_of(x)
     held = gram.GramAccumulator(1)._is_held(torch.arange(2048))
-    assert torch.equal(moments.held, x[held]) and moments.n_tokens == int((~held).sum())
+    assert torch.equal(inputs.held, x[held]) and inputs.n_tokens == int((~held).sum())
     assert (held.view(-1, 16).all(1) == held.view(-1, 16).any(1)).all(), "runs of 16"
     assert 0.08 < held.float().mean() < 0.17
     whole = x.t() @ x
-    torch.testing.assert_close(moments.gram + moments.held.t() @ moments.held, whole, rtol=1e-4, atol=1e-3)
-    assert len(moments_of(rand(40000, 2)).held) == pytest.approx(gram.HELD_BACK, rel=0.1)
+    torch.testing.assert_close(inputs.gram + inputs.held.t() @ inputs.held, whole, rtol=1e-4, atol=1e-3)
+    assert len(gram_stats_of(rand(40000, 2)).held) == pytest.approx(gram.HELD_BACK, rel=0.1)
 
 
 def test_tokens_may_arrive_in_any_pieces():
     x, sums = rand(1500, 8), gram.GramAccumulator(8)
     for piece in x.split(77):
         sums.add(piece, piece)
-    assert torch.equal(sums.stats().held, moments_of(x, x).held)
-    torch.testing.assert_close(sums.stats().gram, moments_of(x, x).gram, rtol=1e-4, atol=1e-3)
+    assert torch.equal(sums.stats().held, gram_stats_of(x, x).held)
+    torch.testing.assert_close(sums.stats().gram, gram_stats_of(x, x).gram, rtol=1e-4, atol=1e-3)
 
 
 def test_few_tokens_are_damped_more():
-    assert moments_of(rand(500, 4)).damping == 0.1 and moments_of(rand(9000, 4)).damping == 0.01
+    assert gram_stats_of(rand(500, 4)).damping == 0.1 and gram_stats_of(rand(9000, 4)).damping == 0.01
     for counts, damping in ((torch.ones(9000), 0.01), (torch.linspace(0.5, 1.5, 9000), 0.1)):  # few may make up most
         sums = gram.GramAccumulator(4, counts=counts)
         sums.add(rand(9000, 4), rand(9000, 4))

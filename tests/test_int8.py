@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CPU, GOLDENS
 from safetensors.torch import load_file, save_file
-from test_packed import edit
+from test_packed_folder import edit
 from torch import nn
 
 from lance_quant.errors import InputError

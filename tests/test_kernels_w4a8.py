@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from test_kernels import CODECS, DTYPES, exact, generator, layer, needs_native, random_weight
-from test_packed import edit, folder_of
+from test_packed_folder import edit, folder_of
 from test_quantized_linear import GOLDENS, toy
 
 from lance_quant.errors import InputError

@@ -143,8 +143,8 @@ def test_a_model_that_does_not_fit_is_refused_and_left_alone(folders, change, me
 
 
 def test_group_sizes_may_differ_and_a_linear_may_stay_in_bf16(tmp_path):
-    from test_packed import Int4 as codec
-    from test_packed import edit, folder_of
+    from test_packed_folder import Int4 as codec
+    from test_packed_folder import edit, folder_of
 
     def tensors(state):
         for suffix in ("scales", "zeros"):

@@ -143,17 +143,17 @@ def test_gptq_gives_the_same_with_and_without_a_compiler(codec, n_out, monkeypat
     """More columns than gptq.BLOCK, more outputs than gptq.OUTPUTS; two threads and one."""
     n_in = width_of(codec)
     x = rand(3 * n_in, n_in) @ rand(n_in, n_in, seed=1)
-    moments = gram.GramStats(x.t() @ x, len(x), len(x), x[:0], x[:0])
+    inputs = gram.GramStats(x.t() @ x, len(x), len(x), x[:0], x[:0])
     w_io = rand(n_in, n_out, seed=2) * 0.02
     w_io[:, n_out // 2] = 0
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = gptq.round_weight(w_io, moments, codec.quantizer, global_scale_of(codec, w_io))
+        found = gptq.round_weight(w_io, inputs, codec.quantizer, global_scale_of(codec, w_io))
     finally:
         torch.set_num_threads(before)
     monkeypatch.setattr(rounding, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))
-    expected = gptq.round_weight(w_io, moments, codec.quantizer, global_scale_of(codec, w_io))
+    expected = gptq.round_weight(w_io, inputs, codec.quantizer, global_scale_of(codec, w_io))
     assert found.method == expected.method == "gptq"
     assert torch.equal(found.values, expected.values) and all_equal(found.grid, expected.grid)
 

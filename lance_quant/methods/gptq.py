@@ -57,31 +57,31 @@ class GptqResult:
 
 
 @torch.no_grad()
-def round_weight(w_io: Tensor, moments: GramStats, quantizer: Quantizer, global_scale: float) -> GptqResult:
-    """Round a weight [in, out] for the inputs that `moments` describes, by the steps of the module docstring.
+def round_weight(w_io: Tensor, inputs: GramStats, quantizer: Quantizer, global_scale: float) -> GptqResult:
+    """Round a weight [in, out] for inputs of some statistics, by the steps of the module docstring.
 
     Args:
         w_io: float32 [in, out], finite.
-        moments: of the inputs.
+        inputs: what is known of the linear's inputs.
         quantizer, global_scale: of the format.
     """
-    importance = moments.mean_square.clamp(min=1e-8 * float(moments.mean_square.max()))
-    if not torch.isfinite(moments.gram).all() or moments.n_tokens == 0 or not importance.max() > 0:
+    importance = inputs.mean_square.clamp(min=1e-8 * float(inputs.mean_square.max()))
+    if not torch.isfinite(inputs.gram).all() or inputs.n_tokens == 0 or not importance.max() > 0:
         grid = quantizer.grid(w_io, torch.ones_like(importance), global_scale)
         return GptqResult(nearest_levels(quantizer, w_io, grid), grid, "nearest", "no usable Gram matrix")
     plain = _grid(w_io, importance, quantizer, global_scale)
     nearest = nearest_levels(quantizer, w_io, plain)
-    before = _held_error(w_io, nearest, moments)
-    target = aim(w_io, moments)
-    order = torch.argsort(moments.gram.diagonal(), descending=True)
-    factor = None if target is None else inverse_factor(moments.gram, moments.damping, order)
+    before = _held_error(w_io, nearest, inputs)
+    target = aim(w_io, inputs)
+    order = torch.argsort(inputs.gram.diagonal(), descending=True)
+    factor = None if target is None else inverse_factor(inputs.gram, inputs.damping, order)
     if target is None or factor is None:
         return GptqResult(nearest, plain, "nearest", "singular Gram matrix", before, before)
     grid = _grid(target, importance, quantizer, global_scale)
     values = propagate(target, order, factor, grid, quantizer)
     del factor  # as large as the Gram matrix, 0.5 GB for a real down_proj
-    values, grid = descend(target, values, grid, moments, quantizer, global_scale)
-    after = _held_error(w_io, values, moments)
+    values, grid = descend(target, values, grid, inputs, quantizer, global_scale)
+    after = _held_error(w_io, values, inputs)
     if before is not None and after is not None and not after <= before:
         return GptqResult(nearest, plain, "nearest", "better on held-back tokens", before, before)
     return GptqResult(values, grid, "gptq", None, before, after)
@@ -97,27 +97,27 @@ def _grid(w_io: Tensor, importance: Tensor, quantizer: Quantizer, global_scale: 
     return Grid(torch.cat(scales, 1), None if zeros[0] is None else torch.cat(zeros, 1))
 
 
-def _held_error(w_io: Tensor, back_io: Tensor, moments: GramStats) -> float | None:
+def _held_error(w_io: Tensor, back_io: Tensor, inputs: GramStats) -> float | None:
     """Relative to the linear's own output, whatever the residual stream lacks already."""
-    if not len(moments.held):
+    if not len(inputs.held):
         return None
-    wanted = matmul.linear(moments.held_float, w_io.t())
+    wanted = matmul.linear(inputs.held_float, w_io.t())
     signal = float(wanted.square().sum())
-    if moments.held_missing is not None:
-        wanted += moments.held_missing
-    off = matmul.linear(moments.held, back_io.t()).sub_(wanted)
+    if inputs.held_missing is not None:
+        wanted += inputs.held_missing
+    off = matmul.linear(inputs.held, back_io.t()).sub_(wanted)
     return float(off.square_().sum()) / signal if signal > 0 else None
 
 
-def aim(w_io: Tensor, moments: GramStats) -> Tensor | None:
+def aim(w_io: Tensor, inputs: GramStats) -> Tensor | None:
     """W* of the module docstring [in, out]; `w_io` itself where the inputs agree, None where H is singular."""
-    if moments.cross_target is not None:
-        moved = moments.cross_target.clone()
-    elif moments.cross is not None:
-        moved = matmul.linear(moments.cross.t(), w_io.t())
+    if inputs.cross_target is not None:
+        moved = inputs.cross_target.clone()
+    elif inputs.cross is not None:
+        moved = matmul.linear(inputs.cross.t(), w_io.t())
     else:
         return w_io
-    factor = moments.gram.clone()
+    factor = inputs.gram.clone()
     factor.diagonal().add_(ASYMMETRY_DAMPING * float(factor.diagonal().mean()))
     if not cholesky.cholesky_(factor):
         return None
@@ -192,7 +192,7 @@ def _propagate_block(block: Tensor, errors: Tensor, factor: Tensor, grid: Grid, 
         block[row + 1:] -= factor[row, row + 1:, None] * errors[row]
 
 
-def descend(target: Tensor, values: Tensor, grid: Grid, moments: GramStats, quantizer: Quantizer,
+def descend(target: Tensor, values: Tensor, grid: Grid, inputs: GramStats, quantizer: Quantizer,
             global_scale: float) -> tuple[Tensor, Grid]:
     """Revisit every code and every scale SWEEPS times, each time taking what is best while all others are fixed.
 
@@ -203,8 +203,8 @@ def descend(target: Tensor, values: Tensor, grid: Grid, moments: GramStats, quan
     Returns:
         Levels and grid; tr (values - target)^T H (values - target), H damped, never rises.
     """
-    gram, values = moments.gram, values.clone()
-    damping = moments.damping * float(gram.diagonal().mean())
+    gram, values = inputs.gram, values.clone()
+    damping = inputs.damping * float(gram.diagonal().mean())
     grid, size = Grid(grid.scale.clone(), grid.zero), quantizer.group_size
     span, off = size * max(1, BLOCK // size), values - target
     for _ in range(SWEEPS):

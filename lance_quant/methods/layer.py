@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lance_quant.calibration import gram
 from lance_quant.calibration.activation_stats import ActStats
+from lance_quant.calibration.gram import GramStats
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.base import TensorCodec
@@ -43,7 +43,7 @@ class Activations(Protocol):
     def begin_layer(self, index: int, target: Weights) -> None:
         """Take up a layer; `target` are its float weights, scales moved."""
 
-    def gram_stats(self, group: layout.Group, current: Weights) -> Sequence[gram.GramStats] | None:
+    def gram_stats(self, group: layout.Group, current: Weights) -> Sequence[GramStats] | None:
         """Of the inputs of each of a group's linears, which differ in how much a token counts; None where no token
         reaches them. Of the MLPs' groups behind `pass_attention`.
 
@@ -133,8 +133,8 @@ def quantize_layer(index: int, weights: Weights, stats: ActStats, codec: TensorC
             activations.pass_attention(current)
         for group in state.groups(place):
             started = time.perf_counter()
-            moments = None if activations is None else activations.gram_stats(group, current)
-            done = _round_group(state, group, moments, None if activations is None else current)
+            inputs = None if activations is None else activations.gram_stats(group, current)
+            done = _round_group(state, group, inputs, None if activations is None else current)
             yield group, replace(done, seconds=time.perf_counter() - started)
     if activations is not None:
         activations.end_layer(current)
@@ -247,13 +247,13 @@ class _Stored(NamedTuple):
         return self.q.float() if self.codec is None else self.codec.dequantize(self.q)
 
 
-def _round_group(state: _LayerState, group: layout.Group, moments: Sequence[gram.GramStats] | None,
+def _round_group(state: _LayerState, group: layout.Group, inputs: Sequence[GramStats] | None,
                  current: Weights | None) -> QuantizedGroup:
     """Round the linears of a group, and put what they give back into `current`, if the next groups run on it."""
     scaled, weights = state.scaled[group.name], [state.weight(name) for name in group.linears]
     # The largest |weight| of the group, without touching its weights: rounding is monotonic, so this is exact.
     global_scale = state.codec.quantizer.global_scale(float(scaled.wmax.max()))
-    stored = _stored(state, group, moments, global_scale)
+    stored = _stored(state, group, inputs, global_scale)
     known = torch.ones_like(weights[0][0]) if scaled.m2 is None else scaled.m2
     m2, linears = state.mean_square(group), []
     for name, w, before, one in zip(group.linears, weights, scaled.before, stored, strict=True):
@@ -263,7 +263,7 @@ def _round_group(state: _LayerState, group: layout.Group, moments: Sequence[gram
             error = awq.written_error(w, back, known) if error is None else error
             if current is not None:
                 current[f"{name}.weight"] = back
-        if current is not None and moments is None and one.codec is not None:
+        if current is not None and inputs is None and one.codec is not None:
             facts = replace(facts, reason="no captured tokens")
         if m2 is not None:
             facts = replace(facts, outlier_ratio=_outlier_ratio(m2))
@@ -272,7 +272,7 @@ def _round_group(state: _LayerState, group: layout.Group, moments: Sequence[gram
     return QuantizedGroup(linears, "unsearched" if scaled.m2 is None else "searched", global_scale, label, alpha, 0.0)
 
 
-def _stored(state: _LayerState, group: layout.Group, moments: Sequence[gram.GramStats] | None,
+def _stored(state: _LayerState, group: layout.Group, inputs: Sequence[GramStats] | None,
             global_scale: float) -> list[_Stored]:
     """The linears of a group in the formats that they are written in, those of one format together."""
     codecs = [state.codec_of(name) for name in group.linears]
@@ -281,16 +281,16 @@ def _stored(state: _LayerState, group: layout.Group, moments: Sequence[gram.Gram
               for index, (w, codec) in enumerate(zip(weights, codecs, strict=True)) if codec is None}
     for codec in dict.fromkeys(codec for codec in codecs if codec is not None):
         own = [index for index, other in enumerate(codecs) if other == codec]
-        known = None if moments is None else [moments[index] for index in own]
+        known = None if inputs is None else [inputs[index] for index in own]
         stored |= zip(own, _round([weights[index] for index in own], m2, known, codec, global_scale), strict=True)
     return [stored[index] for index in range(len(weights))]
 
 
-def _round(weights: Sequence[Tensor], m2: Tensor | None, moments: Sequence[gram.GramStats] | None, codec: TensorCodec,
+def _round(weights: Sequence[Tensor], m2: Tensor | None, inputs: Sequence[GramStats] | None, codec: TensorCodec,
            global_scale: float) -> list[_Stored]:
     """Linears [out, in] of a group that get the same format; `m2` [in] is None without statistics."""
-    if moments is not None:
-        return [_with_gptq(w, own, codec, global_scale) for w, own in zip(weights, moments, strict=True)]
+    if inputs is not None:
+        return [_with_gptq(w, own, codec, global_scale) for w, own in zip(weights, inputs, strict=True)]
     if m2 is None:
         return [_Stored(codec, q, RoundingFacts("nearest"))
                 for q in quantize_scaled(codec.quantizer, weights, None, global_scale)]
@@ -302,7 +302,7 @@ def _outlier_ratio(m2: Tensor) -> float:
     return float((m2.max() / m2.median().clamp(min=torch.finfo(m2.dtype).tiny)).sqrt())
 
 
-def _with_gptq(w: Tensor, moments: gram.GramStats, codec: TensorCodec, global_scale: float) -> _Stored:
-    done = gptq.round_weight(w.t().contiguous(), moments, codec.quantizer, global_scale)
-    facts = RoundingFacts(done.method, moments.n_tokens, done.reason, done.before, done.after)
+def _with_gptq(w: Tensor, inputs: GramStats, codec: TensorCodec, global_scale: float) -> _Stored:
+    done = gptq.round_weight(w.t().contiguous(), inputs, codec.quantizer, global_scale)
+    facts = RoundingFacts(done.method, inputs.n_tokens, done.reason, done.before, done.after)
     return _Stored(codec, codec.quantizer.encode(done.values.t().contiguous(), done.grid, global_scale), facts)

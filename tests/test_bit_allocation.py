@@ -9,7 +9,7 @@ import torch
 from conftest import CPU, GOLDENS
 from safetensors.torch import load_file
 from test_apply_cli import fails
-from test_packed import edit
+from test_packed_folder import edit
 from test_resume import contents
 
 import awq_apply
