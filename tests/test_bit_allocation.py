@@ -186,10 +186,12 @@ def runs_as_the_weights_it_means(mixed):
 def test_the_report_shows_the_group_size_of_every_linear(mixed):
     page = (mixed / quant_report.FILE).read_text()
     meta = json.loads((mixed / Int4.meta_file).read_text())
-    assert "<th>group size</th>" in page and page.count('<td data-key="bf16">bf16</td>') == len(meta["kept_bf16"])
+    assert "inputs per scale" in page
+    # Said twice in a row: as its size and as its rounding.
+    assert page.count('<td data-key="bfloat16">bfloat16</td>') == 2 * len(meta["kept_bf16"])
     for size in (32, 64, 128):
         listed = sum(entry["group_size"] == size for entry in meta["per_weight"].values())
-        assert page.count(f'<td data-key="{size}">{size}</td>') == listed
+        assert page.count(f'<td data-key="{size}" class="n">{size}</td>') == listed
     assert "bits budget" in page
 
 
