@@ -31,7 +31,7 @@ from lance_quant.evaluation import report
 from lance_quant.storage.atomic import require_free
 
 TASKS = ("x2t_image", "t2i")
-COLUMNS, GAP, LABEL, LINE = 6, 8, 118, 15  # pictures a row; between them, left of them and per line of text, in pixels
+COLUMNS, GAP, LABEL, LINE = 6, 8, 122, 15  # pictures a row; between them, left of them and per line of text, in pixels
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -99,7 +99,7 @@ def side_by_side(section: dict, root: Path) -> Image.Image:
     shown = section["runs"][0]["samples"][:COLUMNS]
     rows = [(f"float\n{bits(section['baseline'])}", section["baseline"]["folder"], [""] * len(shown))]
     rows += [(f"{run['model']['format'].upper()}\n{bits(run)}", run["folder"],
-              [f"{sample['psnr']:.1f} dB" for sample in run["samples"]]) for run in section["runs"]]
+              [f"PSNR {sample['psnr']:.1f} dB" for sample in run["samples"]]) for run in section["runs"]]
     page = Image.new("RGB", corner(len(rows), len(shown)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for row, (label, folder, notes) in enumerate(rows):
@@ -109,13 +109,13 @@ def side_by_side(section: dict, root: Path) -> Image.Image:
             page.paste(Image.open(root / folder / sample["file"]), corner(row, column))
             pen.text((corner(row, column)[0], top + SIZE + 2), notes[column], "dimgray", font)
     for column, sample in enumerate(shown):
-        pen.text((corner(0, column)[0], GAP), textwrap.fill(sample["prompt"], 18), "black", font)
+        pen.text((corner(0, column)[0], 0), textwrap.fill(sample["prompt"], 18), "black", font)
     return page
 
 
 def corner(row: int, column: int) -> tuple[int, int]:
     """Left and top of a model's picture of a caption, in pixels."""
-    return LABEL + column * (SIZE + GAP), 4 * LINE + GAP + row * (SIZE + LINE + GAP)
+    return LABEL + column * (SIZE + GAP), 7 * LINE + row * (SIZE + LINE + GAP)
 
 
 def bits(entry: dict) -> str:
