@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lance_quant.lance.progress import progress
+
 ROOT = Path(__file__).parent.parent
 STARTED = [*(path.stem for path in sorted(ROOT.glob("*.py")) if path.stem != "quantized_linear"),
            "lance_quant.official.__main__"]
@@ -30,3 +32,11 @@ def test_help_imports_nothing_slow(name):
     seconds, *slow = last.split()
     assert "usage:" in help_text and slow == []
     assert float(seconds) < 0.5  # of one core's time; 0.1 on an EPYC core, where torch alone takes 4
+
+
+def test_a_redirected_log_holds_no_bars(capfd):
+    """Bars are drawn anew by carriage returns and escapes, which only a terminal understands."""
+    for _ in progress(range(3), desc="outer"):
+        with progress(total=2, desc="inner", leave=False) as bar:
+            bar.update()
+    assert capfd.readouterr() == ("", "")

@@ -210,7 +210,7 @@ def test_it_runs_by_name_only_and_on_nvfp4_only_and_says_once_that_it_is_simulat
         assert layer(Nvfp4(), kernel="nvfp4_w4a4").kernel().name == "nvfp4_w4a4"
     assert caplog.text.count("kernel nvfp4_w4a4 is simulated here, and slow: FP4 tensor cores are in NVIDIA GPUs") == 1
     assert layer(Nvfp4()).kernel().name != "nvfp4_w4a4"
-    with pytest.raises(InputError, match="kernel nvfp4_w4a4 cannot run Int4.*it takes NVFP4; take --kernel auto"):
+    with pytest.raises(InputError, match="kernel nvfp4_w4a4 cannot run int4.*it takes NVFP4; take --kernel auto"):
         layer(Int4(64), kernel="nvfp4_w4a4").kernel()
     head = Int8Linear((8, 64), torch.float32, kernel="nvfp4_w4a4")
     head.fill(int8.quantize(torch.randn(8, 64, generator=generator(9))))

@@ -86,7 +86,7 @@ def test_the_verdict_names_the_worst_linear_and_every_exception():
             quant_report.Row("language_model.model.layers.2.mlp.up_proj", {"rounding": "bfloat16"}, 0.0)]
     said = " ".join(Page(quant_report.page("t", {}, rows, {})).text.split())
     assert "by 2 % of its energy on average (nearest rounding: 3 %" in said
-    assert "The largest error is that of 1.self_attn.q_proj_moe_gen: 3 %." in said
+    assert "The largest error is that of layer 1, self_attn.q_proj_moe_gen: 3 %." in said
     assert "1 of 4 linears stay in bfloat16" in said
     assert "1 of 4 linears were not rounded by GPTQ: no captured tokens." in said
 

@@ -66,12 +66,12 @@ METRICS: dict[str, tuple[Metric, ...]] = {
         Metric("characters", "character similarity", "higher", "Matching share of the characters of the free answers."),
         Metric("words", "word similarity", "higher", "Matching share of the words of the free answers."),
     ),
-    "image": (*_DRAWN, Metric("psnr", "PSNR of the picture (dB)", "higher",
-                              "How close the pixels are. From about 40 dB on nobody sees a difference; below 30 dB "
-                              "look at the pictures.")),
-    "video": (*_DRAWN, Metric("psnr", "PSNR over all frames (dB)", "higher",
-                              "How close the pixels of all frames are. From about 40 dB on nobody sees a difference; "
-                              "below 30 dB look at the clips.")),
+    "image": (*_DRAWN, Metric("psnr", "PSNR (dB)", "higher",
+                              "How close the pixels are (peak signal-to-noise ratio). From about 40 dB on nobody "
+                              "sees a difference; below 30 dB look at the pictures.")),
+    "video": (*_DRAWN, Metric("psnr", "PSNR (dB)", "higher",
+                              "How close the pixels of all frames are (peak signal-to-noise ratio). From about "
+                              "40 dB on nobody sees a difference; below 30 dB look at the clips.")),
 }
 EQUAL = "equal"  # in place of an infinite PSNR, since JSON has no infinity
 

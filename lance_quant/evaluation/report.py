@@ -1,9 +1,10 @@
-"""Comparison reports: report.md and report.html in a results folder, and the summary table of a terminal.
+"""Evaluation reports: report.md and report.html in a results folder, and the summary table of a terminal.
 
 All are made from the same sections, one per task, as compare.py and run_quant_eval.py lay them down in comparison.json.
 """
 
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,17 +81,17 @@ def _value(run: RunEntry, metric: Metric) -> str:
 def _terminal(section: Section) -> Iterator[str]:
     metrics, baseline = metrics_of(section["task"]), section["baseline"]
     source, makes = baseline["model"]["bytes"], TASKS[section["task"]].makes
-    heads = ["", "file", "compression", "bits per weight",
-             *(f"{metric.heading}, {metric.better}" for metric in metrics)]
+    heads = ["", "file", "compression", "bits per weight", *(metric.heading for metric in metrics)]
     columns = [[run["name"], *_size_facts(run, source), *(_value(run, metric) for metric in metrics)]
                for run in section["runs"]]
     if makes != "text":
         heads.append(f"equal {makes}s")
         for run, column in zip(section["runs"], columns, strict=True):
             column.append(f"{run['equal_samples']} of {len(run['samples'])}")
-    yield (f"{section['task']}, {len(section['runs'][0]['samples'])} samples beside the baseline "
-           f"({baseline['dtype']}, {size_text(source)})")
-    yield "means with 95 % intervals; 'lower', 'higher': what is better"
+    better = "; ".join(f"{direction} is better: " + ", ".join(one.heading for one in metrics if one.better == direction)
+                       for direction in ("lower", "higher"))
+    yield from textwrap.wrap(f"{section['task']}, {len(section['runs'][0]['samples'])} samples beside the baseline "
+                             f"({baseline['dtype']}, {size_text(source)}). Means with 95 % intervals; {better}", _WIDTH)
     for block in _side_by_side(heads, columns):
         yield ""
         yield from block

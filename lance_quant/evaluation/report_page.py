@@ -108,7 +108,7 @@ def page(sections: Sequence[Section], root: Path) -> str:
     """The report as HTML.
 
     Args:
-        sections: see compare.py.
+        sections: of comparison.json.
         root: folder of the page, to which the `folder` of baselines and runs is relative.
     """
     return html.render("evaluation/report.html.jinja", title=TITLE, parts=[_part(one, root) for one in sections])

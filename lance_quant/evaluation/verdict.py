@@ -1,4 +1,4 @@
-"""A comparison in sentences: how much smaller, how close to the baseline, and which of several variants is closer.
+"""Verdicts: a comparison in sentences, how much smaller, how close to the baseline, which variant is closer.
 
 Which is closer is a paired bootstrap: the interval of the mean difference over the same samples. Where it holds 0, the
 samples show no difference, whatever the means say.
@@ -9,7 +9,7 @@ from lance_quant.evaluation.metrics import bootstrap
 from lance_quant.lance.settings import TASKS
 from lance_quant.storage.atomic import size_text
 
-_FEW = 20  # samples below which an interval is said to be rough, see metrics.bootstrap
+_FEW = 20  # samples below which an interval is said to be rough (metrics.bootstrap)
 # Rules of thumb for PSNR in dB of 8-bit pictures; lossy codecs are used at 30 to 50.
 _INVISIBLE, _SLIGHT = 40, 30
 _NOUNS = {"image": "picture", "video": "clip"}

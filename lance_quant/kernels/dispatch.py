@@ -68,11 +68,16 @@ def choose(choice: KernelChoice, codec: Codec, n_in: int, dtype: torch.dtype, de
     if refusal is None:
         return _or_autotuned(kernel, codec, n_in, dtype, device) if choice == "auto" else kernel
     if choice != "auto":
-        raise InputError(f"kernel {choice} cannot run {codec} with {n_in} inputs in {dtype} on {device}: {refusal}; "
+        raise InputError(f"kernel {choice} cannot run {_layer(codec, n_in)} in {dtype} on {device}: {refusal}; "
                          f"take --kernel auto or reference")
-    warn_once(f"kernel {wanted} cannot run {codec} with {n_in} inputs ({refusal}): such layers run on the much slower "
+    warn_once(f"kernel {wanted} cannot run {_layer(codec, n_in)} ({refusal}): such layers run on the much slower "
               f"reference")
     return _kernel("reference")
+
+
+def _layer(codec: Codec, n_in: int) -> str:
+    """A kind of layer, for messages."""
+    return f"{codec.name} in groups of {codec.group_size} with {n_in} inputs"
 
 
 def _or_autotuned(kernel: Kernel, codec: Codec, n_in: int, dtype: torch.dtype, device: torch.device) -> Kernel:

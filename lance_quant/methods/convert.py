@@ -327,8 +327,10 @@ def _page(report: Report, stats: ActStats, conversion: Conversion, facts: Mappin
           specs: Mapping[str, TensorSpec]) -> str:
     labels = {"bits_budget": "bits budget", "harm": "sensitivity", "head_bits": "head bits"}
     sizes = {label: str(facts[key]) for key, label in labels.items() if key in facts}
-    summary = {"format": str(conversion.codec), "recipe": conversion.recipe, "size": size_text(report.nbytes),
-               "bits per quantized weight": f"{report.bits_per_weight:.4f}", "calibrated on": ", ".join(stats.tasks),
+    codec, slim = conversion.codec, ", slim" if getattr(conversion.codec, "slim", False) else ""
+    summary = {"format": f"{codec.name}, {codec.group_size} inputs per scale{slim}", "recipe": conversion.recipe,
+               "size": size_text(report.nbytes), "bits per quantized weight": f"{report.bits_per_weight:.4f}",
+               "calibrated on": ", ".join(stats.tasks),
                "linears scaled": f"{report.searched} of {report.searched + report.plain}",
                "linears without statistics": str(len(report.without_statistics)),
                "tool": f"lance-quant {__version__}", **sizes}

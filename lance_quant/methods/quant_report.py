@@ -38,10 +38,10 @@ class RoundingError(NamedTuple):
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear as the page lists it."""
+    """A linear as the page lists it; `linear` is its name inside the layer."""
 
-    name: str
     layer: int
+    linear: str
     kind: str
     expert: str
     group_size: int | None  # inputs per scale; None: left in bfloat16
@@ -100,8 +100,9 @@ def percent(share: float | None) -> str:
 
 
 def _linear(row: Row) -> Linear:
-    name, entry = row.name.removeprefix(f"{layout.LAYERS}."), row.entry
-    return Linear(name, int(name.split(".")[0]), layout.kind_of(row.name), layout.expert_of(row.name),
+    layer, linear = row.name.removeprefix(f"{layout.LAYERS}.").split(".", 1)
+    entry = row.entry
+    return Linear(int(layer), linear, layout.kind_of(row.name), layout.expert_of(row.name),
                   entry.get("group_size", entry.get("block_size")), entry.get("candidate", ""),
                   entry.get("rounding", ""), minimised(entry), entry.get("outlier_ratio"), row.seconds,
                   entry.get("reason", ""))
@@ -119,7 +120,7 @@ def verdict(linears: Sequence[Linear]) -> list[str]:
         said.append(f"Rounding changes the output of a linear by {percent(written)} of its energy on average (nearest "
                     f"rounding: {percent(nearest)}{gained}).")
         worst, error = max(judged, key=lambda pair: pair[1].written)
-        said.append(f"The largest error is that of {worst.name}: {percent(error.written)}.")
+        said.append(f"The largest error is that of layer {worst.layer}, {worst.linear}: {percent(error.written)}.")
     else:
         said.append("This recipe measures no errors. run_quant_eval.py compares what the models make.")
     said += _exceptions(linears, len(packed))

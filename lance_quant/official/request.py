@@ -1,4 +1,4 @@
-"""What the official backend is asked to run, and the flags that say so; what it cannot do is refused here."""
+"""Requests to the official backend, and the flags that say them; what it cannot do is refused here."""
 
 import argparse
 import os
