@@ -29,6 +29,8 @@ from torch import Tensor
 
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
+from lance_quant.formats.int4 import Int4Weight
+from lance_quant.formats.nvfp4 import Nvfp4Weight
 from lance_quant.formats.packed_folder import SUFFIXES, PackedFolder, require_space
 from lance_quant.lance.config import MAX_LATENT_FRAMES, MAX_LATENT_SIZE, LanceConfig, LancePaths
 from lance_quant.lance.mot import LatentPositions
@@ -275,12 +277,14 @@ def _packed_parts(packed: PackedFolder, plan: Plan,
     """The packed linears of one group in vLLM's layout, one by one."""
     if packed.format == "int4":
         for name in linears:
-            yield name, weight_layouts.awq_tensors(packed.read_weight(name), plan.group_sizes[name])
+            weight = packed.read_weight(name)
+            assert isinstance(weight, Int4Weight)
+            yield name, weight_layouts.awq_tensors(weight, plan.group_sizes[name])
         return
-    weights = [packed.read_weight(name) for name in linears]
+    weights = [weight for weight in map(packed.read_weight, linears) if isinstance(weight, Nvfp4Weight)]
     shared = weight_layouts.shared_global_scale(weights, [packed.linears[name].global_scale for name in linears])
-    for name, weight in zip(linears, weights, strict=True):
-        yield name, weight_layouts.modelopt_tensors(weight, shared, name)
+    for name, nvfp4 in zip(linears, weights, strict=True):
+        yield name, weight_layouts.modelopt_tensors(nvfp4, shared, name)
 
 
 def _finite(source: Checkpoint, name: str) -> Iterator[Tensor]:
