@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 import lance_quant
@@ -59,11 +60,19 @@ def test_the_oldest_python_is_said_alike_everywhere():
     oldest = PROJECT["requires-python"].removeprefix(">=")
     assert PYPROJECT["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
     assert PYPROJECT["tool"]["mypy"]["python_version"] == oldest
-    assert f'"{oldest}"' in (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
     nodes = tomllib.loads((ROOT / "comfyui/pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert nodes["requires-python"] == PROJECT["requires-python"]
     for page in ("README.md", "CONTRIBUTING.md"):
         assert f"Python {oldest}" in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_ci_runs_the_tests_on_three_systems_and_the_oldest_python():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    matrix = jobs["test"]["strategy"]["matrix"]
+    assert {name.split("-")[0] for name in matrix["os"]} == {"ubuntu", "windows", "macos"}
+    assert matrix["python"][0] == PROJECT["requires-python"].removeprefix(">=") and len(matrix["python"]) == 2
+    assert jobs["test"]["steps"][-1]["run"].startswith("python -m pytest")
+    assert jobs["lint"]["steps"][-1]["run"] == "make lint"
 
 
 def test_the_version_to_cite_is_the_version():
