@@ -118,7 +118,7 @@ def _contestants(cell: Cell, codec: Codec, dtype: torch.dtype, device: torch.dev
     for name, kind in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         weights = _copies(lambda kind=kind: torch.randn(cell.n_out, cell.n_in, device=device).to(kind))
         yield name, _calls(weights, functools.partial(F.linear, x.to(kind)))
-    packed = _copies(lambda: _random(codec, cell.n_out, cell.n_in, device))
+    packed = _copies(lambda: random_weight(codec, cell.n_out, cell.n_in, device))
     x_own = x.to(dtype)
     yield "published", _calls(packed, lambda q: F.linear(x_own, published(q, dtype)))
     kernel = dispatch.choose("triton" if device.type == "cuda" else "auto", codec, cell.n_in, dtype, device)
@@ -183,7 +183,8 @@ def _calls(weights: list, function: Callable[..., object]) -> Callable[[int], ob
     return lambda turn: function(weights[turn % len(weights)])
 
 
-def _random(codec: Codec, n_out: int, n_in: int, device: torch.device) -> PackedWeight:
+def random_weight(codec: Codec, n_out: int, n_in: int, device: torch.device) -> PackedWeight:
+    """A packed weight [out, in] of random codes, scales below 0.01 and, for INT4, zero points."""
     shape = (n_out, n_in // codec.group_size)
     codes = torch.randint(0, 256, (n_out, n_in // 2), dtype=torch.uint8, device=device)
     scale = torch.rand(shape, device=device).mul_(0.01).bfloat16()
@@ -220,6 +221,12 @@ def _best(calls: list[Callable[[int], object]], device: torch.device, clock: Cal
 
 
 def _seconds(call: Callable[[], object], device: torch.device, clock: Callable[[], float]) -> float:
+    if device.type == "mps":
+        torch.mps.synchronize()
+        start = clock()
+        call()
+        torch.mps.synchronize()
+        return clock() - start
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()

@@ -15,6 +15,7 @@ import functools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,23 +37,33 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def measure(model_path: Path, awq_dir: Path | None, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Load a model in this process: bytes and seconds, see above. Bytes are None where the system does not tell."""
+    packed = PackedFolder(awq_dir) if awq_dir else None
+    prepare, checkpoint = None, None
+    if packed is not None:
+        prepare = functools.partial(swap_linears, folder=packed, dtype=dtype, device=device)
+        checkpoint = packed.checkpoint.path
+    before, start = _host_peak(), time.perf_counter()
+    runtime = Runtime.load(LancePaths.find(model_path), device, dtype, checkpoint, prepare)
+    seconds, after = time.perf_counter() - start, _host_peak()
+    tensors = [*runtime.model.parameters(), *runtime.model.buffers()]
+    model = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    rise = None if before is None or after is None else after - before
+    on_host = model if device.type == "cpu" else 0
+    return {"model": model, "peak_above_start": rise, "beside_model": None if rise is None else rise - on_host,
+            "seconds": round(seconds, 1), "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _host_peak() -> int | None:
+    return peak_memory(torch.device("cpu"))["host"]
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
     device = device_of(args.device)
-    dtype = dtype_of(args.dtype, device)
-    packed = PackedFolder(args.awq_dir) if args.awq_dir else None
-    prepare = packed and functools.partial(swap_linears, folder=packed, dtype=dtype, device=device)
-    before, start = peak_memory(torch.device("cpu"))["host"], time.perf_counter()
-    paths = LancePaths.find(args.model_path)
-    pipeline = Runtime.load(paths, device, dtype, packed and packed.checkpoint.path, prepare)
-    tensors = [*pipeline.model.parameters(), *pipeline.model.buffers()]
-    model = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-    rise = peak_memory(torch.device("cpu"))["host"] - before
-    on_host = model if device.type == "cpu" else 0
-    print(json.dumps({"model": model, "peak_above_start": rise, "beside_model": rise - on_host,
-                      "seconds": round(time.perf_counter() - start, 1), "device": str(device),
-                      "dtype": str(dtype).removeprefix("torch.")}))
+    print(json.dumps(measure(args.model_path, args.awq_dir, device, dtype_of(args.dtype, device))))
 
 
 if __name__ == "__main__":

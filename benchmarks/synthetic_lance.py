@@ -68,6 +68,10 @@ PRESETS = {
     "real": Preset(2048, 16, 2, 11008, 151936, (16, 24, 24), 36, 4096,
                    _VIT | {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
                            "out_hidden_size": 2048, "fullatt_block_indexes": [7, 15, 23, 31]}),
+    # A layer of real shapes with next to nothing around it: 0.7 GB.
+    "layer": Preset(2048, 16, 2, 11008, 704, (16, 24, 24), 1, 64,
+                    _VIT | {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+                            "out_hidden_size": 2048, "fullatt_block_indexes": [1]}),
     "tiny": Preset(128, 4, 2, 256, 704, (4, 6, 6), 4, 64,
                    _VIT | {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
                            "out_hidden_size": 128, "fullatt_block_indexes": [1]}),
@@ -78,7 +82,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = script.parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--preset", choices=PRESETS, default="real", help="real: the sizes of Lance_3B")
+    parser.add_argument("--preset", choices=PRESETS, default="real",
+                        help="real: the sizes of Lance_3B; layer: those of its layers, with little around them")
     parser.add_argument("--layers", type=int, help="decoder layers; default: the preset's")
     parser.add_argument("--video", action="store_true",
                         help="as Lance_3B_Video: the ViT in the checkpoint too, and its larger position table")
@@ -89,18 +94,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the script."""
     args = parse_args(argv)
-    preset = PRESETS[args.preset]
-    with whole_folder(args.out) as out:
-        model = out / "Lance_3B"
+    write(args.out, PRESETS[args.preset], args.layers, args.video, args.seed)
+    print(args.out)
+
+
+def write(out: Path, preset: Preset, layers: int | None = None, video: bool = False, seed: int = 0) -> None:
+    """Write the files above into the new folder `out`; the flags explain the arguments."""
+    with whole_folder(out) as folder:
+        model = folder / "Lance_3B"
         model.mkdir()
         write_tokenizer(model)
-        config = write_config(model, preset, args.layers or preset.layers)
+        config = write_config(model, preset, layers or preset.layers)
         vit = vit_tower(preset)
-        write_vit(out / "Qwen2.5-VL-ViT", preset, vit, args.seed)
-        write_vae(out / "Wan2.2_VAE.pth", args.seed)
-        write_model(model / "model.safetensors", config, preset, vit if args.video else None, args.seed)
-        write_stats(out / "stats.pt", model, config, args.seed)
-    print(args.out)
+        write_vit(folder / "Qwen2.5-VL-ViT", preset, vit, seed)
+        write_vae(folder / "Wan2.2_VAE.pth", seed)
+        write_model(model / "model.safetensors", config, preset, vit if video else None, seed)
+        write_stats(folder / "stats.pt", model, config, seed)
 
 
 def write_tokenizer(folder: Path) -> None:

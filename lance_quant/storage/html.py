@@ -17,11 +17,14 @@ _TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(_PACKAGE, encodin
 _TEMPLATES.filters["size"] = size_text
 
 
-def render(template: str, **values: object) -> str:
+def render(template: str | Path, **values: object) -> str:
     """A page.
 
     Args:
-        template: path of its template inside lance_quant, for example "evaluation/report.html.jinja".
+        template: path of its template inside lance_quant, for example "evaluation/report.html.jinja"; a Path is any
+            file's.
         values: what the template names; strings are escaped, a name that is not given is an error.
     """
+    if isinstance(template, Path):
+        return _TEMPLATES.from_string(template.read_text(encoding="utf-8")).render(values)
     return _TEMPLATES.get_template(template).render(values)
