@@ -104,7 +104,7 @@ def checks(device: torch.device, n_in: int, n_out: int) -> Iterator[Check | Left
     torch.manual_seed(0)
     for kernel in KERNEL_CHOICES:
         for form, codec in FORMATS.items():
-            q = _with_zero_row(random_weight(codec, n_out, n_in, device))
+            q = with_zero_row(random_weight(codec, n_out, n_in, device))
             for dtype in LIMITS:
                 yield from linear_checks(kernel, form, codec, q, dtype, device)
         for dtype in LIMITS:
@@ -171,7 +171,8 @@ def compared(what: str, kernel: str, form: str, dtype: torch.dtype, rows: int, w
     return Check(*about, relative_error(got, wanted), limit, paths)
 
 
-def _with_zero_row(q: PackedWeight) -> PackedWeight:
+def with_zero_row(q: PackedWeight) -> PackedWeight:
+    """The weight with codes that stand for 0 in the row ZERO_ROW."""
     if isinstance(q, Int4Weight):
         q.packed[ZERO_ROW], q.zero[ZERO_ROW] = 0x77, 7
     else:

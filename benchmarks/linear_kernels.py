@@ -9,12 +9,14 @@ Reads   nothing; weights are random
 Writes  nothing; a table on stderr, and the last line on stdout is the result as JSON: per cell the milliseconds of
         every contestant, and how many times faster ours is than each of the others. Contestants take turns within one
         run and the fastest turn of each counts, so that a busy machine slows all of them or none; every turn has
-        another copy of the weight, as many as it takes to leave the caches. On CUDA there are also, where they can
-        run: comfy_kitchen and tinygemm (INT4), nvfp4_w4a4 (NVFP4 on Blackwell; it computes something else)
+        another copy of the weight, as many as it takes to leave the caches. Also there, where they can run: the
+        kernels that are chosen by name (comfy_kitchen; native_w4a8 and nvfp4_w4a4 round activations, and compute
+        something else), and tinygemm (INT4 on CUDA)
 Needs   2 GB
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -35,6 +37,7 @@ from lance_quant.formats.nvfp4 import MAGNITUDES, Nvfp4, Nvfp4Weight
 from lance_quant.formats.weights import PackedWeight
 from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.kernels import comfy_kitchen, cpu, dispatch, nvfp4_w4a4, ops
+from lance_quant.kernels.choices import KERNEL_CHOICES
 
 FORMATS: dict[str, Codec] = {"int4": Int4(64), "nvfp4": Nvfp4(), "nvfp4_slim": Nvfp4(slim=True)}
 _COLD = 128 << 20  # bytes between two uses of a copy: four times the largest cache of one of our machines
@@ -123,21 +126,24 @@ def _contestants(cell: Cell, codec: Codec, dtype: torch.dtype, device: torch.dev
     yield "published", _calls(packed, lambda q: F.linear(x_own, published(q, dtype)))
     kernel = dispatch.choose("triton" if device.type == "cuda" else "auto", codec, cell.n_in, dtype, device)
     yield "ours", _calls(packed, lambda q: kernel.linear(x_own, q, codec, None))
-    if device.type == "cuda":
-        yield from _others(cell, codec, packed, x_own)
+    yield from _others(kernel.name, cell, codec, packed, x_own)
     if every_path:
         for name, function in _paths(device, codec, dtype).items():
             yield name, _calls(packed, lambda q, function=function: function(x_own, q))
 
 
-def _others(cell: Cell, codec: Codec, packed: list[PackedWeight],
+def _others(ours: str, cell: Cell, codec: Codec, packed: list[PackedWeight],
             x: Tensor) -> Iterator[tuple[str, Callable[[int], object]]]:
-    """What else computes such a layer on this GPU."""
-    fp4 = [nvfp4_w4a4.W4A4()] if nvfp4_w4a4.without_tensor_cores(x.device) is None else []
-    for kernel in (comfy_kitchen.ComfyKitchen(), *fp4):
-        if kernel.refusal(codec, cell.n_in, x.dtype, x.device) is None:
-            yield kernel.name, _calls(packed, lambda q, kernel=kernel: kernel.linear(x, q, codec, None))
-    if isinstance(codec, Int4) and x.dtype == torch.bfloat16 and cell.n_in % 128 == 0 and cell.n_out % 8 == 0:
+    """What else computes such a layer here: kernels that run by name, and tinygemm."""
+    for name in KERNEL_CHOICES:
+        simulated = name == "nvfp4_w4a4" and nvfp4_w4a4.without_tensor_cores(x.device) is not None
+        if name in ("auto", "reference", ours) or simulated:
+            continue
+        with contextlib.suppress(InputError):
+            kernel = dispatch.choose(name, codec, cell.n_in, x.dtype, x.device)
+            dispatch.require_values(name, packed[0], "the made-up weight")
+            yield name, _calls(packed, lambda q, kernel=kernel: kernel.linear(x, q, codec, None))
+    if x.is_cuda and isinstance(codec, Int4) and x.dtype == torch.bfloat16 and cell.n_in % 128 == cell.n_out % 8 == 0:
         repacked = [tinygemm_weight(q) for q in packed]
         multiply = torch.ops.aten._weight_int4pack_mm
         yield "tinygemm", _calls(repacked, lambda q: multiply(x, q[0], codec.group_size, q[1]))

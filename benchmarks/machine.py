@@ -283,11 +283,12 @@ def summary(result: dict[str, Any]) -> list[str]:
     """The report in a few sentences."""
     checked = [row for section in result["sections"].values() for row in section["rows"] if "ok" in row]
     out = [f"{sum(row['ok'] for row in checked)} of {len(checked)} checks of values are right."]
-    for row in result["sections"].get("linears", {}).get("rows", []):
-        if row["rows"] in (min(r["rows"] for r in result["sections"]["linears"]["rows"]),
-                           max(r["rows"] for r in result["sections"]["linears"]["rows"])):
+    timed = [row for section in result["sections"].values() for row in section["rows"] if "ours_is_faster_by" in row]
+    fewest, most = (choose((row["rows"] for row in timed), default=0) for choose in (min, max))
+    for row in timed:
+        if row["rows"] in (fewest, most):
             ratios = ", ".join(f"{value:.2f} x {name}" for name, value in row["ours_is_faster_by"].items())
-            out.append(f"{row['format']} linear {row['n_in']} to {row['n_out']}, {row['rows']} rows: {ratios}.")
+            out.append(f"{row['format']} linear {row['n_in']} to {row['n_out']}, {row['rows']} rows, speed: {ratios}.")
     for name, key in (("decoding", "speedup"), ("denoising", "times_baseline")):
         for row in result["sections"].get(name, {}).get("rows", []):
             out.append(f"{name}, {row['way']}: {row[key]:.2f} x "
