@@ -2,7 +2,7 @@
 
     storage      files on disk                       lance        the model: decoder, tokens, tasks, loader
     formats      what the bytes mean                 kernels      what computes packed linears
-    cpu          C and float32 products              inference    running a model over samples
+    cpu          C and float32 products              inference    running a model: Pipeline, tasks
     calibration  what is measured on a model         evaluation   how far a run is from its baseline
     methods      how weights are quantized           official     ByteDance's own source as a witness
 
@@ -10,7 +10,8 @@ The scripts at the root of the repository are thin over this package. From Pytho
 
     from lance_quant import Pipeline, quantize
 
-which, and all of __all__, comes from pipeline.py when it is first asked for: importing lance_quant imports no torch.
+which, and all of __all__, comes from inference/pipeline.py when it is first asked for: importing lance_quant imports no
+torch.
 """
 
 import importlib
@@ -23,7 +24,7 @@ __all__ = ["InputError", "Pipeline", "Progress", "Sampling", "Stopped", "quantiz
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.pipeline"), name)
+    return getattr(importlib.import_module(f"{__name__}.inference.pipeline"), name)
 
 
 def __dir__() -> list[str]:

@@ -23,10 +23,10 @@ from lance_nano.recognise import shows
 from lance_nano.scenes import Scene, Thing, render
 from lance_quant import InputError, Pipeline, Progress, Sampling, Stopped, quantize
 from lance_quant.inference import tasks
+from lance_quant.inference.pipeline import CAPTION_SYSTEMS, SamplingOptions
 from lance_quant.lance.generation import Sampling as Fields
 from lance_quant.lance.media.inputs import frames_of, picture_of
 from lance_quant.lance.media.video import read_video
-from lance_quant.pipeline import SamplingOptions
 
 ROOT = Path(__file__).parents[1]
 SRC, INPUTS = GOLDENS / "checkpoint" / "Lance_3B", GOLDENS / "inputs"
@@ -129,7 +129,7 @@ def test_answers_about_pictures_and_clips_are_the_official_ones(tiny, recorded, 
 def test_captions_take_pictures_and_clips(tiny):
     short = {"max_new_tokens": 3}
     assert tiny.caption(HOUSE, resolution="image_256res", **short) == tiny.ask(
-        HOUSE, "", system=lance_quant.pipeline.CAPTION_SYSTEMS[0].format("image"), resolution="image_256res", **short)
+        HOUSE, "", system=CAPTION_SYSTEMS[0].format("image"), resolution="image_256res", **short)
     frames = read_video(BALL)
     assert tiny.caption_video(frames, resolution="image_112res", **short) == tiny.caption_video(
         BALL, resolution="image_112res", **short)
@@ -360,7 +360,7 @@ def test_parts_that_a_task_needs_are_asked_for_by_name(tmp_path):
 
 def test_a_clip_is_saved_as_mp4_only(tmp_path):
     with pytest.raises(InputError, match="must end with .mp4"):
-        lance_quant.pipeline.Clip([Image.new("RGB", (16, 16))]).save(tmp_path / "clip.gif")
+        lance_quant.inference.pipeline.Clip([Image.new("RGB", (16, 16))]).save(tmp_path / "clip.gif")
 
 
 @pytest.mark.parametrize("arguments, message", [

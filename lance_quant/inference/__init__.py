@@ -1,1 +1,1 @@
-"""Running a loaded model over the samples of a task."""
+"""Running a model: Pipeline, the Python interface, and what the scripts run over the samples of a task."""
