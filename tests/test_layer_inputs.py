@@ -6,9 +6,10 @@ from safetensors.torch import load_file
 
 import awq_apply
 import nvfp4_apply
-from lance_quant.calibration import capture
+from lance_quant.calibration import capture, hidden_states
 from lance_quant.calibration import layer_inputs as layer_inputs_module
 from lance_quant.calibration.activation_stats import ActStats, merge
+from lance_quant.calibration.decoder_calls import batched
 from lance_quant.calibration.gradients import Gradients, inside, layer_around
 from lance_quant.calibration.layer_inputs import LayerInputs, Step, layer_inputs_of
 from lance_quant.errors import InputError
@@ -78,7 +79,7 @@ def test_steps_out_of_order_are_refused(captured, tmp_path):
 
 def test_every_token_counts_as_it_was_weighed(captured, monkeypatch):
     """Random counts, others for each linear, against the inputs that hooks see when the same calls are run."""
-    monkeypatch.setattr(layer_inputs_module, "_PIECE", 7)
+    monkeypatch.setattr(hidden_states, "PIECE", 7)
     generator, weights, seen, known = torch.Generator().manual_seed(0), weights_of(0), {}, {}
 
     def weigh(calls):
@@ -91,12 +92,13 @@ def test_every_token_counts_as_it_was_weighed(captured, monkeypatch):
 
     layer_inputs = weighed(captured, weigh)
     found = list(measured(layer_inputs, 0, weights))
-    layer = layer_around(layer_inputs._config, 0, weights)
+    config, *_ = capture.load_of(SRC, captures_in(captured))
+    layer = layer_around(config, 0, weights)
     for name in layout.linears(1):
         layer.get_submodule(inside(name, 0)).register_forward_pre_hook(
             lambda _, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, -2)))
     with torch.no_grad():
-        list(Gradients(layer_inputs._config, lambda _: weights, 0, {}, known["calls"], {}, CPU, 0).run(
+        list(Gradients(config, lambda _: weights, 0, {}, known["calls"], {}, CPU, 0).run(
             layer, [call.streams for call in known["calls"]]))
     for group, moments in found:
         for name, own in zip(group.linears, moments, strict=True):
@@ -111,11 +113,38 @@ def test_calls_that_run_together_see_the_same(captured, monkeypatch):
     for batch in (1, 4096):
         monkeypatch.setattr(layer_inputs_module, "BATCH", batch)
         layer_inputs = even_layer_inputs(captured)
-        seen[batch] = len(layer_inputs._exact), [found[0] for _, found in measured(layer_inputs, 0, weights)]
+        seen[batch] = len(list(layer_inputs.hidden())), [found[0] for _, found in measured(layer_inputs, 0, weights)]
     assert seen[4096][0] < 0.3 * seen[1][0]
     for one, many in zip(seen[1][1], seen[4096][1], strict=True):
         sums = [moments.gram + moments.held.t() @ moments.held for moments in (one, many)]  # held back are others
         torch.testing.assert_close(*sums, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("room", [0, 4 * 300 * 64, hidden_states.ROOM])
+def test_what_is_not_kept_is_made_again(captured, monkeypatch, room):
+    """No room, room for what attention makes of 300 tokens of 64 channels, room for all: the states are those of the
+    layers run as a whole, here of a model whose o_proj and down_proj change after they were measured."""
+    monkeypatch.setattr(hidden_states, "ROOM", room)
+    config, calls, _ = capture.load_of(SRC, captures_in(captured))
+    layer_inputs = LayerInputs(config, calls, CPU)
+    weights = weights_of(0)
+    changed = {name: w * 1.1 if "o_proj" in name or "down_proj" in name else w for name, w in weights.items()}
+    layer_inputs.begin_layer(0, weights)
+    for group in in_order(0):
+        if group.place == "mlp_in" and layer_inputs._step is Step.ATTENTION:
+            layer_inputs.pass_attention(changed)
+        layer_inputs.gram_stats(group, weights)
+    layer_inputs.end_layer(changed)
+    together = batched(calls, layer_inputs_module.BATCH)
+    with torch.no_grad():
+        gradients = Gradients(config, lambda _: weights, 0, {}, together, {}, CPU, 0)
+        wanted = [list(gradients.run(layer_around(config, 0, own), [call.streams for call in together]))
+                  for own in (weights, changed)]
+    for (exact, packed), *streams in zip(layer_inputs.hidden(), *wanted, strict=True):
+        for call, found in zip((exact, packed), streams, strict=True):
+            for expert, x in found.items():
+                torch.testing.assert_close(call.streams[expert], x.expand(call.streams[expert].shape), rtol=1e-5,
+                                           atol=1e-5)
 
 
 @pytest.mark.parametrize("script, flags", [(awq_apply, ["--group_size", "32"]), (nvfp4_apply, ["--slim"])],

@@ -16,34 +16,28 @@ A job takes these steps:
         end_layer(current)            behind it, `save` and `load` are allowed
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
 
 from lance_quant.calibration import token_weights
 from lance_quant.calibration.capture import load_of
 from lance_quant.calibration.decoder_calls import DecoderCall, batched
-from lance_quant.calibration.gradients import inside, layer_around
 from lance_quant.calibration.gram import GramAccumulator, GramStats
+from lance_quant.calibration.hidden_states import Fed, HiddenStates, Piece
 from lance_quant.calibration.token_weights import TokenWeights
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
-from lance_quant.formats.layout import SUFFIX, Expert
 from lance_quant.formats.weights import Weights
-from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
-from lance_quant.lance.mot import DecoderLayer, Streams
 from lance_quant.storage.atomic import whole_file
 from lance_quant.storage.tensor_file import Checkpoint, TensorFile, write_tensors
 
 BATCH = 4096  # tokens of calls that run as one
-_PIECE = 1024  # tokens that go through an MLP at once; the inputs of a real down_proj are 45 MB
-_NORMS = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm", "mlp_out": "post_attention_layernorm"}
 _STORED = "token_weights."  # in front of a linear's name, in a stored state
 
 
@@ -72,16 +66,13 @@ class LayerInputs:
     def __init__(self, config: LanceConfig, calls: Sequence[DecoderCall], device: torch.device,
                  facts: Sequence[dict[str, Any]] = (),
                  weigh: Callable[[Sequence[DecoderCall]], TokenWeights] | None = None):
-        self._config, self._device, self.facts = config, device, facts
-        self._exact = self._packed = batched(calls, BATCH)
+        self._device, self.facts = device, facts
+        together = batched(calls, BATCH)
+        self._exact, self._packed = (HiddenStates(config, together, device) for _ in range(2))
         self._weigh = weigh
         self._token_weights: TokenWeights | None = None
         self._step = Step.BETWEEN if weigh is None else Step.UNWEIGHED
         self._index, self._target = -1, Weights()  # of the layer in hand
-        self._capacity: dict[int, int] = {}  # of each cache row
-        for call in calls:
-            for row, length in zip(call.rows, call.lengths, strict=True):
-                self._capacity[row] = max(self._capacity.get(row, 0), length + call.length)
         self._measured: dict[str, list[GramStats]] = {}  # of the attention output's other expert
 
     def weigh_tokens(self) -> None:
@@ -89,7 +80,7 @@ class LayerInputs:
         layers. `load` brings what an earlier run measured instead; without `weigh` there is nothing to do."""
         if self._weigh is not None:
             self._require(Step.UNWEIGHED)
-            self._token_weights = self._weigh(self._exact)
+            self._token_weights = self._weigh(self._exact.calls)
             self._step = Step.BETWEEN
 
     def begin_layer(self, index: int, target: Weights) -> None:
@@ -110,7 +101,7 @@ class LayerInputs:
             One GramStats for each linear, the same one where tokens count the same.
         """
         self._require(Step.MLP if group.place.startswith("mlp") else Step.ATTENTION)
-        reached = {expert for call in self._exact for expert in call.streams}
+        reached = {expert for expert in layout.EXPERTS if self._exact.tokens_of(expert)}
         if group.expert not in reached:
             return None
         if group.name not in self._measured:
@@ -123,14 +114,14 @@ class LayerInputs:
     def pass_attention(self, current: Weights) -> None:
         """Go on to the MLPs: the states become those behind this layer's attention."""
         self._require(Step.ATTENTION)
-        self._go_on(self._past_attention, current)
+        self._go_on("attn_out", current)
         self._step = Step.MLP
 
     @torch.no_grad()
     def end_layer(self, current: Weights) -> None:
         """Go on to the next layer: this one's outputs become its inputs."""
         self._require(Step.MLP)
-        self._go_on(self._past_mlp, current)
+        self._go_on("mlp_out", current)
         self._target, self._step = Weights(), Step.BETWEEN
 
     def _require(self, step: Step) -> None:
@@ -138,97 +129,50 @@ class LayerInputs:
             raise RuntimeError(f"layer inputs are {self._step.value}, not {step.value}")
 
     def _measure(self, groups: Sequence[layout.Group], current: Weights) -> dict[str, list[GramStats]]:
-        target = self._target
         # What is packed so far shows in the inputs only behind the first packed linear of the model.
-        paired = any(a is not b for a, b in zip(self._exact, self._packed, strict=True)) \
-            or any(current[name] is not target[name] for name in target)
-        grams = {group.name: self._accumulators(group, paired, target) for group in groups}
-        exact, packed = self._inputs(groups, target, self._exact), self._inputs(groups, current, self._packed)
-        for (name, x, stream), (_, xq, stream_q) in zip(exact, packed, strict=True):
-            for accumulator in dict.fromkeys(grams[name]):
-                accumulator.add(xq, x, stream - stream_q)
+        paired = any(a is not b for a, b in zip(self._exact.calls, self._packed.calls, strict=True)) \
+            or any(current[name] is not self._target[name] for name in self._target)
+        grams = {group.expert: self._accumulators(group, paired) for group in groups}
+        for exact, packed in self._pieces(groups, current):
+            for accumulator in dict.fromkeys(grams[packed.expert]):
+                accumulator.add(packed.inputs, exact.inputs, exact.stream - packed.stream)
         done = {one: one.stats() for one in dict.fromkeys(one for own in grams.values() for one in own)}
-        return {name: [done[one] for one in own] for name, own in grams.items()}
+        return {group.name: [done[one] for one in grams[group.expert]] for group in groups}
 
-    def _accumulators(self, group: layout.Group, paired: bool, target: Weights) -> list[GramAccumulator]:
+    def _pieces(self, groups: Sequence[layout.Group], current: Weights) -> Iterator[tuple[Piece, Piece]]:
+        """What linears of one place read in the float and in the packed model. Where it leads to the next step, the
+        float model takes that, and the packed one keeps what it can."""
+        place = groups[0].place
+        if place == "attn_in" or place == "mlp_in":
+            yield from zip(self._exact.normed(groups[0], self._target), self._packed.normed(groups[0], current),
+                           strict=True)
+            return
+        fed, experts = cast(Fed, place), {group.expert for group in groups}
+        linears = {group.expert: self._target[f"{group.linears[0]}.weight"] for group in groups}
+        keeps = self._packed.room_for(experts, linears[groups[0].expert].shape[1])
+        for exact, packed in zip(self._exact.fed(fed, self._index, experts, self._target),
+                                 self._packed.fed(fed, self._index, experts, current), strict=True):
+            yield exact, packed
+            self._exact.pass_by(exact, linears[exact.expert])
+            if keeps:
+                self._packed.keep(packed)
+
+    def _accumulators(self, group: layout.Group, paired: bool) -> list[GramAccumulator]:
         """One for each linear; the same one where tokens count the same."""
-        weight = target[f"{group.linears[0]}.weight"]
+        weight = self._target[f"{group.linears[0]}.weight"]
         fed = weight if group.norm is None else None
         if self._token_weights is None:
             return [GramAccumulator(weight.shape[1], self._device, paired, fed)] * len(group.linears)
         return [GramAccumulator(weight.shape[1], self._device, paired, fed, self._token_weights[name])
                 for name in group.linears]
 
-    def _inputs(self, groups: Sequence[layout.Group], weights: Weights,
-                calls: Sequence[DecoderCall]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Group, its inputs [tokens, in] and the residual stream [tokens, hidden] beside them, piece by piece."""
-        layer, place = layer_around(self._config, groups[0].layer, weights), groups[0].place
-        if place == "attn_out":
-            yield from self._attention_outputs(groups, layer, calls)
-            return
-        (group,) = groups
-        norm, mlp = (getattr(layer, part + SUFFIX[group.expert]) for part in (_NORMS[place], "mlp"))
-        mlp.down_proj = nn.Identity()  # what is left of the MLP gives down_proj's inputs
-        for call in calls:
-            if group.expert in call.streams:
-                for stream in call.streams[group.expert].flatten(0, -2).split(_PIECE):
-                    stream = stream.to(self._device)
-                    yield group.name, norm(stream) if place.endswith("_in") else mlp(norm(stream)), stream
-
-    def _attention_outputs(self, groups: Sequence[layout.Group], layer: DecoderLayer,
-                           calls: Sequence[DecoderCall]) -> Iterator[tuple[str, Tensor, Tensor]]:
-        seen: dict[str, Tensor] = {}
-        for group in groups:
-            def observe(_: nn.Module, args: tuple[Tensor, ...], name: str = group.name) -> None:
-                seen[name] = args[0].flatten(0, -2)
-
-            layer.get_submodule(inside(group.linears[0], group.layer)).register_forward_pre_hook(observe)
-        for call, _ in zip(calls, self._after_attention(layer, calls), strict=True):
-            for group in groups:
-                if group.expert in call.streams:
-                    stream = call.streams[group.expert].to(self._device)
-                    yield group.name, seen.pop(group.name), stream.flatten(0, -2)
-
-    def _after_attention(self, layer: DecoderLayer, calls: Iterable[DecoderCall]) -> Iterator[Streams]:
-        """Each call's streams with what attention adds to them."""
-        for suffix in SUFFIX.values():
-            setattr(layer, f"mlp{suffix}", _Zero())
-        rows = {row: self._row(capacity) for row, capacity in self._capacity.items()}
-        for call in calls:
-            for row, length in zip(call.rows, call.lengths, strict=True):
-                rows[row].length = length
-            streams = {expert: x.to(self._device) for expert, x in call.streams.items()}
-            cos, sin = call.rope
-            yield layer(streams, (cos.to(self._device), sin.to(self._device)), [rows[row] for row in call.rows], 0,
-                        call.causal)
-
-    def _row(self, capacity: int) -> CacheRow:
-        return CacheRow(*torch.empty(2, 1, self._config.num_key_value_heads, capacity, self._config.head_dim,
-                                     device=self._device))
-
-    def _go_on(self, step: Callable[[DecoderLayer, Sequence[DecoderCall]], list[DecoderCall]],
-               current: Weights) -> None:
-        """Replace the states of both models."""
-        self._exact, self._packed = (
-            step(layer_around(self._config, self._index, weights), calls)
-            for weights, calls in ((self._target, self._exact), (current, self._packed)))
-
-    def _past_attention(self, layer: DecoderLayer, calls: Sequence[DecoderCall]) -> list[DecoderCall]:
-        return [replace(call, streams={expert: x.cpu() for expert, x in streams.items()})
-                for call, streams in zip(calls, self._after_attention(layer, calls), strict=True)]
-
-    def _past_mlp(self, layer: DecoderLayer, calls: Sequence[DecoderCall]) -> list[DecoderCall]:
-        return [replace(call, streams={expert: self._fed(layer, expert, x) for expert, x in call.streams.items()})
-                for call in calls]
-
-    def _fed(self, layer: DecoderLayer, expert: Expert, streams: Tensor) -> Tensor:
-        norm, mlp = (getattr(layer, part + SUFFIX[expert]) for part in (_NORMS["mlp_in"], "mlp"))
-        pieces = (x.to(self._device) for x in streams.flatten(0, -2).split(_PIECE))
-        return torch.cat([(x + mlp(norm(x))).cpu() for x in pieces]).view(streams.shape)
+    def _go_on(self, place: Fed, current: Weights) -> None:
+        self._exact.go_on(place, self._index, self._target)
+        self._packed.go_on(place, self._index, current)
 
     def hidden(self) -> Iterator[tuple[DecoderCall, DecoderCall]]:
         """The calls as they stand, in the float model and in the packed one: after the last layer, its outputs."""
-        return zip(self._exact, self._packed, strict=True)
+        return zip(self._exact.calls, self._packed.calls, strict=True)
 
     def save(self, path: Path) -> None:
         """Store the hidden states of both models and the token weights, so that another run can go on from here."""
@@ -254,7 +198,7 @@ class LayerInputs:
                     or bool(kept) != (self._weigh is not None):
                 raise InputError(f"{path} was left by another version of lance-quant: delete {path.parent} and start "
                                  "again")
-            self._exact, self._packed = (
+            self._exact.calls, self._packed.calls = (
                 [replace(call, streams={expert: file.read(f"{which}.{index}.{expert}") for expert in call.streams})
                  for index, call in enumerate(calls)]
                 for which, calls in self._states())
@@ -262,14 +206,7 @@ class LayerInputs:
         self._step = Step.BETWEEN
 
     def _states(self) -> list[tuple[str, list[DecoderCall]]]:
-        return [("exact", self._exact), ("packed", self._packed)]
-
-
-class _Zero(nn.Module):
-    """An MLP that adds nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
+        return [("exact", self._exact.calls), ("packed", self._packed.calls)]
 
 
 def layer_inputs_of(src: Path, paths: Sequence[Path], device: torch.device) -> LayerInputs:
