@@ -6,7 +6,7 @@ Pictures are ComfyUI's IMAGE: float32 [n, height, width, 3] in 0..1 on the CPU. 
 import functools
 import platform
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from . import host, models, toolkit
 from .handle import LanceModel, Spec, handle_of
@@ -14,10 +14,13 @@ from .table import MAX_SEED
 from .toolkit import PackError
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from PIL import Image
     from torch import Tensor
 
     from lance_quant.lance.generation import Denoiser, Sampling
+    from lance_quant.lance.settings import Renorm, Solver
     from lance_quant.lance.understanding import TokenSampling
 
 _NANO_SIDE = 112  # lance-nano's native pictures
@@ -92,12 +95,20 @@ def frees(run: Callable) -> Callable:
     return freeing
 
 
+class Extra(TypedDict, total=False):
+    """Widgets of the sampler that prompts of earlier versions do not have; absent, they change nothing."""
+
+    solver: "Solver"
+    reuse: float
+    cfg_renorm: "Renorm"
+
+
 @frees
 def text_to_image(model: LanceModel, prompt: str, size: str, width: int, height: int, batch: int, steps: int,
                   cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
-                  low_memory: bool) -> tuple["Tensor"]:
+                  low_memory: bool, **extra: "Unpack[Extra]") -> tuple["Tensor"]:
     """Lance Text to Image."""
-    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory)
+    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory, **extra)
     wide, high = _size(model, size, width, height, "image")
     with model.ready("model") as pipeline:
         denoiser = pipeline.denoiser(_text(prompt, "prompt"), high, wide, sampling)
@@ -108,10 +119,10 @@ def text_to_image(model: LanceModel, prompt: str, size: str, width: int, height:
 @frees
 def text_to_video(model: LanceModel, prompt: str, size: str, width: int, height: int, frames: int, fps: int, steps: int,
                   cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
-                  low_memory: bool) -> tuple[Any, "Tensor"]:
+                  low_memory: bool, **extra: "Unpack[Extra]") -> tuple[Any, "Tensor"]:
     """Lance Text to Video."""
     _require_video(model, "Text to Video")
-    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory)
+    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory, **extra)
     wide, high = _size(model, size, width, height, "video")
     with model.ready("model") as pipeline:
         denoiser = pipeline.denoiser(_text(prompt, "prompt"), high, wide, sampling, frames)
@@ -122,10 +133,10 @@ def text_to_video(model: LanceModel, prompt: str, size: str, width: int, height:
 @frees
 def image_to_video(model: LanceModel, image: "Tensor", prompt: str, resolution: str, frames: int, fps: int, steps: int,
                    cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
-                   low_memory: bool) -> tuple[Any, "Tensor"]:
+                   low_memory: bool, **extra: "Unpack[Extra]") -> tuple[Any, "Tensor"]:
     """Lance Image to Video."""
     _require_video(model, "Image to Video")
-    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory)
+    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory, **extra)
     preset = _preset(model, resolution, "video")
     with model.ready("vae", "model", pixels=_pixels(preset)) as pipeline:
         denoiser = pipeline.animator(_text(prompt, "prompt"), _pictures(image)[0], preset, frames, sampling)
@@ -135,9 +146,10 @@ def image_to_video(model: LanceModel, image: "Tensor", prompt: str, resolution: 
 
 @frees
 def image_edit(model: LanceModel, image: "Tensor", instruction: str, resolution: str, steps: int, cfg: float, seed: int,
-               timestep_shift: float, cfg_start: float, cfg_end: float, low_memory: bool) -> tuple["Tensor"]:
+               timestep_shift: float, cfg_start: float, cfg_end: float, low_memory: bool,
+               **extra: "Unpack[Extra]") -> tuple["Tensor"]:
     """Lance Image Edit."""
-    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory)
+    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory, **extra)
     preset, pictures = _preset(model, resolution, "image"), _pictures(image)
     latents, progress = [], host.Progress(steps * len(pictures))
     for picture in pictures:
@@ -150,10 +162,11 @@ def image_edit(model: LanceModel, image: "Tensor", instruction: str, resolution:
 @frees
 def video_edit(model: LanceModel, instruction: str, source_fps: float, max_frames: int, resolution: str, fps: int,
                steps: int, cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
-               low_memory: bool, video: Any = None, frames: "Tensor | None" = None) -> tuple[Any, "Tensor"]:
+               low_memory: bool, video: Any = None, frames: "Tensor | None" = None,
+               **extra: "Unpack[Extra]") -> tuple[Any, "Tensor"]:
     """Lance Video Edit."""
     _require_video(model, "Video Edit")
-    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory)
+    sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory, **extra)
     watched, audio = _watched(video, frames, source_fps, max_frames)
     preset = _preset(model, resolution, "video")
     with model.ready("vit", "vae", "model", pixels=_pixels(preset)) as pipeline:
@@ -242,12 +255,12 @@ def _automatic() -> str:
     return f"{choice.found.label}; {choice.reason}"
 
 
-def _sampling(steps: int, cfg: float, timestep_shift: float, cfg_start: float, cfg_end: float,
-              low_memory: bool) -> "Sampling":
+def _sampling(steps: int, cfg: float, timestep_shift: float, cfg_start: float, cfg_end: float, low_memory: bool,
+              **extra: "Unpack[Extra]") -> "Sampling":
     from lance_quant.lance.generation import Sampling
 
     return Sampling(num_timesteps=steps, timestep_shift=timestep_shift, cfg_scale=cfg,
-                    batch_guidance=not low_memory, cfg_low=cfg_start, cfg_high=cfg_end)
+                    batch_guidance=not low_memory, cfg_low=cfg_start, cfg_high=cfg_end, **extra)
 
 
 def _size(model: LanceModel, size: str, width: int, height: int, kind: str) -> tuple[int, int]:

@@ -111,6 +111,14 @@ _ADVANCED = (
     _number("cfg_end", "Guidance is off above this time.", 1.0, 0, 1, 0.01, advanced=True),
     Input("low_memory", "BOOLEAN", "Run both passes of guidance one after the other: less memory, same result.", False,
           advanced=True),
+    Input("solver", "COMBO", "euler is the official one. ab2, second-order Adams-Bashforth, is closer to the exact "
+          "result at the same cost.", "euler", choices=("euler", "ab2"), advanced=True, optional=True),
+    Input("reuse", "FLOAT", "How long a step's velocity may serve the next ones. 0: the official way, every step is "
+          "computed. 0.1: less than half of the passes, and the picture changes a little.", 0.0, 0, 0.3, 0.01,
+          advanced=True, optional=True),
+    Input("cfg_renorm", "COMBO", "How a velocity that guidance made longer is scaled back: over the whole picture, "
+          "cell by cell, or not at all.", "global", choices=("global", "channel", "none"), advanced=True,
+          optional=True),
 )
 _CLIP_LENGTH = (
     _integer("frames", "Length of the clip; one more than a multiple of 4. Lance was trained at 12 a second.", 49,

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 PACK = ROOT / "comfyui"
 CLASSES, TITLES = classes.mappings()
 ANSWER = "max_new_tokens temperature top_p seed"
-SAMPLING = "steps cfg seed timestep_shift cfg_start cfg_end low_memory"
+SAMPLING = "steps cfg seed timestep_shift cfg_start cfg_end low_memory solver reuse cfg_renorm"
 # Saved workflows hold these names, and widget values in this order: only ever add at an end.
 FROZEN = {
     "LanceKitModelLoader": "flavor precision checkpoint device mode keep_loaded offload vae_tiling kernel",
@@ -175,10 +175,11 @@ def test_inputs_are_declared_as_comfyui_expects(node, comfy):
 @by_id
 def test_functions_take_exactly_their_inputs(node):
     run = getattr(CLASSES[node.id], CLASSES[node.id].FUNCTION)
-    parameters = inspect.signature(run).parameters
-    assert set(parameters) == {entry.name for entry in node.inputs}
+    parameters = dict(inspect.signature(run).parameters)
+    extra = set(nodes.Extra.__annotations__) if parameters.pop("extra", None) else set()
+    assert set(parameters) | extra == {entry.name for entry in node.inputs}
     optional = {name for name, parameter in parameters.items() if parameter.default is not inspect.Parameter.empty}
-    assert optional == {entry.name for entry in node.inputs if entry.optional}
+    assert optional | extra == {entry.name for entry in node.inputs if entry.optional}
 
 
 @by_id
@@ -382,8 +383,9 @@ def test_every_sampling_widget_reaches_the_sampler(tiny):
     plain = draw(tiny)
     torch.testing.assert_close(plain, draw(tiny), rtol=0, atol=0)
     for changed in ({"seed": 43}, {"cfg": 9.0}, {"steps": 5}, {"timestep_shift": 1.0}, {"cfg_start": 0.95},
-                    {"cfg_end": 0.9}, {"prompt": "a digit 7"}):
+                    {"cfg_end": 0.9}, {"prompt": "a digit 7"}, {"steps": 8, "solver": "ab2"}, {"cfg_renorm": "none"}):
         assert not torch.equal(plain, draw(tiny, **changed)), changed
+    assert not torch.equal(draw(tiny, steps=8), draw(tiny, steps=8, reuse=0.3))
     torch.testing.assert_close(plain, draw(tiny, low_memory=True), rtol=0, atol=2 / 255)
 
 

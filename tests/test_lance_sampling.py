@@ -1,18 +1,20 @@
 """What the official scripts do not offer, off by default: drawn answers, other guidance and solvers, streaming."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import GOLDENS, relative
 
 import run_baseline
-from benchmarks import solvers
+from benchmarks import reuse, solvers
 from lance_quant.cli import task_arguments
 from lance_quant.errors import InputError
+from lance_quant.inference.tasks import draw_all
 from lance_quant.lance import generation
 from lance_quant.lance.generation import Sampling
-from lance_quant.lance.settings import TokenSampling
+from lance_quant.lance.settings import Settings, TokenSampling
 from lance_quant.lance.tokens import TextStream
 from lance_quant.lance.understanding import chances, pick_token
 
@@ -105,9 +107,83 @@ def test_adams_bashforth_begins_with_euler_and_restarts_where_guidance_is_switch
     times = torch.tensor([0.9, 0.5, 0.3, 0.0])
     steps = [generation.Step(k, times[k].item(), torch.zeros(1, 48), torch.full((1, 48), float(k))) for k in range(3)]
     sampling = Sampling(solver="ab2")
-    assert generation._slope(steps[2], steps[1], times, sampling)[0, 0] == 2
+    assert generation._slope(2, steps[1:], times, sampling)[0, 0] == 2
     # 0.2 / (2 * 0.4) of the way from 0 to 1, beyond 1
-    assert generation._slope(steps[1], steps[0], times, sampling)[0, 0] == pytest.approx(1.25)
+    assert generation._slope(1, steps[:2], times, sampling)[0, 0] == pytest.approx(1.25)
+
+
+class Counted(Decay):
+    """A denoiser whose velocity is `slope` (t - 1) + 1, whatever x is, and that counts its calls."""
+
+    def __init__(self, sampling, slope=0.0):
+        super().__init__(sampling)
+        self.slope, self.calls = slope, []
+
+    def velocity(self, x, t):
+        self.calls.append(t)
+        return torch.full_like(x, self.slope * (t - 1) + 1)
+
+
+def test_every_step_is_computed_unless_velocities_may_serve_longer():
+    assert generation.computed_steps(Sampling()) == frozenset(range(30))
+    assert len(generation.computed_steps(Sampling(reuse=1e-9))) == 30
+
+
+@pytest.mark.parametrize("sampling", [Sampling(reuse=0.12), Sampling(reuse=1.0), Sampling(reuse=1.0, solver="ab2"),
+                                      Sampling(reuse=0.2, num_timesteps=12, timestep_shift=1.0)])
+def test_the_first_and_last_three_steps_and_the_one_behind_a_switch_of_guidance_are_computed(sampling):
+    computed, times = generation.computed_steps(sampling), generation.timesteps(sampling).tolist()
+    last = sampling.num_timesteps - 1
+    switch = next(number for number, t in enumerate(times) if not sampling.guided(t))
+    assert {0, 1, 2, switch, last - 2, last - 1, last} <= computed
+    assert len(computed) < sampling.num_timesteps
+    denoiser = Counted(sampling)
+    steps = []
+    generation.sample(denoiser, torch.ones(1, 48), steps.append)
+    assert [step.number for step in steps if step.computed] == sorted(computed)
+    assert len(steps) == sampling.num_timesteps and denoiser.calls == [times[number] for number in sorted(computed)]
+
+
+def test_no_velocity_serves_longer_than_it_may():
+    times = generation.timesteps(Sampling()).tolist()
+    for span in (0.05, 0.12, 0.3):
+        computed = sorted(generation.computed_steps(Sampling(reuse=span)))
+        for number, later in zip(computed, [*computed[1:], 30], strict=True):
+            assert later == number + 1 or times[number] - times[later] <= span
+
+
+@pytest.mark.parametrize("slope", [0.0, 2.0])
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_a_velocity_that_is_a_line_in_t_is_used_again_without_error(solver, slope):
+    """float64, some 1e-16 a step; no guidance, which a line would have to stop at."""
+    every, some = (Counted(Sampling(solver=solver, reuse=reuse, cfg_scale=1.0), slope) for reuse in (0.0, 0.2))
+    noise = torch.ones(1, 48, dtype=torch.float64)
+    torch.testing.assert_close(generation.sample(some, noise), generation.sample(every, noise), rtol=1e-6, atol=1e-6)
+    assert len(some.calls) < 16 and len(every.calls) == 30
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 6, 7])
+def test_few_steps_leave_nothing_to_save_up_to_six(steps):
+    count = len(generation.computed_steps(Sampling(num_timesteps=steps, reuse=1.0, cfg_scale=1.0)))
+    assert count == min(steps, 6)
+
+
+@pytest.mark.parametrize("task", ["t2i", "t2v", "i2v", "image_edit", "video_edit"])
+def test_every_generation_task_uses_velocities_again(pipeline, recorded, task):
+    """Guided steps only, so that a picture of 8 steps computes 7. The eighth moves x by an eighth of a velocity about
+    as long as x: leaving it out would err by 0.12, the line through the velocities before it by a tenth of that."""
+    sampling = Sampling(num_timesteps=8, timestep_shift=1.0, cfg_low=0.0)
+    settings = Settings(task, "image_112res" if task == "image_edit" else "video_192p", 48, 64, 5, sampling=sampling)
+    sample = recorded(task).sample
+    official = next(draw_all(pipeline, [sample], settings, keep_trace=True))
+    reused = next(draw_all(pipeline, [sample], replace(settings, sampling=replace(sampling, reuse=0.25)), True))
+    assert len(official.steps) == 8 and [step.number for step in reused.steps] == [0, 1, 2, 4, 5, 6, 7]
+    assert 0 < relative(reused.latent, official.latent) < 0.0125
+
+
+def test_reuse_stands_in_run_json_only_where_it_is_on():
+    assert "reuse" not in Settings("t2i").as_json()
+    assert Settings("t2i", sampling=Sampling(reuse=0.12)).as_json()["reuse"] == 0.12
 
 
 @pytest.mark.parametrize("renorm", ["global", "channel", "none"])
@@ -142,6 +218,9 @@ X2T = ["--task", "x2t_image", "--model_path", str(GOLDENS / "checkpoint/Lance_3B
     (["--temperature", "-1"], "temperature -1.0 must be at least 0"),
     (["--top_p", "0"], "top_p 0.0 must be above 0 and at most 1"),
     (["--top_p", "1.5"], "top_p 1.5 must be at least 0 and at most 1"),
+    (["--reuse", "-0.1"], "reuse -0.1 must be at least 0 and at most 1"),
+    (["--reuse", "nan"], "reuse nan must be at least 0 and at most 1"),
+    (["--reuse", "2"], "reuse 2.0 must be at least 0 and at most 1"),
     (["--cfg_interval", "0.9", "0.4"], "cfg_interval 0.9 0.4 must be two numbers from 0 to 1"),
 ])
 def test_impossible_values_are_refused(flags, message):
@@ -174,3 +253,15 @@ def test_the_solver_benchmark_prints_a_table_and_a_result(capsys):
     found = json.loads(last)["relative_error"]
     assert row.split()[0] == "2" and found["euler"][1] == 0  # the reference itself
     assert found["euler"][0] == found["ab2"][0] > 0
+
+
+def test_the_reuse_benchmark_counts_passes_and_prints_a_table_and_a_result(capsys, monkeypatch):
+    monkeypatch.setattr(reuse, "SAMPLERS", {name: reuse.SAMPLERS[name] for name in ("Euler 30, official",
+                                                                                    "Euler 30, reuse 0.12")})
+    reuse.main(["--captions", "1", "--reference", "8"])
+    *_, result = capsys.readouterr().out.strip().splitlines()
+    official, saved = json.loads(result)["samplers"].values()
+    assert (official["passes"], saved["passes"]) == (56, 20)  # 26 guided steps of 30, twice each
+    assert official["official"] == 0 < saved["official"] < official["exact"]
+    with pytest.raises(InputError, match="--captions 0: at least one is needed"):
+        reuse.main(["--captions", "0"])

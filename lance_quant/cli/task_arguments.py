@@ -84,6 +84,9 @@ def _add_sampling(to: argparse.ArgumentParser) -> None:
                     help="how a guided velocity is scaled back to the conditional one's length")
     to.add_argument("--solver", choices=["euler", "ab2"], default=_DEFAULTS["solver"],
                     help="ab2: second-order Adams-Bashforth, at the same cost per step (benchmarks/solvers.py)")
+    to.add_argument("--reuse", type=float, default=_DEFAULTS["reuse"], metavar="SPAN",
+                    help="let a velocity serve for so long in t, 0.1 for less than half of the passes, the first and "
+                         "last three steps aside; 0 computes every step's (docs/experiments.md)")
     to.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer")
     to.add_argument("--temperature", type=float, default=GREEDY.temperature,
                     help="draw answers with this temperature; 0 takes the likeliest token")
@@ -119,7 +122,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     low, high = args.cfg_interval
     sampling = Sampling(num_timesteps=args.num_timesteps, timestep_shift=args.validation_timestep_shift,
                         cfg_scale=args.cfg_scale, batch_guidance=not args.sequential_guidance, cfg_low=low,
-                        cfg_high=high, cfg_renorm=args.cfg_renorm, solver=args.solver)
+                        cfg_high=high, cfg_renorm=args.cfg_renorm, solver=args.solver, reuse=args.reuse)
     if args.limit is not None:
         require_whole("limit", args.limit, 1)
     num_frames = Settings.num_frames if args.num_frames is None else args.num_frames
@@ -133,7 +136,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 # Flags that say nothing to tasks which make text, and to tasks which make pictures or clips.
 _DRAWING = {"num_timesteps": "num_timesteps", "validation_timestep_shift": "timestep_shift", "cfg_scale": "cfg_scale",
-            "cfg_renorm": "cfg_renorm", "solver": "solver"}
+            "cfg_renorm": "cfg_renorm", "solver": "solver", "reuse": "reuse"}
 
 
 def _warn_of_idle_flags(args: argparse.Namespace) -> None:

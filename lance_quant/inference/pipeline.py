@@ -70,6 +70,7 @@ class SamplingOptions(TypedDict, total=False):
     cfg_high: float
     cfg_renorm: Renorm
     solver: Solver
+    reuse: float
 
 
 class Clip(list[Image.Image]):

@@ -36,7 +36,7 @@ class Answered(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """One finished generation request: latents [frames, rows, columns, 48] and, where asked for, all steps."""
+    """One finished generation request: latents [frames, rows, columns, 48] and, where asked for, the computed steps."""
 
     prompt: Prompt
     latent: Tensor
@@ -124,7 +124,10 @@ def require_parts(task: str, paths: LancePaths, decodes: bool = True) -> None:
 
 def draw_all(runtime: Runtime, prompts: Sequence[Prompt], settings: Settings,
              keep_trace: bool = False) -> Iterator[Drawn]:
-    """Sample latents for every prompt, all from the same noise as officially; `keep_trace` keeps every step."""
+    """Sample latents for every prompt, all from the same noise as officially.
+
+    keep_trace: keep every step whose velocity was computed.
+    """
     for prompt in progress(prompts, desc="draw", unit=settings.spec.makes):
         denoiser = denoiser_of(runtime, prompt, settings)
         steps: list[Step] = []
@@ -132,7 +135,7 @@ def draw_all(runtime: Runtime, prompts: Sequence[Prompt], settings: Settings,
 
             def on_step(step: Step, bar: Any = bar, steps: list[Step] = steps) -> None:
                 bar.update()
-                if keep_trace:
+                if keep_trace and step.computed:
                     steps.append(step._replace(x=step.x.cpu(), velocity=step.velocity.cpu()))
 
             latent = runtime.sample(denoiser, settings.seed, on_step)

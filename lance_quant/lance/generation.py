@@ -5,7 +5,8 @@ The language model is the denoiser: it says the velocity of latents x_t [cells, 
 
 The prompt, and for an edit its source, are read once into the cache. Each step sends <|vision_start|>, the latent
 tokens and <|vision_end|> through the model, conditionally and, while guidance is on, unconditionally (without the
-prompt), and moves x_t along the guided velocity, which points from data to noise.
+prompt), and moves x_t along the guided velocity, which points from data to noise. A velocity may serve several steps
+(`computed_steps`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,18 +36,21 @@ class Given(NamedTuple):
 
 
 TEXT_ONLY = Given()
+ALWAYS_COMPUTED = 3  # first, and last, steps
 
 
 class Step(NamedTuple):
     """One denoising step: its number, the timestep, x_t [n, 48] that entered, and the guided velocity [n, 48].
 
     The velocity is 0 where a frame is given.
+    computed: False where it is that of an earlier step, used again.
     """
 
     number: int
     t: float
     x: Tensor
     velocity: Tensor
+    computed: bool = True
 
 
 def timesteps(sampling: Sampling) -> Tensor:
@@ -54,6 +58,24 @@ def timesteps(sampling: Sampling) -> Tensor:
     that more steps are taken near the noise (SD3's resolution shift, arXiv:2403.03206)."""
     u = torch.linspace(1, 0, sampling.num_timesteps + 1)
     return sampling.timestep_shift * u / (1 + (sampling.timestep_shift - 1) * u)
+
+
+def computed_steps(sampling: Sampling) -> frozenset[int]:
+    """The numbers of the steps whose velocities are computed; the others use earlier ones (`_slope`).
+
+    Along a straight flow the velocity hardly changes, so one may serve until t is `Sampling.reuse` away from where it
+    was computed. Steps near the noise are short, and most are guided, so that is where passes are saved. Always
+    computed are the first steps, which lay out the picture, the last ones, which a shift of the schedule makes the
+    longest, and the first one behind a switch of guidance, where the velocity becomes another function.
+    """
+    times = timesteps(sampling).tolist()
+    found: list[int] = []
+    for number in range(sampling.num_timesteps):
+        outer = not ALWAYS_COMPUTED <= number < sampling.num_timesteps - ALWAYS_COMPUTED
+        if outer or times[found[-1]] - times[number + 1] > sampling.reuse \
+                or sampling.guided(times[found[-1]]) != sampling.guided(times[number]):
+            found.append(number)
+    return frozenset(found)
 
 
 def initial_noise(cells: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -190,26 +212,35 @@ def sample(denoiser: Denoiser, noise: Tensor, on_step: Callable[[Step], None] | 
     device no step waits for another.
 
     Args:
-        on_step: called after every velocity; an exception that it raises ends the request.
+        on_step: called in every step, before x_t moves; an exception that it raises ends the request.
     """
-    sampling, x, last = denoiser.sampling, noise, None
-    times = timesteps(sampling)
-    for index in range(sampling.num_timesteps):
-        step = Step(index, times[index].item(), x, denoiser.velocity(x, times[index].item()).to(x.device))
+    sampling, x = denoiser.sampling, noise
+    times, computed = timesteps(sampling), computed_steps(sampling)
+    known: list[Step] = []  # the last two steps whose velocities were computed
+    for number in range(sampling.num_timesteps):
+        t = times[number].item()
+        if number in computed:
+            step = Step(number, t, x, denoiser.velocity(x, t).to(x.device))
+            known = [*known[-1:], step]
+        else:
+            step = known[-1]._replace(number=number, t=t, x=x, computed=False)
         if on_step is not None:
             on_step(step)
-        x = x - _slope(step, last, times, sampling) * (times[index] - times[index + 1])
-        last = step
+        x = x - _slope(number, known, times, sampling) * (times[number] - times[number + 1])
     return x.reshape(*denoiser.grid, LATENT_CHANNELS)
 
 
-def _slope(step: Step, last: Step | None, times: Tensor, sampling: Sampling) -> Tensor:
-    """The velocity that stands for a whole step.
+def _slope(number: int, known: Sequence[Step], times: Tensor, sampling: Sampling) -> Tensor:
+    """The velocity [n, 48] that stands for a whole step.
 
-    Euler takes the one at its start. Second-order Adams-Bashforth extends the line through it and the last one to the
-    step's middle; where guidance was switched between the two, they lie on no common line, and Euler's is taken.
+    Euler's is that of the step's start, second-order Adams-Bashforth's that of its middle, on the line through the last
+    two velocities that were computed. Where guidance was switched between the two, they lie on no common line, and the
+    last one is taken as it is.
     """
-    if sampling.solver == "euler" or last is None or sampling.guided(step.t) != sampling.guided(last.t):
-        return step.velocity
-    ahead = (times[step.number] - times[step.number + 1]) / (2 * (times[last.number] - times[step.number]))
-    return step.velocity + ahead * (step.velocity - last.velocity)
+    last, before = known[-1], known[0]
+    own = number == last.number
+    if last is before or sampling.guided(last.t) != sampling.guided(before.t) or (own and sampling.solver == "euler"):
+        return last.velocity
+    ends = times[number] + (times[number] if sampling.solver == "euler" else times[number + 1])
+    ahead = (2 * times[last.number] - ends) / (2 * (times[before.number] - times[last.number]))
+    return last.velocity + ahead * (last.velocity - before.velocity)

@@ -62,6 +62,7 @@ class Sampling:
     cfg_renorm: how a velocity that guidance made longer than the conditional one is scaled back: by the norm over the
         whole target ("global"), by that of each cell ("channel"), or not at all ("none").
     solver: "euler", or "ab2", Adams and Bashforth's second order, which costs nothing more per step.
+    reuse: how far in t a velocity may serve (generation.computed_steps); 0, the official way, computes every step's.
 
     Raises:
         InputError: a value is out of range, no number, or none of the names.
@@ -75,6 +76,7 @@ class Sampling:
     cfg_high: float = 1.0
     cfg_renorm: Renorm = "global"
     solver: Solver = "euler"
+    reuse: float = 0.0
 
     def __post_init__(self) -> None:
         require_whole("num_timesteps", self.num_timesteps, 1)
@@ -85,6 +87,7 @@ class Sampling:
             raise InputError(f"cfg_interval {low:g} {high:g} must be two numbers from 0 to 1, the lower first")
         require_one_of("cfg_renorm", self.cfg_renorm, get_args(Renorm))
         require_one_of("solver", self.solver, get_args(Solver))
+        require_real("reuse", self.reuse, 0, 1)
 
     def guided(self, t: float) -> bool:
         """Whether the unconditional pass runs at timestep t."""
@@ -174,6 +177,8 @@ class Settings:
         sampling = asdict(self.sampling)
         first = {name: sampling.pop(name) for name in ("num_timesteps", "timestep_shift", "cfg_scale")}
         del sampling["batch_guidance"]
+        if not self.sampling.reuse:  # as in folders that were written before there was reuse
+            del sampling["reuse"]
         return given | first | {"seed": self.seed} | sampling
 
 

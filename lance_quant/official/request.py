@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # the flags alone must stay light: --help shows them
 
 ENV_PYTHON = "LANCE_OFFICIAL_PYTHON"
 # Flags of ours without a counterpart there, and their values that change nothing.
-_OURS_ONLY = {"fix_quirks": False, "solver": "euler", "temperature": 0.0, "top_p": 1.0, "stream": False,
+_OURS_ONLY = {"fix_quirks": False, "solver": "euler", "reuse": 0.0, "temperature": 0.0, "top_p": 1.0, "stream": False,
               "compile": False, "offload": "none", "vae_tiling": False, "sequential_guidance": False}
 
 
