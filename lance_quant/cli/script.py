@@ -44,6 +44,11 @@ def _complain(message: str) -> int:
     return 2
 
 
+def result(text: object) -> None:
+    """A line of what was asked for, on stdout."""
+    print(text, file=sys.stdout)
+
+
 def show(text: str) -> None:
     """Text on the terminal while it comes, as `--stream` asks for; on stderr, since stdout carries results only."""
     print(text, end="", file=sys.stderr, flush=True)

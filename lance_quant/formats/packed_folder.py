@@ -208,6 +208,7 @@ class PackedWriter:
     tensors: TensorFileWriter
     meta: dict[str, Any]
     texts: dict[str, str] = field(default_factory=dict)  # further files by name
+    copies: dict[str, Path] = field(default_factory=dict)  # files to copy, by name
 
 
 @contextmanager
@@ -235,6 +236,8 @@ def new_folder(path: Path, codec: Codec, specs: Mapping[str, TensorSpec],
             yield writer
         for name, text in writer.texts.items():
             (folder / name).write_text(text, encoding="utf-8")
+        for name, file in writer.copies.items():
+            shutil.copyfile(file, folder / name)
         atomic.write_json(folder / codec.meta_file, writer.meta)
     if work is not None:
         work.publish(path)

@@ -6,6 +6,7 @@ latent cell, table of 31 x 64 x 64 latent positions) is part of the model and co
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from lance_quant.errors import InputError
 from lance_quant.storage.atomic import read_json
@@ -87,6 +88,8 @@ class LancePaths:
     model: Path
     vit: Path
     vae: Path
+    VIT: ClassVar[str] = "Qwen2.5-VL-ViT"
+    VAE: ClassVar[str] = "Wan2.2_VAE.pth"
 
     @classmethod
     def find(cls, model: Path, vit: Path | None = None, vae: Path | None = None) -> "LancePaths":
@@ -106,4 +109,4 @@ class LancePaths:
         def part(name: str) -> Path:
             return model / name if (model / name).exists() else model.resolve().parent / name
 
-        return cls(model, Path(vit or part("Qwen2.5-VL-ViT")), Path(vae or part("Wan2.2_VAE.pth")))
+        return cls(model, Path(vit or part(cls.VIT)), Path(vae or part(cls.VAE)))

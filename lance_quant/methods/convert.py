@@ -25,7 +25,7 @@ from lance_quant.errors import InputError
 from lance_quant.formats import int8, layout, packed_folder
 from lance_quant.formats.base import Scaling
 from lance_quant.formats.weights import Weights
-from lance_quant.methods import bit_allocation, layer, plan, published, quant_report
+from lance_quant.methods import bit_allocation, layer, model_card, plan, published, quant_report
 from lance_quant.methods.bars import bar
 from lance_quant.methods.conversion import Allocation, Conversion
 from lance_quant.methods.layer import Activations
@@ -138,6 +138,10 @@ def quantize_checkpoint(source: Checkpoint, stats: ActStats, out: Path, conversi
                             "without_statistics": gaps, **({packed_folder.KEPT: kept} if kept else {}),
                             **_head_table(source, conversion), "per_weight": packed})
         writer.texts[quant_report.FILE] = _page(report, stats, conversion, facts, specs)
+        writer.copies.update(model_card.beside(source.path))
+        complete = all(name in writer.copies for name in model_card.NEEDED)
+        writer.texts[model_card.FILE] = model_card.card(codec.name, facts, report.nbytes, report.bits_per_weight,
+                                                        complete)
     return report
 
 

@@ -35,6 +35,7 @@ from lance_quant.formats.packed_folder import SUFFIXES, PackedFolder, require_sp
 from lance_quant.lance.config import MAX_LATENT_FRAMES, MAX_LATENT_SIZE, LanceConfig, LancePaths
 from lance_quant.lance.mot import LatentPositions
 from lance_quant.lance.tokens import LanceTokenizer
+from lance_quant.methods import model_card
 from lance_quant.serving import weight_layouts
 from lance_quant.serving.omni_names import Folder, Parts
 from lance_quant.storage import atomic
@@ -43,10 +44,7 @@ from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, Tensor
 log = logging.getLogger("lance_quant")
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-VIT_FOLDER, VIT_FILE, VAE_FILE = "Qwen2.5-VL-ViT", "vit.safetensors", "Wan2.2_VAE.pth"
-# Copied where they exist; the required ones are checked by LanceConfig and LanceTokenizer.
-_BESIDE = ("llm_config.json", *LanceTokenizer.FILES, "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
-           "chat_template.json", "chat_template.jinja", "generation_config.json")
+VIT_FOLDER, VIT_FILE, VAE_FILE = LancePaths.VIT, "vit.safetensors", LancePaths.VAE
 _IN_PIPELINE = "bagel."  # what vllm-omni puts in front of the checkpoint's names
 _TABLE = MAX_LATENT_SIZE**2  # latent positions of a frame
 
@@ -199,7 +197,7 @@ def _beside(paths: LancePaths, folder: Folder, own_vit: bool) -> dict[str, Path]
     if missing:
         raise InputError(f"vllm-omni needs the ViT and the VAE beside the model, and {missing[0]} is not there: "
                          "download it, or name them with --vit_path and --vae_path")
-    return {**{f"{folder}/{name}": paths.model / name for name in _BESIDE if (paths.model / name).is_file()}, **needed}
+    return {**{f"{folder}/{name}": path for name, path in model_card.beside(paths.model).items()}, **needed}
 
 
 def describe(plan: Plan, parts: Parts) -> str:

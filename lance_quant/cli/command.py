@@ -1,0 +1,248 @@
+"""One command for all seven tasks: inference with a float or packed model, from a prompt to a file.
+
+    lance-quant draw "a paper boat on a quiet lake" --model downloads/Lance_3B --packed Lance_3B-int4 --out boat.png
+    lance-quant edit boat.png "make the boat red" --model downloads/Lance_3B
+    lance-quant animate "the boat drifts to the right" --picture boat.png --model downloads/Lance_3B_Video
+    lance-quant edit-video boat.mp4 "make the boat red" --model downloads/Lance_3B_Video
+    lance-quant ask boat.png "What floats on the water?" --model downloads/Lance_3B
+    lance-quant caption boat.png --model downloads/Lance_3B
+
+Reads   --model: a Lance folder, or a packed folder that holds configuration and tokenizer; without it the small Lance
+        of the package is used, which knows shapes and digits at 112 x 112
+Writes  draw and edit a PNG, with its settings inside; animate and edit-video an MP4; ask and caption print their answer
+Needs   what docs/memory.md says of the task, the format and the size
+Next    run_baseline.py and run_quant_eval.py, for many samples and for comparisons
+
+It is a page over lance_quant.Pipeline. No torch is imported before the command line was read.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lance_quant
+from lance_nano import CHECKPOINT
+from lance_quant.cli import script
+from lance_quant.errors import InputError, require_whole
+from lance_quant.kernels.choices import KERNEL_CHOICES
+from lance_quant.lance.progress import progress
+from lance_quant.lance.settings import GREEDY, MAX_NEW_TOKENS, OFFLOADS, RESOLUTIONS, SEED, Sampling, Settings
+from lance_quant.storage.atomic import require_free, whole_file
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from lance_quant.inference.pipeline import Clip, Pipeline, Progress
+
+_CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")  # what ask and caption take for a clip
+_SMALL_SIDE, _SMALL_PRESET = 112, "image_112res"  # of lance-nano, whose hidden size is below every Lance's
+_SMALL_WIDTH = 1024
+_DRAWN = Sampling()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line: one subcommand, its flags and those of loading a model."""
+    parser = script.parser(__doc__)
+    parser.add_argument("--version", action="version", version=f"lance-quant {lance_quant.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    draw = _command(commands, "draw", "draw pictures for a prompt")
+    draw.add_argument("prompt", help="what is to be seen")
+    _add_size(draw)
+    edit = _command(commands, "edit", "change a picture as an instruction says")
+    edit.add_argument("source", type=Path, metavar="picture", help="picture file")
+    edit.add_argument("prompt", metavar="instruction", help="what to change")
+    animate = _command(commands, "animate", "make a clip for a prompt, from a picture if one is given")
+    animate.add_argument("prompt", help="what happens in the clip")
+    animate.add_argument("--picture", dest="source", type=Path, help="the first frame; it decides the size")
+    animate.add_argument("--num_frames", type=int, default=Settings.num_frames,
+                         help="length, 12 a second; floored to one more than a multiple of 4")
+    _add_size(animate)
+    edit_video = _command(commands, "edit-video", "change a clip as an instruction says")
+    edit_video.add_argument("source", type=Path, metavar="clip", help="clip file")
+    edit_video.add_argument("prompt", metavar="instruction", help="what to change")
+    for maker in (draw, edit, animate, edit_video):
+        _add_making(maker)
+    ask = _command(commands, "ask", "answer a question about a picture or clip")
+    ask.add_argument("source", type=Path, metavar="file", help="picture or clip")
+    ask.add_argument("prompt", metavar="question", help="the question")
+    ask.add_argument("--temperature", type=float, default=GREEDY.temperature, help="0 takes the likeliest token")
+    ask.add_argument("--seed", type=int, default=SEED, help="of the draws, at a temperature above 0")
+    caption = _command(commands, "caption", "describe a picture or clip")
+    caption.add_argument("source", type=Path, metavar="file", help="picture or clip")
+    for teller in (ask, caption):
+        teller.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer")
+    for watcher in (edit, animate, edit_video, ask, caption):
+        watcher.add_argument("--resolution", choices=RESOLUTIONS,
+                             help="preset that a source is brought to; default: the task's, or 112 for the small Lance")
+    return parser.parse_args(argv)
+
+
+def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
+    """A subcommand, with the flags that load a model."""
+    made: argparse.ArgumentParser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.",
+                                                        allow_abbrev=False)
+    load = made.add_argument_group("model")
+    load.add_argument("--model", type=Path, help="Lance folder, or packed folder with configuration and tokenizer; "
+                                                 "default: the small Lance of the package")
+    load.add_argument("--packed", type=Path, help="packed folder whose weights are taken")
+    load.add_argument("--vit_path", type=Path, help="ViT folder; default: in the model folder or beside it")
+    load.add_argument("--vae_path", type=Path, help="VAE file; default: in the model folder or beside it")
+    load.add_argument("--kernel", choices=KERNEL_CHOICES, default="auto", help="what computes packed linears "
+                                                                                 "(docs/kernels.md)")
+    load.add_argument("--mode", choices=["ondemand", "cached"], default="ondemand",
+                      help="of packed linears: compute on the packed bytes, or unpack them once")
+    load.add_argument("--offload", choices=OFFLOADS, default="none", help="where ViT and VAE are while not in use")
+    load.add_argument("--vae_tiling", action="store_true", help="decode large frames in tiles: less memory")
+    load.add_argument("--fix_quirks", action="store_true", help="repair the official code's bugs (docs/runtime.md)")
+    load.add_argument("--compile", action="store_true", help="compile the steps that recur")
+    script.add_device(made)
+    return made
+
+
+def _add_size(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--height", type=int, help="pixels, floored to a multiple of 16; default 768, 112 for the small "
+                                               "Lance")
+    to.add_argument("--width", type=int, help="as --height")
+
+
+def _add_making(to: argparse.ArgumentParser) -> None:
+    to.add_argument("--out", type=Path, help="file to write; default: named by prompt and seed, in this folder. Of "
+                                             "several, the seed is put before the ending")
+    to.add_argument("--seed", type=int, default=SEED, help="of the noise")
+    to.add_argument("--number", type=int, default=1, help="how many, with seeds that count up")
+    to.add_argument("--num_timesteps", type=int, default=_DRAWN.num_timesteps, help="denoising steps")
+    to.add_argument("--timestep_shift", type=float, default=_DRAWN.timestep_shift,
+                    help="how far the schedule leans towards noise")
+    to.add_argument("--cfg_scale", type=float, default=_DRAWN.cfg_scale,
+                    help="guidance strength; 1 turns guidance off")
+    to.add_argument("--solver", choices=["euler", "ab2"], default=_DRAWN.solver, help="see docs/runtime.md")
+    to.add_argument("--reuse", type=float, default=_DRAWN.reuse, metavar="SPAN", help="see docs/runtime.md")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check what was asked for, load the model, answer."""
+    args = parse_args(argv)
+    if args.command in ("ask", "caption"):
+        require_whole("max_new_tokens", args.max_new_tokens, 1)
+        _require_file(args.source)
+        script.result(_told(_loaded(args), args.command, args.source, vars(args)))
+        return
+    source = getattr(args, "source", None)
+    if source is not None:
+        _require_file(source)
+    sampling = {name: getattr(args, name) for name in ("num_timesteps", "timestep_shift", "cfg_scale", "solver",
+                                                       "reuse")}
+    Sampling(**sampling)  # refused before a model is loaded
+    require_whole("seed", args.seed, 0)
+    outputs = _outputs(args.out, args.prompt, args.seed, require_whole("number", args.number, 1),
+                       ".png" if args.command in ("draw", "edit") else ".mp4")
+    pipeline = _loaded(args)
+    for seed, path in outputs.items():
+        made = _made(pipeline, args.command, vars(args), {"seed": seed, **sampling})
+        _save(made, path, {"command": args.command, "prompt": args.prompt, "seed": seed, **sampling,
+                           "model": str(args.packed or args.model or CHECKPOINT),
+                           "lance_quant": lance_quant.__version__})
+        script.result(path)
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is no file: give a picture or a clip")
+
+
+def _outputs(out: Path | None, prompt: str, first: int, number: int, suffix: str) -> dict[int, Path]:
+    """Where the result of each seed goes; all of them free, and of the right kind."""
+    if out is not None and out.suffix.lower() != suffix:
+        raise InputError(f"--out {out} must end with {suffix}")
+    named = Path("-".join(re.findall(r"\w+", prompt.lower()))[:60].rstrip("-") or "lance")
+    base = named.with_name(f"{named.name}{suffix}") if out is None else out
+    seeds = range(first, first + number)
+    several = number > 1 or out is None
+    found = {seed: base.with_name(f"{base.stem}_{seed}{suffix}") if several else base for seed in seeds}
+    for path in found.values():
+        require_free(path)
+    return found
+
+
+def _loaded(args: argparse.Namespace) -> "Pipeline":
+    """The model that the flags mean."""
+    if args.model is None and args.packed is None:
+        script.log.info("no --model: the small Lance of this package, which knows shapes and digits at 112 x 112")
+    model = args.model or args.packed or CHECKPOINT
+    return lance_quant.Pipeline.load(
+        model, packed=args.packed if args.model is not None else None, vit=args.vit_path, vae=args.vae_path,
+        device=args.device, dtype=args.dtype, mode=args.mode, kernel=args.kernel, compile=args.compile,
+        offload=args.offload, vae_tiling=args.vae_tiling, fix_quirks=args.fix_quirks)
+
+
+def _is_small(pipeline: "Pipeline") -> bool:
+    return pipeline.runtime.model.config.hidden_size < _SMALL_WIDTH
+
+
+def _preset(pipeline: "Pipeline", given: str | None) -> str:
+    """The resolution preset to ask for; "" is the task's own."""
+    return given or (_SMALL_PRESET if _is_small(pipeline) else "")
+
+
+def _told(pipeline: "Pipeline", command: str, source: Path, given: dict[str, Any]) -> str:
+    """The answer to a question, or the caption."""
+    preset, length = _preset(pipeline, given["resolution"]), given["max_new_tokens"]
+    clip = source.suffix.lower() in _CLIPS
+    with progress(total=length, desc="tokens", unit="token", leave=False) as bar:
+        common = {"resolution": preset, "max_new_tokens": length, "on_step": _counter(bar)}
+        if command == "caption":
+            return pipeline.caption_video(source, **common) if clip else pipeline.caption(source, **common)
+        common |= {"temperature": given["temperature"], "seed": given["seed"]}
+        question = given["prompt"]
+        return pipeline.ask_video(source, question, **common) if clip else pipeline.ask(source, question, **common)
+
+
+def _made(pipeline: "Pipeline", command: str, given: dict[str, Any], sampling: dict[str, Any]) -> "Image.Image | Clip":
+    """The picture or clip of one seed."""
+    with progress(total=sampling["num_timesteps"], desc=f"seed {sampling['seed']}", unit="step", leave=False) as bar:
+        common = {**sampling, "on_step": _counter(bar)}
+        if command == "draw":
+            height, width = _size(pipeline, given)
+            return pipeline.draw(given["prompt"], height=height, width=width, **common)
+        if command == "animate":
+            common |= {"num_frames": given["num_frames"]}
+            if given["source"] is None and not given["resolution"]:
+                height, width = _size(pipeline, given)
+                return pipeline.animate(None, given["prompt"], height=height, width=width, **common)
+            return pipeline.animate(given["source"], given["prompt"], height=given["height"], width=given["width"],
+                                    resolution=_preset(pipeline, given["resolution"]), **common)
+        edit: Callable[..., Any] = pipeline.edit if command == "edit" else pipeline.edit_video
+        made: Image.Image | Clip = edit(given["source"], given["prompt"],
+                                        resolution=_preset(pipeline, given["resolution"]), **common)
+        return made
+
+
+def _size(pipeline: "Pipeline", given: dict[str, Any]) -> tuple[int, int]:
+    """Height and width to ask for."""
+    height, width = (_SMALL_SIDE, _SMALL_SIDE) if _is_small(pipeline) else (Settings.height, Settings.width)
+    return height if given["height"] is None else given["height"], width if given["width"] is None else given["width"]
+
+
+def _counter(bar: Any) -> "Callable[[Progress], object]":
+    return lambda _: bar.update()
+
+
+def _save(made: "Image.Image | Clip", path: Path, settings: dict[str, Any]) -> None:
+    """Write a picture with its settings as the PNG text `lance`, or a clip; whole or not at all."""
+    if isinstance(made, list):
+        made.save(path)
+        return
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_itxt("lance", json.dumps(settings, ensure_ascii=False))
+    with whole_file(path) as partial:
+        made.save(partial, format="PNG", pnginfo=text)
+
+
+def command(argv: Sequence[str] | None = None) -> None:
+    """What the console script and `python -m lance_quant` start."""
+    script.run(lambda: main(None if argv is None else list(argv)))
