@@ -121,7 +121,7 @@ def test_traces_are_kept_where_asked_and_read(work):
 @pytest.mark.parametrize("change, message", [
     (["--dtype", "bfloat16"], "dtype float32 there and bfloat16 here"),
     (["--seed", str(2**63)], "must be at least 0 and below"),
-    (["--validation_timestep_shift", "inf"], "must be at least 1e-06 and finite"),
+    (["--validation_timestep_shift", "inf"], "must be at least 1e-06 and at most 1000"),
 ])
 def test_what_cannot_be_compared_or_run_is_refused_before_loading(work, tmp_path, change, message):
     with pytest.raises(InputError, match=message):

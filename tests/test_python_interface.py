@@ -181,10 +181,10 @@ def test_a_packed_folder_draws_in_every_mode(packed, tiny, how):
 def test_a_packed_folder_with_config_and_tokenizer_is_a_model(packed, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(packed, folder)
+    (folder / "llm_config.json").unlink()  # as folders were that were made before they held it
     with pytest.raises(InputError, match="packed weights alone.*packed="):
         Pipeline.load(folder)
-    for name in ("llm_config.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
-        shutil.copy(SRC / name, folder)
+    shutil.copy(SRC / "llm_config.json", folder)
     shutil.copytree(SRC.parent / "Qwen2.5-VL-ViT", folder / "Qwen2.5-VL-ViT")
     alone = Pipeline.load(folder, vae=SRC.parent / "Wan2.2_VAE.pth", device="cpu")
     beside = Pipeline.load(SRC, packed=packed, device="cpu")
@@ -259,8 +259,8 @@ def test_a_request_from_within_a_request_is_refused(tiny):
     ({"seed": None}, "seed None must be a whole number"),
     ({"num_timesteps": 0}, "num_timesteps 0 must be at least 1"),
     ({"num_timesteps": "4"}, "num_timesteps '4' must be a whole number"),
-    ({"cfg_scale": float("nan")}, "cfg_scale nan must be at least 0 and finite"),
-    ({"cfg_scale": 10**400}, "cfg_scale inf must be at least 0 and finite"),
+    ({"cfg_scale": float("nan")}, "cfg_scale nan must be at least 0 and at most 1000"),
+    ({"cfg_scale": 10**400}, "cfg_scale inf must be at least 0 and at most 1000"),
     ({"cfg_scale": -1}, "cfg_scale -1.0 must be at least 0"),
     ({"timestep_shift": 0}, "timestep_shift 0.0 must be at least 1e-06"),
     ({"cfg_low": 0.9, "cfg_high": 0.4}, "cfg_interval 0.9 0.4"),

@@ -16,9 +16,11 @@ from lance_quant.lance.settings import DTYPE_NAMES
 
 log = logging.getLogger("lance_quant")
 
-# The environment's fault, not ours: no space, quota, read-only or forbidden place, not a folder.
-_USER_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR,
-               errno.EISDIR}
+# The environment's fault, not ours: no space, quota, size limit, read-only or forbidden place, a name too long, not a
+# folder, too many open files.
+_USER_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+               errno.EFBIG, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.ELOOP, errno.EMFILE, errno.ENFILE,
+               getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
 
 
 def run(main: Callable[[], None]) -> None:

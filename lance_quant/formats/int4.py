@@ -83,6 +83,19 @@ def _codes(blocks: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (blocks / scale.float()).add_(zero).round_().clamp_(0, LEVELS)
 
 
+def fault(q: Int4Weight) -> str | None:
+    """What no quantizer writes and a damaged file may hold, in a packed weight's scales and zero points; None if all is
+    well. Every nibble of `packed` is a code."""
+    scale = q.scale.float()
+    if not bool((scale > 0).all()):  # NaN is not
+        return "a scale that is not positive"
+    if scale.numel() and LEVELS * scale.max() > torch.finfo(torch.bfloat16).max:
+        return f"a scale of {scale.max().item():.3g}, whose weights are beyond bfloat16"
+    if q.zero.numel() and int(q.zero.max()) > LEVELS:
+        return f"a zero point of {int(q.zero.max())}, above {LEVELS}"
+    return None
+
+
 @torch.no_grad()
 def quantize(w: Tensor, group_size: int) -> Int4Weight:
     """Round a linear weight to 4 bits, nearest level, min-max per group.

@@ -43,6 +43,18 @@ class Int8Weight(NamedTuple):
     scale: Tensor
 
 
+def fault(q: Int8Weight) -> str | None:
+    """What no quantizer writes and a damaged file may hold, in a weight of 8 bits; None if all is well."""
+    scale = q.scale.float()
+    if not bool((scale > 0).all()):  # NaN is not
+        return "a row scale that is not positive"
+    if scale.numel() and LARGEST * scale.max() > torch.finfo(torch.bfloat16).max:
+        return f"a row scale of {scale.max().item():.3g}, whose weights are beyond bfloat16"
+    if q.codes.numel() and int(q.codes.min()) < -LARGEST:
+        return f"the code {int(q.codes.min())}, below -{LARGEST}"
+    return None
+
+
 @torch.no_grad()
 def quantize(w: Tensor) -> Int8Weight:
     """Round a weight [out, in] to 8 bits, nearest level.

@@ -108,6 +108,27 @@ def _magnitudes(sizes: Tensor, scale: Tensor) -> Tensor:
     return ratio.mul_(2).div_(twice_step).sub_(0.5).ceil_().mul_(twice_step).mul_(0.5)
 
 
+def fault(q: Nvfp4Weight) -> str | None:
+    """What no quantizer writes and a damaged file may hold, in a packed weight's scales; None if all is well. Every
+    nibble of `packed` is a code."""
+    if q.scale.dtype == torch.uint8:
+        if q.scale.numel() and int(q.scale.max()) > _LARGEST_BITS:  # the sign is the highest bit, NaN all others
+            return f"the E4M3 scale 0x{int(q.scale.max()):02X}, which is negative or NaN"
+        return None
+    scale = q.scale.float()
+    if not bool((scale >= 0).all()):  # NaN is not
+        return "a scale that is negative or NaN"
+    if scale.numel() and E2M1_MAX * scale.max() > torch.finfo(torch.bfloat16).max:
+        return f"a scale of {scale.max().item():.3g}, whose weights are beyond bfloat16"
+    return None
+
+
+def is_global_scale(value: object) -> bool:
+    """Whether a meta's value can be a global scale: a power of two that keeps all weights within bfloat16."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 2.0**-126 <= value <= 2.0**100 \
+        and math.frexp(value)[0] == 0.5
+
+
 @torch.no_grad()
 def quantize(w: Tensor, global_scale: float | None = None) -> Nvfp4Weight:
     """Round a linear weight to NVFP4, largest value of a block to +-6.

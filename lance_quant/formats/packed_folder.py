@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lance_quant.errors import InputError
-from lance_quant.formats import int8, layout, nvfp4
+from lance_quant.formats import int4, int8, layout, nvfp4
 from lance_quant.formats.base import Codec
 from lance_quant.formats.int4 import Int4
 from lance_quant.formats.nvfp4 import Nvfp4
@@ -91,11 +91,27 @@ class PackedFolder:
         return Int4(self.linears[linear].group_size) if self.format == "int4" else Nvfp4(self.slim)
 
     def read_weight(self, linear: str, device: torch.device | str = "cpu") -> PackedWeight:
-        """The packed weight [out, in] of a linear, on `device`."""
+        """The packed weight [out, in] of a linear, on `device`.
+
+        Raises:
+            InputError: a scale or zero point that no quantizer writes.
+        """
         codec, spec = self.codec(linear), self.linears[linear]
         tensors = {suffix: self.checkpoint.read(f"{linear}.{suffix}", device=device)
                    for suffix in codec.specs(spec.shape) if suffix != "scales_fp8"}
-        return codec.weight(tensors, spec.global_scale)
+        q = codec.weight(tensors, spec.global_scale)
+        _require_no_fault(int4.fault(q) if isinstance(q, int4.Int4Weight) else nvfp4.fault(q), f"{self.path}: {linear}")
+        return q
+
+    def read_head(self, module: str, device: torch.device | str = "cpu") -> int8.Int8Weight:
+        """The 8-bit weight [out, in] of an output head or embedding listed in `head`, on `device`.
+
+        Raises:
+            InputError: a scale or code that no quantizer writes.
+        """
+        q = int8.Int8Weight(*(self.checkpoint.read(f"{module}.{suffix}", device=device) for suffix in int8.SUFFIXES))
+        _require_no_fault(int8.fault(q), f"{self.path}: {module}")
+        return q
 
     @property
     def bits_per_weight(self) -> float:
@@ -142,10 +158,17 @@ class PackedFolder:
         self.close()
 
 
+def _require_no_fault(fault: str | None, what: str) -> None:
+    if fault is not None:
+        raise InputError(f"{what} holds {fault}: the packed file is damaged, download or make it again")
+
+
 def _format_of(path: Path) -> str:
-    for codec in (Int4, Nvfp4):
-        if (path / codec.meta_file).is_file():
-            return codec.name
+    found = [codec.name for codec in (Int4, Nvfp4) if (path / codec.meta_file).is_file()]
+    if len(found) > 1:
+        raise InputError(f"{path} holds {Int4.meta_file} and {Nvfp4.meta_file}: keep each format in its own folder")
+    if found:
+        return found[0]
     raise InputError(f"no packed model in {path}: neither {Int4.meta_file} nor {Nvfp4.meta_file} is there")
 
 
@@ -187,10 +210,14 @@ def _linear_spec(name: str, entry: Any, format_name: str, slim: bool) -> LinearS
     if not isinstance(size, int) or size < 1 or (format_name == "nvfp4" and size != nvfp4.BLOCK):
         raise InputError(f"meta of {name}: group or block size {size!r} is not supported")
     (Int4(size) if format_name == "int4" else Nvfp4()).require_fits(name, shape)
-    scale = entry.get("global_scale")
-    if (slim or scale is not None) and not (isinstance(scale, int | float) and 0 < scale < math.inf):
-        raise InputError(f"meta of {name}: global_scale {scale!r} is not a positive number")
-    return LinearSpec((shape[0], shape[1]), size, str(entry.get("scheme")), scale)
+    scale, scheme = entry.get("global_scale"), entry.get("scheme")
+    if (slim or scale is not None) and not nvfp4.is_global_scale(scale):
+        raise InputError(f"meta of {name}: global_scale {scale!r} is no positive power of two")
+    known = (Int4 if format_name == "int4" else Nvfp4).SCHEMES.values()
+    if not isinstance(scheme, str) or scheme not in known:
+        raise InputError(f"meta of {name}: scheme {str(scheme)[:80]!r} is none of {', '.join(sorted(set(known)))}; "
+                         "update lance-quant if it is newer")
+    return LinearSpec((shape[0], shape[1]), size, scheme, scale)
 
 
 def _is_bias(last: str, spec: TensorSpec, linear: LinearSpec) -> bool:

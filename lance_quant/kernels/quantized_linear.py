@@ -440,8 +440,8 @@ def _filled(name: str, folder: PackedFolder, dtype: torch.dtype, device: torch.d
         layer = WQLinearNVFP4(n_in, n_out, has_bias, folder.slim, dtype=dtype, device="meta", mode=mode, kernel=kernel)
     bias = folder.checkpoint.read(f"{name}.bias", dtype, device) if has_bias else None
     q = folder.read_weight(name, device)
-    for tensor in (part for part in (*q, bias) if isinstance(part, Tensor)):
-        require_finite(tensor, f"{folder.path}: {name}")
+    if bias is not None:
+        require_finite(bias, f"{folder.path}: {name}.bias")
     if mode == "ondemand":
         dispatch.require_values(kernel, q, f"{folder.path}: {name}")
     layer.fill(q, bias)
@@ -466,9 +466,7 @@ def swap_int8_head(model: nn.Module, folder: PackedFolder, dtype: torch.dtype, d
     made = {name: _int8_layer(name, modules.get(name), shape, dtype, mode == "cached", kernel)
             for name, shape in folder.head.items()}
     for name, layer in made.items():
-        q = Int8Weight(*(folder.checkpoint.read(f"{name}.{suffix}", device=device) for suffix in int8.SUFFIXES))
-        require_finite(q.scale, f"{folder.checkpoint.path}: {name}")
-        layer.fill(q)
+        layer.fill(folder.read_head(name, device))
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, layer)
     return list(made)

@@ -20,6 +20,7 @@ from lance_quant.lance.mot import Lance
 from lance_quant.lance.progress import progress
 from lance_quant.storage.tensor_file import Checkpoint, TensorSpec, require_finite
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that weights outside the linears may have
 _TOO_SMALL_FOR_A_BAR = 1 << 28  # bytes; smaller modules load in about a second
 
 
@@ -66,6 +67,7 @@ def load_lance(source: Checkpoint, config: LanceConfig, device: torch.device, dt
     Raises:
         InputError: keys or shapes do not agree exactly; names the first offenders.
     """
+    config.require_fits({name: spec.shape for name, spec in source.specs.items()}, str(source.path))
     with torch.device("meta"):
         model = Lance(config, dtype, device)
     if prepare is not None:
@@ -101,6 +103,11 @@ def fill(module: nn.Module, source: Source, names: Mapping[str, str], dtype: tor
              for theirs, ours in todo if source.specs[theirs].shape != tuple(empty[ours].shape)]
     if wrong:
         raise InputError(f"{what} does not fit the model: {len(wrong)} tensors have a wrong shape, first {wrong[:5]}")
+    odd = [f"{theirs} {str(source.specs[theirs].dtype).removeprefix('torch.')}" for theirs, ours in todo
+           if source.specs[theirs].dtype not in FLOATS and empty[ours].dtype.is_floating_point]
+    if odd:
+        raise InputError(f"{what} does not fit the model: {len(odd)} tensors hold no floating-point numbers, first "
+                         f"{odd[:5]}")
     size = sum(source.specs[theirs].nbytes for theirs, _ in todo)
     for theirs, ours in progress(todo, desc="load", unit="tensor", disable=size < _TOO_SMALL_FOR_A_BAR):
         tensor = source.read(theirs, dtype, device)

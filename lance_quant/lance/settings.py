@@ -12,6 +12,7 @@ from lance_quant.lance.config import LATENT_STRIDE, MAX_LATENT_FRAMES, MAX_LATEN
 
 SEED = 42  # of the noise
 MAX_NEW_TOKENS = 256  # of an answer
+MOST_STEPS, MOST_TOKENS = 10_000, 32_768  # that a request may ask for: all memory is taken at once
 Modality = Literal["image", "video"]
 Renorm = Literal["global", "channel", "none"]
 Solver = Literal["euler", "ab2"]
@@ -79,9 +80,9 @@ class Sampling:
     reuse: float = 0.0
 
     def __post_init__(self) -> None:
-        require_whole("num_timesteps", self.num_timesteps, 1)
-        require_real("timestep_shift", self.timestep_shift, 1e-6)
-        require_real("cfg_scale", self.cfg_scale, 0)
+        require_whole("num_timesteps", self.num_timesteps, 1, MOST_STEPS)
+        require_real("timestep_shift", self.timestep_shift, 1e-6, 1000)
+        require_real("cfg_scale", self.cfg_scale, 0, 1000)
         low, high = (require_real("cfg_interval", end, 0, 1) for end in (self.cfg_low, self.cfg_high))
         if low > high:
             raise InputError(f"cfg_interval {low:g} {high:g} must be two numbers from 0 to 1, the lower first")
@@ -105,7 +106,7 @@ class TokenSampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        require_real("temperature", self.temperature, 0)
+        require_real("temperature", self.temperature, 0, 1000)
         if require_real("top_p", self.top_p, 0, 1) == 0:
             raise InputError(f"top_p {self.top_p} must be above 0 and at most 1")
 
@@ -148,7 +149,8 @@ class Settings:
         require_one_of("resolution", self.resolution, tuple(RESOLUTIONS))
         if self.task not in TIMED:
             object.__setattr__(self, "num_frames", 1)
-        for name in ("height", "width", "num_frames", "seed", "max_new_tokens"):
+        require_whole("max_new_tokens", self.max_new_tokens, 1, MOST_TOKENS)
+        for name in ("height", "width", "num_frames", "seed"):
             require_whole(name, getattr(self, name), 0 if name == "seed" else 1)
         if self.spec.takes is None:
             latent_grid(self.height, self.width, self.num_frames)

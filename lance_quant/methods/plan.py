@@ -13,6 +13,7 @@ from lance_quant.calibration.activation_stats import ActStats, model_fingerprint
 from lance_quant.errors import InputError
 from lance_quant.formats import int8, layout, packed_folder
 from lance_quant.formats.base import Codec
+from lance_quant.lance.loader import FLOATS
 from lance_quant.methods import bit_allocation
 from lance_quant.methods.conversion import Allocation, Conversion, HeadBits
 from lance_quant.storage.atomic import size_text
@@ -29,9 +30,11 @@ def shapes_of(specs: Mapping[str, TensorSpec], codec: Codec) -> dict[str, tuple[
         raise InputError("this checkpoint is packed already: give the float one")
     count = layout.require_complete({name: spec.shape for name, spec in specs.items()})
     shapes = {name: specs[f"{name}.weight"].shape for name in layout.linears(count)}
+    for name, spec in specs.items():
+        if spec.dtype not in FLOATS:
+            raise InputError(f"{name} is {str(spec.dtype).removeprefix('torch.')}, and a float checkpoint holds "
+                             "float32, bfloat16, float16 or float64: convert it first")
     for name, shape in shapes.items():
-        if not specs[f"{name}.weight"].dtype.is_floating_point:
-            raise InputError(f"{name}.weight is {specs[f'{name}.weight'].dtype}, not a float tensor")
         codec.require_fits(name, shape)
     return shapes
 

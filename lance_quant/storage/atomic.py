@@ -76,13 +76,42 @@ def size_text(count: int) -> str:
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Parse a JSON file; `what` names it in the InputError for a missing or malformed one."""
-    if not path.is_file():
-        raise InputError(f"{what} not found: {path}")
+    """Parse a JSON file; `what` names it in the InputError for a missing or malformed one. See parse_json."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{what} {path} is not valid JSON: {error}") from error
+        found = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
+        raise InputError(f"{what} not found: {path}")
+    return parse_json(path.read_bytes(), f"{what} {path}")
+
+
+def parse_json(data: bytes | bytearray, what: str) -> Any:
+    """The value of UTF-8 JSON, with or without the byte order mark that Windows editors write.
+
+    Raises:
+        InputError: no JSON; or JSON that readers understand differently: one key twice in an object, half of a
+            surrogate pair, numbers of thousands of digits, nesting deeper than Python recurses.
+    """
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_without_doubles)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise InputError(f"{what} is nested too deeply to be read") from None
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} holds half of a surrogate pair ({error.object[error.start]!r}), which is no "
+                         "character") from None
+    except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError among them
+        raise InputError(f"{what} is not valid JSON: {error}") from error
+    return value
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

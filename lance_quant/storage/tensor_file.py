@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lance_quant.errors import InputError
-from lance_quant.storage.atomic import read_json
+from lance_quant.storage.atomic import parse_json, read_json
 
 # In the order in which safetensors lays tensors out (of one dtype, by name). F4 and F6 are left out: their shapes count
 # elements smaller than a byte, which torch's do not.
@@ -48,7 +49,9 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+_ROUNDED = (torch.bfloat16, torch.float16)  # in which a finite float32 may become infinite
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors package: no file makes us read 25 GB as JSON
+_MOST_TENSORS = 100_000  # Lance_3B_Video has 1411
 _PIECE = 1 << 24  # bytes read at once: converting a 1.2 GB table needs 16 MB beside its result
 
 
@@ -145,9 +148,11 @@ class TensorFile:
         if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
             raise InputError(f"{self.path} is not a safetensors file, or is truncated: {size} bytes, "
                              f"header length {length}; download it again")
+        header = parse_json(self._file.read(8, length), f"{self.path} is not safetensors: its header")
         try:
-            header = json.loads(self._file.read(8, length))
             header.pop("__metadata__", None)
+            if len(header) > _MOST_TENSORS:
+                raise ValueError(f"{len(header)} tensors are more than {_MOST_TENSORS}")
             entries = {name: _entry(name, item, 8 + length) for name, item in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{self.path} has a header that is not safetensors: {error!r}") from error
@@ -157,8 +162,9 @@ class TensorFile:
                 raise InputError(f"{self.path} has a header that is not safetensors: {name} starts at byte "
                                  f"{entry.start}, not {end}; download it again")
             end += entry.spec.nbytes
-        if end > size:
-            raise InputError(f"{self.path} is truncated: its header promises {end} bytes, the file has {size}; "
+        if end != size:
+            wrong = "is truncated" if end > size else "goes on behind its last tensor"
+            raise InputError(f"{self.path} {wrong}: its header promises {end} bytes, the file has {size}; "
                              "download it again")
         return entries
 
@@ -224,6 +230,13 @@ class Checkpoint:
     Args:
         path: a safetensors file, an index (`*.safetensors.index.json`), or a folder that holds
             model.safetensors, model.safetensors.index.json or ema.safetensors (taken in this order).
+
+    An index cannot reach out of its folder: it names files in it, by plain names, and every tensor is read from the
+    file that the index gives it. Such a file may be a link, as in the cache of the Hugging Face hub: links are made by
+    who owns the disk, not by who wrote the index.
+
+    Raises:
+        InputError: a file is missing or malformed, or the index and its shards disagree.
     """
 
     CANDIDATES = ("model.safetensors", "model.safetensors.index.json", "ema.safetensors")
@@ -232,23 +245,32 @@ class Checkpoint:
         self.path = self._resolve(Path(path))
         if self.path.name.endswith(".json"):
             index = read_json(self.path, "checkpoint index")
-            weight_map = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise InputError(f"checkpoint index {self.path} has no weight_map")
+            weight_map = _weight_map(index, self.path)
             files = [self.path.parent / shard for shard in sorted(set(weight_map.values()))]
         else:
             weight_map, files = None, [self.path]
         self._home: dict[str, TensorFile] = {}
         self._files: list[TensorFile] = []
-        for file in files:
-            opened = TensorFile(file)
-            self._files.append(opened)
-            self._home.update(dict.fromkeys(opened.specs, opened))
-        if weight_map is not None and set(weight_map) != set(self._home):
-            odd = sorted(set(weight_map) ^ set(self._home))
-            raise InputError(f"checkpoint index {self.path} and its shards disagree on {len(odd)} tensors, "
-                             f"first {odd[:5]}; download the checkpoint again")
+        try:
+            for file in files:
+                self._add(TensorFile(file), weight_map)
+            if weight_map is not None and (gone := sorted(weight_map.keys() - self._home.keys())):
+                raise InputError(f"checkpoint index {self.path} and its shards disagree on {len(gone)} tensors, "
+                                 f"first {gone[:5]}; download the checkpoint again")
+        except BaseException:
+            self.close()
+            raise
         self.specs = {name: home.specs[name] for home in self._files for name in home.specs}
+
+    def _add(self, file: TensorFile, weight_map: Mapping[str, str] | None) -> None:
+        """Take a file's tensors, all of which the index must place there."""
+        self._files.append(file)
+        if weight_map is not None:
+            odd = sorted(name for name in file.specs if weight_map.get(name) != file.path.name)
+            if odd:
+                raise InputError(f"checkpoint index {self.path} and its shards disagree on {len(odd)} tensors of "
+                                 f"{file.path.name}, first {odd[:5]}; download the checkpoint again")
+        self._home.update(dict.fromkeys(file.specs, file))
 
     @classmethod
     def _resolve(cls, path: Path) -> Path:
@@ -297,6 +319,18 @@ class Checkpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _weight_map(index: Any, path: Path) -> dict[str, str]:
+    """Tensor -> file of an index; files are plain names in its folder."""
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise InputError(f"checkpoint index {path} has no weight_map")
+    for name, shard in found.items():
+        if not isinstance(shard, str) or re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard) is None:
+            raise InputError(f"checkpoint index {path}: {name!r} is in {str(shard)[:80]!r}, which is no plain name of "
+                             "a .safetensors file beside the index")
+    return found
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
@@ -362,6 +396,8 @@ class TensorFileWriter:
         self._file.seek(self._offsets[name])
         for piece in pieces:
             flat = piece.to(spec.dtype).cpu().contiguous()
+            if spec.dtype != piece.dtype and spec.dtype in _ROUNDED:
+                require_finite(flat, f"{name} holds values beyond {spec.dtype}'s range: as stored it")
             written += self._file.write(_memory(flat))
         assert written == spec.nbytes, (name, written, spec)
         self._missing.discard(name)
