@@ -10,18 +10,45 @@ Letters in shapes: b batch, t token, s token attended to, h hidden, d head width
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import MLP, RMSNorm
 from lance_quant.storage.atomic import read_json
+from lance_quant.storage.schema import Positive, Schema, Size, parse, read
 from lance_quant.storage.tensor_file import Checkpoint
 
+MAKE = "make the folder with apple/extract_und.py"
 Rope = tuple[Tensor, Tensor]  # cos and sin, [t, d]
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the call's keys and values -> all keys and values
+
+
+class _Fields(Schema):
+    """config.json of a folder made by extract_und.py."""
+
+    model_type: Literal["glm4_moe", "qwen2"]
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    intermediate_size: Size
+    vocab_size: Size
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)]
+    rope_theta: Positive
+    use_qk_norm: bool = False
+    tie_word_embeddings: bool
+
+
+class _Extraction(Schema):
+    """extraction.json, as far as exports go by it."""
+
+    source_fingerprint: str
+    arch: Literal["glm4_moe", "qwen2"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +80,16 @@ class DecoderConfig:
     @classmethod
     def load(cls, folder: Path) -> "DecoderConfig":
         """Read config.json of a folder made by extract_und.py. InputError if it is another model's."""
-        raw = read_json(Path(folder) / "config.json", "model configuration")
-        if raw.get("model_type") not in ("glm4_moe", "qwen2"):
-            raise InputError(f"{folder}: model_type {raw.get('model_type')!r} was not made by apple/extract_und.py")
-        raw.setdefault("use_qk_norm", False)
-        missing = [name for name in cls.__dataclass_fields__ if name not in raw]
-        if missing:
-            raise InputError(f"{folder}/config.json lacks {missing}: extract the folder again")
-        return cls(**{name: raw[name] for name in cls.__dataclass_fields__})
+        found = read(_Fields, Path(folder) / "config.json", "model configuration", MAKE)
+        return cls(**found.model_dump(exclude={"model_type"}))
+
+
+def extraction_record(folder: Path) -> dict[str, Any]:
+    """What extract_und.py wrote of a folder. InputError if it did not make it."""
+    path, what = Path(folder) / "extraction.json", "extraction record"
+    record: dict[str, Any] = read_json(path, what)
+    parse(_Extraction, record, f"{what} {path}", MAKE)
+    return record
 
 
 def rope_tables(config: DecoderConfig, positions: Tensor) -> Rope:

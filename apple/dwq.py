@@ -8,7 +8,6 @@ file's dtype, and only kept if it is better than what went in.
 NVFP4 and MXFP4 have no scales that a gradient could move; for them there is nothing to distil.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from transformers import AutoTokenizer
 from apple.decoder import Decoder, load_decoder
 from lance_quant.errors import InputError
 from lance_quant.formats.int4 import unpack_nibbles
+from lance_quant.storage.atomic import parse_json
 
 log = logging.getLogger("lance_quant")
 
@@ -61,10 +61,7 @@ def read_texts(path: Path, tokenizer: Any, max_tokens: int) -> list[Tensor]:
 
 
 def _ids(line: str, where: str, tokenizer: Any) -> list[int]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error}") from error
+    row = parse_json(line.encode(), where)
     if isinstance(row, dict) and isinstance(row.get("messages"), list):
         turns = [(turn.get("role"), turn.get("content")) for turn in row["messages"] if isinstance(turn, dict)]
     elif isinstance(row, dict) and "prompt" in row and "completion" in row:

@@ -39,7 +39,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from apple.decoder import DecoderConfig
+from apple.decoder import DecoderConfig, extraction_record
 from apple.extract_und import EMBEDDING, HEAD, TOKENIZER_FILES
 from apple.palette import COLORS, ROWS, palettized
 from apple.stateful import END, START, Piece, build
@@ -134,7 +134,7 @@ def export_packages(src: Path, out: Path, context: int, per_part: int) -> dict[s
     if importlib.util.find_spec("coremltools") is None:
         raise InputError("coremltools is not installed (requirements-apple.txt); --storage float16 works without it")
     require_free(out)
-    config, facts = DecoderConfig.load(src), read_json(src / "extraction.json", "extraction record")
+    config, facts = DecoderConfig.load(src), extraction_record(src)
     from apple import coreml_parts  # imports coremltools: takes seconds, and warns
 
     with Checkpoint(src) as source, whole_folder(out) as folder:
@@ -177,7 +177,7 @@ def float16_specs(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
 def export_float16(src: Path, out: Path) -> dict[str, Any]:
     """Write the Hugging Face folder with palettized values; returns what export.json says. InputError as above."""
     require_free(out)
-    facts = read_json(src / "extraction.json", "extraction record")
+    facts = extraction_record(src)
     with Checkpoint(src) as source, whole_folder(out) as folder:
         require_rows(source.specs)
         size = file_size(float16_specs(source.specs))
@@ -196,7 +196,7 @@ def export_float16(src: Path, out: Path) -> dict[str, Any]:
 
 def dry_run(src: Path, storage: str, per_part: int) -> str:
     """Exact bytes of the weight files, from headers."""
-    read_json(src / "extraction.json", "extraction record")
+    extraction_record(src)
     config = DecoderConfig.load(src)
     with Checkpoint(src) as source:
         require_rows(source.specs)

@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from apple import mlx_fold
+from apple.decoder import extraction_record
 from apple.dwq import Training, distil
 from apple.extract_und import TOKENIZER_FILES
 from apple.mlx_codes import FORMATS, Format, quantize
@@ -168,7 +169,7 @@ def export(src: Path, out: Path, fmt: Format, packer: Packer, calibrated: Calibr
             disk is too small.
     """
     require_free(out)
-    facts = read_json(src / "extraction.json", "extraction record")
+    facts = extraction_record(src)
     with Checkpoint(src) as source:
         size = planned_bytes(source.specs, fmt)
         require_space(out, size)
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     fmt = FORMATS[args.format]
     if args.dry_run:
-        read_json(args.src / "extraction.json", "extraction record")
+        extraction_record(args.src)
         with Checkpoint(args.src) as source:
             print(f"output_bytes: {planned_bytes(source.specs, fmt)}")
         return

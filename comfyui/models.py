@@ -105,7 +105,7 @@ def _header_facts(weights: Path, _mtime: int) -> tuple[str, int]:
     try:
         if weights.name.endswith(".json"):
             shards = json.loads(weights.read_text(encoding="utf-8"))["weight_map"]
-            names = {name: _header(weights.parent / shard).get(name, {}) for name, shard in shards.items()
+            names = {name: _header(weights.parent / Path(shard).name).get(name, {}) for name, shard in shards.items()
                      if name.endswith(("norm.weight", "pos_embed")) or name.startswith("vit_model.")}
         else:
             names = _header(weights)

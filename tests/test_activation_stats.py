@@ -167,7 +167,8 @@ def bad(**changes):
     (bad(sum_abs=torch.tensor([1.0, float("nan"), 0, 0])), "NaN"), (bad(sum_abs=-torch.ones(4)), "negative"),
     (bad(sum_sq=torch.ones(5)), "width of sum_abs"), (bad(sum_abs=torch.ones(2, 2)), "one dimension"),
     (bad(sum_abs=None), "no sum_abs"), (bad(n_tokens=-1), "n_tokens"), (bad(n_tokens=1.5), "n_tokens"),
-    ({"format": 2, "stats": {}}, "format 1"), ([1], "format 1"), ({**bad(), "runs": [{}]}, "without run_id"),
+    ({"format": 2, "stats": {}}, "format 1"), ([1], "format 1"),
+    ({**bad(), "runs": [{}]}, r"lacks \['runs.0.run_id'\]"),
 ])
 def test_a_damaged_statistics_file_is_refused(tmp_path, value, message):
     torch.save(value, tmp_path / "s.pt")

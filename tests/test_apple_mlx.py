@@ -427,7 +427,7 @@ def test_a_distillation_that_does_not_help_is_not_written(extracted, texts, tmp_
     assert torch.equal(tensors["lm_head.scales"], expected["scales"])
 
 
-@pytest.mark.parametrize(("line", "named"), [("{}", "neither"), ("nonsense", "not JSON"), ("", "at least 2")])
+@pytest.mark.parametrize(("line", "named"), [("{}", "neither"), ("nonsense", "is not valid JSON"), ("", "at least 2")])
 def test_texts_that_cannot_be_used_are_refused(extracted, tmp_path, line, named):
     path = tmp_path / "texts.jsonl"
     path.write_text(line)

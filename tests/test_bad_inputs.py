@@ -196,13 +196,13 @@ A, B = "model-1.safetensors", "model-2.safetensors"
     ],
 )
 def test_an_index_names_plain_files_in_its_own_folder(tmp_path, shard):
-    with pytest.raises(InputError, match="no plain name"):
+    with pytest.raises(InputError, match=r"no plain name|has weight_map\.b .*: must be a valid string"):
         Checkpoint(shards(tmp_path, {"a": A, "b": shard}, {A: {"a": 1}}))
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, "x", 5])
 def test_an_index_without_a_map_is_refused(tmp_path, weight_map):
-    with pytest.raises(InputError, match="has no weight_map"):
+    with pytest.raises(InputError, match=r"has weight_map .*: (must|Dictionary should) "):
         Checkpoint(shards(tmp_path, weight_map, {}))
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import CPU, GOLDENS, relative
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import run_baseline
 import run_quant_eval
@@ -138,10 +138,13 @@ def test_a_baseline_that_lost_a_picture_is_refused_before_loading(work, tmp_path
                              str(tmp_path / "q")])
 
 
-@pytest.mark.parametrize("content", ["[]", '{"format": 1}', '{"format": 7}'])
-def test_a_folder_of_another_kind_is_no_baseline(tmp_path, content):
+@pytest.mark.parametrize("content, message", [
+    ("[]", r"holds \[\]: must be a JSON object"), ('{"format": 1}', r"lacks \['settings', 'samples', .* and 3 more"),
+    ('{"format": 7}', "has format 7: must be 1"), ("nonsense", "is not valid JSON"),
+])
+def test_a_folder_of_another_kind_is_no_baseline(tmp_path, content, message):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(InputError, match="none that this version wrote"):
+    with pytest.raises(InputError, match=message):
         Results(tmp_path)
 
 
@@ -210,3 +213,38 @@ def test_peak_memory_is_of_the_stage_and_not_of_the_process():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux can reset the peak")
     assert peak_memory(CPU)["host"] < high - (1 << 28)
+
+
+NUMBER = "000000"
+DAMAGE = {
+    "nan": (f"{NUMBER}.x", lambda x: x * math.nan, "NaN"),
+    "no key": (f"{NUMBER}.velocity", lambda x: None, "lacks 000000.velocity"),
+    "another shape": (f"{NUMBER}.latent", lambda x: x[..., :5].clone(), "not"),
+    "a step less": (f"{NUMBER}.velocity", lambda x: x[1:].clone(), "not"),
+    "no steps": (f"{NUMBER}.t", lambda x: x[:0].clone(), "not"),
+    "a flat one": (f"{NUMBER}.x", lambda x: x.flatten(), "not"),
+    "no velocity": (f"{NUMBER}.velocity", torch.zeros_like, "all zeros"),
+    "no ids": ("0001.ids", lambda x: x[:0].clone(), "not"),
+    "ids in two dimensions": ("0001.ids", lambda x: x[None].clone(), "not"),
+    "negative ids": ("0001.ids", lambda x: -x - 1, "another tokenizer"),
+    "ids beyond the table": ("0001.ids", lambda x: x + 10**9, "another tokenizer"),
+    "ids in floats": ("0001.ids", torch.Tensor.float, "another tokenizer"),
+    "probabilities": ("0001.logprobs", torch.exp, "above 0"),
+    "fewer tokens": ("0001.logprobs", lambda x: x[1:].clone(), "not"),
+    "a smaller vocabulary": ("0001.logprobs", lambda x: x[:, 1:].clone(), "not"),
+    "infinite": ("0001.logprobs", lambda x: x * math.inf, "NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_recording_of_a_baseline_is_named(work, tmp_path, name):
+    key, change, message = DAMAGE[name]
+    kind, file, task = ("x2t", "logits", X2T) if key.startswith("0001") else ("t2i", "latents", T2I)
+    shutil.copytree(work / f"b_{kind}", tmp_path / "b")
+    tensors = load_file(tmp_path / "b" / f"{file}.safetensors")
+    changed = change(tensors.pop(key))
+    save_file(tensors if changed is None else {**tensors, key: changed}, tmp_path / "b" / f"{file}.safetensors")
+    with pytest.raises(InputError, match=message) as error:
+        run_quant_eval.main([*task, "--awq_dir", str(PACKED), "--baseline", str(tmp_path / "b"),
+                             "--save_path_gen", str(tmp_path / "q")])
+    assert "\n" not in str(error.value)

@@ -282,7 +282,8 @@ def drop(key):
     (lambda t: None, lambda meta: meta.pop("head_weights"), "codes_int8 belongs to no listed linear"),
     (lambda t: None, lambda meta: meta["head_weights"][f"{HEAD}.weight"].update(n_bit=6), "unknown to this version"),
     (lambda t: None, lambda meta: meta["head_weights"].update({"vae2llm.weight": int8.entry((2, 2))}), "vae2llm"),
-    (lambda t: None, lambda meta: meta.update(head_weights=[1]), "no table of weights"),
+    (lambda t: None, lambda meta: meta.update(head_weights=[1]),
+     r"head_weights in the meta holds \[1\]: must be a valid dict"),
 ])
 def test_meta_and_tensors_of_the_head_must_agree(folder, tmp_path, tensors, meta, message):
     copied = shutil.copytree(folder, tmp_path / "copy")

@@ -19,6 +19,7 @@ HOSTILE = "<script>alert('x')</script> & \"q\" | `code`\nsecond line"
 def run_json(folder, size):
     folder.mkdir(parents=True)
     (folder / "run.json").write_text(json.dumps({
+        "format": 1, "settings": {"task": "t2i"}, "samples": [],
         "model": {"path": "x", "bytes": size, "bits_per_weight": 4.375}, "device": "a CPU", "dtype": "float32",
         "seconds": {"run": 1.0}, "peak_memory_bytes": {"host": 1}, "versions": {"torch": "2.13.0"}}))
 

@@ -95,7 +95,7 @@ def test_json_lines_are_read_as_they_are(tmp_path, text, keys, last):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    (GENEVAL + '{"index": 2, "da', "line 3: must be a JSON object"), (GENEVAL + "[]", "line 3: must be a JSON object"),
+    (GENEVAL + '{"index": 2, "da', "line 3 is not valid JSON"), (GENEVAL + "[]", "line 3: must be a JSON object"),
     (GENEVAL + '{"index": 1, "data": "again"}', "line 3: index 1 is there already"),
     (GENEVAL.replace('"a photo of a cow"', "[1]"), "entry '1' must map a number to a prompt string"),
     ('{"index": "../a", "data": "x"}', "entry '../a' must be a number"),
@@ -124,8 +124,8 @@ def test_an_edits_target_picture_is_no_source(tmp_path):
     (edit_entry("a.png", "b.png", targets=[0, 0, 0]), "beside targets it lists text, image, image"),
     (edit_entry("a.png", "b.png", targets=[0, 1, 1]), "beside targets it lists text"),
     (edit_entry("a.png", targets=[0]), "its lists differ in length"),
-    (edit_entry("a.png", targets=None), "its lists differ in length"), ([], "it has no lists"),
-    ({"interleave_array": "a.png"}, "it has no lists")])
+    (edit_entry("a.png", targets=None), "must be a valid list"), ([], "must be a JSON object"),
+    ({"interleave_array": "a.png"}, "it lacks")])
 def test_edits_without_exactly_one_source_are_refused(tmp_path, entry, message):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (64, 64)).save(tmp_path / name)

@@ -26,6 +26,7 @@ from lance_quant.distributed import Team
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.storage.atomic import whole_file
+from lance_quant.storage.schema import Count, Positive, Schema, parse
 from lance_quant.storage.tensor_file import Checkpoint
 
 log = logging.getLogger("lance_quant")
@@ -62,6 +63,23 @@ class LinearStats:
         return (self.sum_sq.double() / self.n_tokens).float()
 
 
+class _Run(Schema):
+    """A calibration run, as far as merging and converting go by it."""
+
+    run_id: str
+    model: str | None = None
+    weight: Positive = 1.0
+
+
+class _Facts(Schema):
+    """What a statistics file holds beside the sums."""
+
+    task: str | None = None
+    tasks: list[str] = []
+    runs: list[_Run] = []
+    n_linears: Count | None = None
+
+
 @dataclass(frozen=True)
 class ActStats:
     """Statistics of one calibration run, or of several merged ones.
@@ -89,13 +107,12 @@ class ActStats:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise InputError(f"{path} is not a statistics file of format {FORMAT} (found: {found})")
         linears = {name: _entry(name, entry, path) for name, entry in data["stats"].items()}
-        tasks = [str(task) for task in data.get("tasks") or [data.get("task", Path(path).stem)]]
+        facts = parse(_Facts, {key: value for key, value in data.items() if key != "stats"}, f"statistics file {path}",
+                      "make it again with awq_calibrate_single.py")
+        tasks = facts.tasks or [facts.task or Path(path).stem]
         runs = data.get("runs") or [{"run_id": _content_id(linears), "task": " + ".join(tasks)}]
-        if not isinstance(runs, list) or not all(isinstance(run, dict) and isinstance(run.get("run_id"), str)
-                                                 for run in runs):
-            raise InputError(f"{path} lists a run without run_id")
         seen = {name: entry for name, entry in linears.items() if entry.n_tokens}
-        return cls(seen, tasks, runs, int(data.get("n_linears", len(linears))))
+        return cls(seen, tasks, runs, len(linears) if facts.n_linears is None else facts.n_linears)
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all. InputError if it exists."""

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from lance_quant.calibration.activation_stats import model_fingerprint
@@ -31,8 +32,9 @@ from lance_quant.formats.layout import SUFFIX
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance, Streams
-from lance_quant.storage.atomic import require_free, whole_file
-from lance_quant.storage.tensor_file import Checkpoint, TensorFile, write_tensors
+from lance_quant.storage.atomic import parse_json, require_free, whole_file
+from lance_quant.storage.schema import Count, Schema, parse
+from lance_quant.storage.tensor_file import Checkpoint, TensorFile, require_finite, write_tensors
 
 log = logging.getLogger("lance_quant")
 
@@ -246,6 +248,24 @@ def recording(model: Lance, path: Path | None, task: str, fingerprint: str,
     recorder.save(path, task, fingerprint, team)
 
 
+class _Call(Schema):
+    """What a capture records of a call beside its tensors, see DecoderCall."""
+
+    rows: Annotated[list[Count], Field(min_length=1)]
+    lengths: list[Count]
+    causal: bool
+    decoded: Count
+
+
+class _Facts(Schema):
+    """What a capture records beside tensors."""
+
+    format: Literal[2]
+    model: str
+    config: dict[str, Any]
+    calls: Annotated[list[_Call], Field(min_length=1)]
+
+
 def load(path: Path, fingerprint: str) -> tuple[LanceConfig, list[DecoderCall]]:
     """Read a capture of the model with this fingerprint.
 
@@ -256,28 +276,29 @@ def load(path: Path, fingerprint: str) -> tuple[LanceConfig, list[DecoderCall]]:
     try:
         if "capture" not in file.specs:
             raise InputError(f"{path} is not a capture: make one with awq_calibrate_single.py --capture")
-        facts = json.loads(file.read("capture").numpy().tobytes())
-        if facts["format"] != FORMAT:
-            raise InputError(f"{path} is a capture of format {facts['format']}, not {FORMAT}; capture again")
-        if facts["model"] != fingerprint:
-            raise InputError(f"{path} was captured from another model: fingerprint {facts['model'][:12]}, this "
+        facts = parse(_Facts, parse_json(file.read("capture").numpy().tobytes(), f"{path}: its record"),
+                      f"capture {path}", "capture again")
+        if facts.model != fingerprint:
+            raise InputError(f"{path} was captured from another model: fingerprint {facts.model[:12]}, this "
                              f"checkpoint has {fingerprint[:12]}; calibrate on this checkpoint")
-        config = LanceConfig(**facts["config"] | {"mrope_section": tuple(facts["config"]["mrope_section"])})
-        return config, [_call(file, index, entry) for index, entry in enumerate(facts["calls"])]
+        config = LanceConfig.of(facts.config, f"configuration in capture {path}")
+        return config, [_call(file, index, entry) for index, entry in enumerate(facts.calls)]
     finally:
         file.close()
 
 
-def _call(file: TensorFile, index: int, entry: dict[str, Any]) -> DecoderCall:
-    rows = tuple(entry["rows"])
+def _call(file: TensorFile, index: int, entry: "_Call") -> DecoderCall:
+    rows = tuple(entry.rows)
 
     def read(key: str) -> Tensor:
+        if f"call.{index}.{key}" not in file.specs:
+            raise InputError(f"capture {file.path} lacks call.{index}.{key}: capture again")
         x = file.read(f"call.{index}.{key}", torch.float32)
+        require_finite(x, f"capture {file.path}: call.{index}.{key}")
         return x.expand(len(rows), *x.shape[1:])
 
     streams: Streams = {expert: read(expert) for expert in SUFFIX if f"call.{index}.{expert}" in file.specs}
-    return DecoderCall(rows, tuple(entry["lengths"]), entry["causal"], streams, (read("cos"), read("sin")),
-                       entry["decoded"])
+    return DecoderCall(rows, tuple(entry.lengths), entry.causal, streams, (read("cos"), read("sin")), entry.decoded)
 
 
 def load_of(src: Path, paths: Sequence[Path]) -> tuple[LanceConfig, list[DecoderCall], list[dict[str, Any]]]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
+import torch
+
 from lance_quant.distributed import ALONE, Team
 from lance_quant.errors import InputError
 from lance_quant.evaluation.metrics import (
@@ -21,14 +23,13 @@ from lance_quant.evaluation.metrics import (
     token_divergence,
     weighted_mean,
 )
-from lance_quant.evaluation.run_folder import Results, made, open_made
+from lance_quant.evaluation.run_folder import Results, made, open_made, read_run
 from lance_quant.inference.request import RunRequest
 from lance_quant.inference.tasks import forced_velocities
 from lance_quant.lance.media.samples import Prompt, Question
 from lance_quant.lance.progress import progress
 from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.settings import TASKS, Settings
-from lance_quant.storage.atomic import read_json
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,19 @@ def compare_run(runtime: Runtime, request: RunRequest, baseline: Results, folder
 
 def _compare_answer(pipeline: Runtime, question: Question, settings: Settings, baseline: Results,
                     run: Results) -> dict[str, Any]:
-    ids = baseline.trace.read(f"{question.key}.ids").tolist()
-    if max(ids) >= len(pipeline.tokenizer):
-        raise InputError(f"baseline {baseline.folder} was made with another tokenizer")
+    found = baseline.read(question.key, "ids", (None,))
+    ids = found.tolist()
+    if found.dtype != torch.int64 or min(ids) < 0 or max(ids) >= len(pipeline.tokenizer):
+        raise InputError(f"baseline {baseline.folder} was made with another tokenizer, or is damaged: ids of sample "
+                         f"{question.key} are {found.dtype} from {min(ids)} to {max(ids)}, and there are "
+                         f"{len(pipeline.tokenizer)} tokens")
     packed, vit_tokens = pipeline.prompt_of(question, settings.resolution)
     forced = pipeline.forced_logprobs(packed, vit_tokens, ids).cpu()
-    divergence = token_divergence(baseline.trace.read(f"{question.key}.logprobs"), forced)
+    logprobs = baseline.read(question.key, "logprobs", forced.shape)
+    if logprobs.max() > 1e-3:  # rounding
+        raise InputError(f"baseline {baseline.folder}: log-probabilities of sample {question.key} are above 0; make it "
+                         "again")
+    divergence = token_divergence(logprobs, forced)
     theirs, ours = baseline.answers()[question.key], run.answers()[question.key]
     return {"key": question.key, "visual": str(question.visual), "question": question.question,
             "reference": question.reference, "baseline": theirs, "answer": ours, "tokens": len(ids),
@@ -112,8 +120,13 @@ def _compare_answer(pipeline: Runtime, question: Question, settings: Settings, b
 
 def _compare_made(pipeline: Runtime, prompt: Prompt, settings: Settings, baseline: Results,
                   run: Results) -> dict[str, Any]:
-    theirs = {part: baseline.trace.read(f"{prompt.key}.{part}") for part in ("x", "velocity", "t", "latent")}
-    ours = {part: run.trace.read(f"{prompt.key}.{part}") for part in ("x", "latent")}
+    ours = {part: run.read(prompt.key, part) for part in ("x", "latent")}
+    shape = ours["x"].shape
+    shapes = {"x": shape, "velocity": shape, "t": shape[:1], "latent": ours["latent"].shape}
+    theirs = {part: baseline.read(prompt.key, part, wanted) for part, wanted in shapes.items()}
+    if not theirs["velocity"].flatten(1).any(1).all():
+        raise InputError(f"baseline {baseline.folder}: a velocity of sample {prompt.key} is all zeros, which no model "
+                         "gives; make it again")
     errors = step_errors(forced_velocities(pipeline, prompt, settings, theirs["x"], theirs["t"]), theirs["velocity"])
     name = made(prompt, settings)
     source = {} if prompt.visual is None else {"visual": str(prompt.visual)}
@@ -199,7 +212,7 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _facts(folder: Path, root: Path) -> RunFacts:
-    run = read_json(folder / "run.json", "run.json")
+    run = read_run(folder)
     kept = ("model", "device", "dtype", "seconds", "peak_memory_bytes", "versions")
     place = folder.relative_to(root) if folder.is_relative_to(root) else folder.resolve()
     return cast(RunFacts, {"folder": str(place), **{key: run[key] for key in kept}})

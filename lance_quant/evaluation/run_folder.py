@@ -18,10 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
+from pydantic import field_validator
 from torch import Tensor
 
 from lance_quant import __version__
@@ -34,11 +35,13 @@ from lance_quant.inference.tasks import Answered, Drawn, answer_all, draw_all, f
 from lance_quant.kernels.base import CALLS
 from lance_quant.lance.media.samples import Prompt, Question
 from lance_quant.lance.media.video import read_video, write_video
+from lance_quant.lance.media.vision import open_image
 from lance_quant.lance.progress import progress
 from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.settings import TASKS, Settings
 from lance_quant.storage.atomic import read_json, write_json
-from lance_quant.storage.tensor_file import TensorFile, write_tensors
+from lance_quant.storage.schema import Count, Positive, Schema, parse, read
+from lance_quant.storage.tensor_file import TensorFile, require_finite, write_tensors
 
 log = logging.getLogger("lance_quant")
 
@@ -192,7 +195,7 @@ def made(prompt: Prompt, settings: Settings) -> str:
 
 def open_made(path: Path) -> list[Image.Image]:
     """The frames of a file that a request made; one of a picture."""
-    return read_video(path, every=True) if path.suffix == ".mp4" else [Image.open(path)]
+    return read_video(path, every=True) if path.suffix == ".mp4" else [open_image(path)]
 
 
 def _write_frames(frames: list[Image.Image], path: Path) -> None:
@@ -235,6 +238,55 @@ def drop_traces(folder: Path) -> None:
             trace.unlink()
 
 
+class _Model(Schema):
+    """What run.json says of the weights."""
+
+    path: str
+    bytes: Count
+    bits_per_weight: Positive
+    fingerprint: str | None = None
+
+
+class _RunFile(Schema):
+    """run.json as far as later runs and reports go by it."""
+
+    format: Literal[1]
+    settings: dict[str, Any]
+    samples: list[dict[str, str]]
+    model: _Model
+    dtype: str
+    device: str
+    seconds: dict[str, float]
+    peak_memory_bytes: dict[str, Count | None]
+    versions: dict[str, str]
+
+    @field_validator("settings")
+    @classmethod
+    def _task(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        if settings.get("task") not in list(TASKS):
+            raise ValueError(f"the task must be one of {', '.join(TASKS)}")
+        return settings
+
+
+class _Answer(Schema):
+    """A row of result.json."""
+
+    key: str
+    answer: str
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The content of run.json of a results folder.
+
+    Raises:
+        InputError: it is none that this version wrote.
+    """
+    path, what = folder / "run.json", "run.json of a results folder"
+    run: dict[str, Any] = read_json(path, what)
+    parse(_RunFile, run, f"{what}: {path}", "make the folder again with run_baseline.py")
+    return run
+
+
 class Results:
     """A finished results folder, opened as a baseline.
 
@@ -244,11 +296,7 @@ class Results:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.run = read_json(self.folder / "run.json", "run.json of a results folder")
-        found = self.run.get("format") if isinstance(self.run, dict) else None
-        if found != FORMAT or not {"settings", "samples", "model", "dtype"} <= self.run.keys():
-            raise InputError(f"{folder}/run.json is none that this version wrote (format {found}, not {FORMAT}, or "
-                             "incomplete); make the baseline again with run_baseline.py")
+        self.run = read_run(self.folder)
         self.text = TASKS[self.run["settings"]["task"]].makes == "text"
 
     @functools.cached_property
@@ -259,6 +307,26 @@ class Results:
             raise InputError(f"{self.folder} cannot be compared with: it has no {path.name}; make it again with "
                              "run_baseline.py --save_latents, or leave --baseline out")
         return TensorFile(path)
+
+    def read(self, key: str, part: str, shape: Sequence[int | None] | None = None) -> Tensor:
+        """What --save_latents kept of a sample: "latent", "x", "velocity", "t", or "ids" and "logprobs" of an answer.
+
+        Args:
+            shape: that it must have; None for a size that may be any but 0.
+
+        Raises:
+            InputError: it is not there, of another shape, or holds NaN or Inf.
+        """
+        name, advice = f"{key}.{part}", "make the baseline again with run_baseline.py --save_latents"
+        if name not in self.trace.specs:
+            raise InputError(f"{self.trace.path} lacks {name}: {advice}")
+        value = self.trace.read(name)
+        if shape is not None and (value.dim() != len(shape) or not value.numel() or any(
+                size not in (None, found) for size, found in zip(shape, value.shape, strict=True))):
+            raise InputError(f"{self.trace.path}: {name} is {list(value.shape)}, not "
+                             f"[{', '.join('any' if size is None else str(size) for size in shape)}]: {advice}")
+        require_finite(value, f"{self.trace.path}: {name}")
+        return value
 
     def require_same(self, request: RunRequest) -> None:
         """Raise InputError unless the folder was made with these settings, samples and dtype, and is complete.
@@ -283,7 +351,8 @@ class Results:
 
     def answers(self) -> dict[str, str]:
         """Sample key -> answer, of an x2t run."""
-        return {row["key"]: row["answer"] for row in read_json(self.folder / "result.json", "result.json")}
+        rows = read(list[_Answer], self.folder / "result.json", "result.json")
+        return {row.key: row.answer for row in rows}
 
     def __enter__(self) -> "Results":
         return self

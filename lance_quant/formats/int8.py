@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
+from lance_quant.storage.schema import Schema, Shape, parse
 from lance_quant.storage.tensor_file import TensorSpec
 
 SUFFIXES = ("codes_int8", "row_scales")
@@ -99,6 +100,14 @@ def specs(shape: Sequence[int]) -> dict[str, TensorSpec]:
             "row_scales": TensorSpec(torch.bfloat16, (shape[0],))}
 
 
+class _Entry(Schema):
+    """Meta entry of a weight of 8 bits."""
+
+    shape: Shape
+    n_bit: int
+    scheme: str
+
+
 def entry(shape: Sequence[int]) -> dict[str, Any]:
     """The meta fields of one weight."""
     return {"shape": list(shape), "n_bit": 8, "scheme": SCHEME}
@@ -113,16 +122,12 @@ def shapes_of(meta: Mapping[str, Any], where: str) -> dict[str, tuple[int, int]]
     Raises:
         InputError: a name or a field that this version does not know.
     """
-    listed = meta.get(META_KEY, {})
-    if not isinstance(listed, dict):
-        raise InputError(f"{where}: {META_KEY} in the meta is no table of weights")
+    listed = parse(dict[str, _Entry], meta.get(META_KEY, {}), f"{where}: {META_KEY} in the meta")
     known = {f"{name}.weight" for name in layout.VOCABULARY}
     for name, found in listed.items():
-        shape = found.get("shape") if isinstance(found, dict) else None
-        if name not in known or not isinstance(shape, list) or len(shape) != 2 or found != entry(shape) \
-                or not all(isinstance(size, int) and size > 0 for size in shape):
+        if name not in known or found.model_dump() != entry(found.shape):
             raise InputError(f"{where}: meta entry {name!r} in {META_KEY} is unknown to this version: {found!r}")
-    return {name.removesuffix(".weight"): tuple(found["shape"]) for name, found in listed.items()}
+    return {name.removesuffix(".weight"): (found.shape[0], found.shape[1]) for name, found in listed.items()}
 
 
 def quantize_rows(pieces: Iterable[Tensor], width: int) -> Iterator[Int8Weight]:

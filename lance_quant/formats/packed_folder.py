@@ -21,9 +21,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from pydantic import Field, field_validator
 
 from lance_quant.errors import InputError
 from lance_quant.formats import int4, int8, layout, nvfp4
@@ -33,6 +34,7 @@ from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.weights import PackedWeight
 from lance_quant.storage import atomic
 from lance_quant.storage.resume import ResumeJob
+from lance_quant.storage.schema import Schema, Shape, Size, parse
 from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size
 
 SUFFIXES = ("qweight", "scales", "zeros", "scales_bf16", "scales_fp8", "scales_e4m3")
@@ -52,6 +54,46 @@ class LinearSpec(NamedTuple):
     group_size: int
     scheme: str
     global_scale: float | None
+
+
+class _Kept(Schema):
+    """Meta entry of a linear that a budget left in bfloat16."""
+
+    shape: Shape
+
+
+class _Meta(Schema):
+    """A packed folder's meta, as far as reading goes by it; the rest is a record for people."""
+
+    layout: Literal["published", "slim"] = "published"
+    per_weight: Annotated[dict[str, Any], Field(min_length=1)]
+    kept_bf16: dict[str, _Kept] = {}
+    source_fingerprint: str | None = None
+
+
+class _Entry(Schema):
+    """Meta entry of a packed weight."""
+
+    shape: Shape
+    size: Size  # of a group or block, under the format's own name
+    scheme: str
+    global_scale: float | None = None
+
+    @field_validator("global_scale")
+    @classmethod
+    def _power_of_two(cls, value: float | None) -> float | None:
+        if value is not None and not nvfp4.is_global_scale(value):
+            raise ValueError("must be a positive power of two that keeps all weights within bfloat16")
+        return value
+
+
+class _Int4Entry(_Entry):
+    n_bit: Literal[4]
+    size: Size = Field(alias="group_size")
+
+
+class _Nvfp4Entry(_Entry):
+    size: Literal[16] = Field(alias="block_size")
 
 
 class PackedFolder:
@@ -74,10 +116,12 @@ class PackedFolder:
         self.format = _format_of(self.path)
         base = Int4 if self.format == "int4" else Nvfp4
         self.meta: dict[str, Any] = atomic.read_json(self.path / base.meta_file, "packed meta")
-        self.slim = _is_slim(self.meta, self.path)
+        meta = _parse_meta(self.meta, self.path)
+        self.slim = meta.layout == "slim"
         self.linears = {name.removesuffix(".weight"): _linear_spec(name, entry, self.format, self.slim)
-                        for name, entry in _per_weight(self.meta, self.path).items()}
-        self.kept = _kept(self.meta, self.path)
+                        for name, entry in meta.per_weight.items()}
+        self.kept = {name.removesuffix(".weight"): (entry.shape[0], entry.shape[1])
+                     for name, entry in meta.kept_bf16.items()}
         self.head = int8.shapes_of(self.meta, str(self.path))
         self.checkpoint = Checkpoint(self.path / base.state_file)
         try:
@@ -172,52 +216,30 @@ def _format_of(path: Path) -> str:
     raise InputError(f"no packed model in {path}: neither {Int4.meta_file} nor {Nvfp4.meta_file} is there")
 
 
-def _is_slim(meta: Any, path: Path) -> bool:
-    layout_name = meta.get("layout", "published") if isinstance(meta, dict) else None
-    if layout_name not in ("published", "slim"):
-        raise InputError(f"{path}: layout {layout_name!r} is unknown to this version; update lance-quant")
-    return layout_name == "slim"
+def _parse_meta(raw: Any, path: Path) -> "_Meta":
+    """The typed fields of a meta. Its tables are parsed entry by entry, so that an error names one weight."""
+    meta = parse(_Meta, raw, f"packed meta of {path}", "update lance-quant if the folder is newer than it")
+    for name in (*meta.per_weight, *meta.kept_bf16):
+        if not name.endswith(".weight"):
+            raise InputError(f"{path}: meta entry {name!r} is not that of a weight")
+    both = sorted(meta.per_weight.keys() & meta.kept_bf16.keys())
+    if both:
+        raise InputError(f"{path}: meta lists {both[0]!r} as packed and in {KEPT}: it is damaged, make it again")
+    return meta
 
 
-def _per_weight(meta: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    listed = meta.get("per_weight")
-    if not isinstance(listed, dict) or not listed:
-        raise InputError(f"{path}: the meta lists no weights (per_weight)")
-    return listed
-
-
-def _kept(meta: Mapping[str, Any], path: Path) -> dict[str, tuple[int, int]]:
-    listed = meta.get(KEPT, {})
-    shapes = {name: entry.get("shape") if isinstance(entry, dict) else None for name, entry in listed.items()} \
-        if isinstance(listed, dict) else {KEPT: None}
-    kept = {}
-    for name, shape in shapes.items():
-        if not name.endswith(".weight") or name in meta["per_weight"] or not isinstance(shape, list) \
-                or len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-            raise InputError(f"{path}: meta entry {name!r} in {KEPT} is not that of a linear in bfloat16")
-        kept[name.removesuffix(".weight")] = (shape[0], shape[1])
-    return kept
-
-
-def _linear_spec(name: str, entry: Any, format_name: str, slim: bool) -> LinearSpec:
-    if not isinstance(entry, dict) or not name.endswith(".weight"):
-        raise InputError(f"meta entry {name!r} is not that of a weight")
-    shape, size = entry.get("shape"), entry.get("group_size" if format_name == "int4" else "block_size")
-    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(n, int) and n > 0 for n in shape):
-        raise InputError(f"meta of {name}: shape {shape!r} is not [out, in]")
-    if format_name == "int4" and entry.get("n_bit") != 4:
-        raise InputError(f"meta of {name}: n_bit {entry.get('n_bit')!r}; only 4 bits are supported")
-    if not isinstance(size, int) or size < 1 or (format_name == "nvfp4" and size != nvfp4.BLOCK):
-        raise InputError(f"meta of {name}: group or block size {size!r} is not supported")
-    (Int4(size) if format_name == "int4" else Nvfp4()).require_fits(name, shape)
-    scale, scheme = entry.get("global_scale"), entry.get("scheme")
-    if (slim or scale is not None) and not nvfp4.is_global_scale(scale):
-        raise InputError(f"meta of {name}: global_scale {scale!r} is no positive power of two")
+def _linear_spec(name: str, raw: Any, format_name: str, slim: bool) -> LinearSpec:
+    what = f"meta of {name}"
+    kind: type[_Entry] = _Int4Entry if format_name == "int4" else _Nvfp4Entry
+    entry = parse(kind, raw, what, "update lance-quant if the folder is newer than it")
+    (Int4(entry.size) if format_name == "int4" else Nvfp4()).require_fits(name, entry.shape)
+    if slim and entry.global_scale is None:
+        raise InputError(f"{what} lacks ['global_scale'], which layout slim needs; make the folder again")
     known = (Int4 if format_name == "int4" else Nvfp4).SCHEMES.values()
-    if not isinstance(scheme, str) or scheme not in known:
-        raise InputError(f"meta of {name}: scheme {str(scheme)[:80]!r} is none of {', '.join(sorted(set(known)))}; "
+    if entry.scheme not in known:
+        raise InputError(f"{what}: scheme {entry.scheme[:80]!r} is none of {', '.join(sorted(set(known)))}; "
                          "update lance-quant if it is newer")
-    return LinearSpec((shape[0], shape[1]), size, scheme, scale)
+    return LinearSpec((entry.shape[0], entry.shape[1]), entry.size, entry.scheme, entry.global_scale)
 
 
 def _is_bias(last: str, spec: TensorSpec, linear: LinearSpec) -> bool:

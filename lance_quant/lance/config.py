@@ -7,27 +7,50 @@ latent cell, table of 31 x 64 x 64 latent positions) is part of the model and co
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.storage.atomic import read_json
+from lance_quant.storage.schema import Positive, Schema, Size, parse
 
 LATENT_CHANNELS = 48
 LATENT_STRIDE = 16  # pixels per latent cell, each way
 MAX_LATENT_SIZE = 64  # latent cells per side that the position table knows
 MAX_LATENT_FRAMES = 31  # 121 frames // 4 + 1
-_LARGEST = 1e9  # that any number of a configuration may be: Lance's largest is rope_theta, 1e6
 TIME_FREQUENCIES = 256  # width of the sinusoid in front of the time embedder
 
 _EMBEDDINGS = tuple(f"{layout.VOCABULARY[0]}.{part}" for part in ("weight", "codes_int8"))
 _GATES = tuple(f"{layout.linear(0, 'und', 'gate_proj')}.{part}" for part in ("weight", "qweight"))
 
 
-def _is_positive(value: object, kind: type) -> bool:
-    """Whether a JSON value is a positive number that fits a field of type int or float."""
-    return not isinstance(value, bool) and isinstance(value, int if kind is int else (int, float)) \
-        and 0 < value < _LARGEST
+_LANCE = "is it the llm_config.json of a Lance checkpoint?"
+
+
+class _Rope(Schema):
+    """rope_scaling, in newer exports rope_parameters."""
+
+    rope_theta: Positive | None = None
+    mrope_section: Annotated[list[Size], Field(min_length=3, max_length=3)] | None = None
+
+
+class _LlmConfig(Schema):
+    """llm_config.json. Rotary fields are flat in the official file; newer exports of the same family nest them."""
+
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    intermediate_size: Size
+    vocab_size: Size
+    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)]
+    hidden_act: Literal["silu"] = "silu"
+    rope_theta: Positive | None = None
+    mrope_section: Annotated[list[Size], Field(min_length=3, max_length=3)] | None = None
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
 
 
 @dataclass(frozen=True)
@@ -52,30 +75,19 @@ class LanceConfig:
     @classmethod
     def load(cls, path: Path) -> "LanceConfig":
         """Read llm_config.json; InputError names a missing or impossible field."""
-        raw = read_json(path, "model configuration")
-        if not isinstance(raw, dict):
-            raise InputError(f"{path} must be a JSON object, not a {type(raw).__name__}")
-        # Flat in the official file; newer exports of the same family nest both.
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise InputError(f"{path}: rope_scaling {str(rope)[:80]!r} must be an object")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise InputError(f"{path}: hidden_act {str(raw['hidden_act'])[:80]!r}: Lance's MLP is gated SiLU (silu)")
-        raw = {"rope_theta": rope.get("rope_theta"), "mrope_section": rope.get("mrope_section"), **raw}
-        missing = [name for name in cls.__dataclass_fields__ if raw.get(name) is None]
-        if missing:
-            raise InputError(f"{path} lacks {missing}: is it the llm_config.json of a Lance checkpoint?")
-        section = raw["mrope_section"]
-        sizes = {name: raw[name] for name in cls.__dataclass_fields__ if name != "mrope_section"}
-        kinds = cls.__annotations__
-        wrong = [f"{name} {str(value)[:80]}" for name, value in sizes.items()
-                 if not _is_positive(value, kinds[name])]
-        if not isinstance(section, list) or len(section) != 3 or not all(_is_positive(size, int) for size in section):
-            wrong.append(f"mrope_section {str(section)[:80]}")
-        if wrong:
-            raise InputError(f"{path}: {', '.join(wrong)}: must be positive numbers, three of them for mrope_section")
-        config = cls(**sizes, mrope_section=tuple(section))
-        config._check(path)
+        return cls.of(read_json(path, "model configuration"), f"model configuration {path}")
+
+    @classmethod
+    def of(cls, raw: object, what: str) -> "LanceConfig":
+        """Check the content of an llm_config.json, which `what` names in errors. See `load`."""
+        found = parse(_LlmConfig, raw, what, _LANCE)
+        rope = found.rope_scaling or found.rope_parameters or _Rope()
+        theta, section = found.rope_theta or rope.rope_theta, found.mrope_section or rope.mrope_section
+        if theta is None or section is None:
+            raise InputError(f"{what} lacks {'rope_theta' if theta is None else 'mrope_section'}; {_LANCE}")
+        rotary = {"rope_theta": theta, "mrope_section": (section[0], section[1], section[2])}
+        config = cls(**{name: getattr(found, name) for name in cls.__dataclass_fields__} | rotary)
+        config._check(what)
         return config
 
     def require_fits(self, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -96,16 +108,15 @@ class LanceConfig:
                 raise InputError(f"llm_config.json says {name} {said}, and {what} has {found}: configuration and "
                                  "weights are of different models")
 
-    def _check(self, path: Path) -> None:
+    def _check(self, what: str) -> None:
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(f"{path}: hidden_size {self.hidden_size}, num_attention_heads "
+            raise InputError(f"{what}: hidden_size {self.hidden_size}, num_attention_heads "
                              f"{self.num_attention_heads}, num_key_value_heads {self.num_key_value_heads} "
                              "must divide one another")
-        if self.rms_norm_eps >= 1 or self.rope_theta <= 1:
-            raise InputError(f"{path}: rms_norm_eps {self.rms_norm_eps:g} must be below 1 and rope_theta "
-                             f"{self.rope_theta:g} above 1")
+        if self.rope_theta <= 1:
+            raise InputError(f"{what}: rope_theta {self.rope_theta:g} must be above 1")
         if 2 * sum(self.mrope_section) != self.head_dim:
-            raise InputError(f"{path}: mrope_section {list(self.mrope_section)} must add up to half of head_dim "
+            raise InputError(f"{what}: mrope_section {list(self.mrope_section)} must add up to half of head_dim "
                              f"{self.head_dim}")
 
 

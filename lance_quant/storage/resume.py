@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lance_quant.errors import InputError
-from lance_quant.storage.atomic import move_folder, read_json, whole_file, write_json
+from lance_quant.storage.atomic import move_folder, parse_json, read_json, whole_file, write_json
+from lance_quant.storage.schema import parse
+
+_ANEW = "remove it to start anew"
 
 
 class ResumeJob:
@@ -44,7 +47,7 @@ class ResumeJob:
         self.layers = self._read()
 
     def _require_same(self, earlier: Any, job: Mapping[str, Any]) -> None:
-        known = earlier if isinstance(earlier, dict) else {}
+        known = parse(dict[str, Any], earlier, f"{self.root / 'job.json'}", _ANEW)
         different = [key for key in {**job, **known} if known.get(key) != job.get(key)]
         if different:
             raise InputError(f"{self.root} belongs to a job with another {different[0]}: give the same arguments, or "
@@ -56,7 +59,8 @@ class ResumeJob:
         lines = self._journal.read_text(encoding="utf-8").split("\n")
         whole = lines[:-1]  # a line that the kill cut short has no end
         self._journal.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
-        return [json.loads(line) for line in whole]
+        return [parse(dict[str, Any], parse_json(line.encode(), str(self._journal)), str(self._journal), _ANEW)
+                for line in whole]
 
     def state_file(self, layers: int) -> Path:
         """Where the state after so many layers is kept."""

@@ -16,13 +16,15 @@ import struct
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from lance_quant.errors import InputError
-from lance_quant.storage.atomic import parse_json, read_json
+from lance_quant.storage.atomic import parse_json
+from lance_quant.storage.schema import Schema, read
 
 # In the order in which safetensors lays tensors out (of one dtype, by name). F4 and F6 are left out: their shapes count
 # elements smaller than a byte, which torch's do not.
@@ -224,6 +226,12 @@ class TensorFile:
         self.close()
 
 
+class _Index(Schema):
+    """model.safetensors.index.json."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
 class Checkpoint:
     """All tensors of a checkpoint: one safetensors file, or the shards of an index, under one set of names.
 
@@ -244,8 +252,7 @@ class Checkpoint:
     def __init__(self, path: Path):
         self.path = self._resolve(Path(path))
         if self.path.name.endswith(".json"):
-            index = read_json(self.path, "checkpoint index")
-            weight_map = _weight_map(index, self.path)
+            weight_map = _weight_map(self.path)
             files = [self.path.parent / shard for shard in sorted(set(weight_map.values()))]
         else:
             weight_map, files = None, [self.path]
@@ -321,14 +328,12 @@ class Checkpoint:
         self.close()
 
 
-def _weight_map(index: Any, path: Path) -> dict[str, str]:
+def _weight_map(path: Path) -> dict[str, str]:
     """Tensor -> file of an index; files are plain names in its folder."""
-    found = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(found, dict) or not found:
-        raise InputError(f"checkpoint index {path} has no weight_map")
+    found = read(_Index, path, "checkpoint index", "download the checkpoint again").weight_map
     for name, shard in found.items():
-        if not isinstance(shard, str) or re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard) is None:
-            raise InputError(f"checkpoint index {path}: {name!r} is in {str(shard)[:80]!r}, which is no plain name of "
+        if re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard) is None:
+            raise InputError(f"checkpoint index {path}: {name!r} is in {shard[:80]!r}, which is no plain name of "
                              "a .safetensors file beside the index")
     return found
 

@@ -14,22 +14,23 @@ request with that reference. Files on one line work, and any number of questions
 one {"index": 0, "data": ...} a line, as in GenEVAL.jsonl and DPG.jsonl.
 """
 
-import json
 import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from PIL import Image
+from pydantic import Field
 
 from lance_quant.errors import InputError
 from lance_quant.lance.media.video import read_video
 from lance_quant.lance.media.vision import open_image
 from lance_quant.lance.settings import TASKS, Modality
 from lance_quant.lance.tokens import CAPTION_SYSTEMS
-from lance_quant.storage.atomic import read_json
+from lance_quant.storage.atomic import parse_json, read_json
+from lance_quant.storage.schema import Schema, parse
 
 _CAPTION_SEED = 2025  # the official global seed; the draws themselves depend on everything that ran before
 
@@ -58,6 +59,14 @@ class Prompt:
     text: str
     visual: Path | None = None
     named: str = ""
+
+
+class _Interleaved(Schema):
+    """An entry of a sample file with visuals: three lists of one length."""
+
+    element_dtype_array: list[Literal["text", "image", "video"]]
+    interleave_array: list[str | list[str]]
+    istarget_in_interleave: list[Annotated[int, Field(ge=0, le=1)] | bool] = []
 
 
 def load(task: str, path: Path, fix_quirks: bool = False) -> list[Question] | list[Prompt]:
@@ -144,18 +153,20 @@ def _elements(entry: Any, modality: Modality, rule: str) -> dict[str, Any]:
     Evaluation manifests of edits list a target picture, which the official code leaves out, too. A text that is the
     target is the reference answer, and stays.
     """
-    given: dict[str, Any] = entry if isinstance(entry, dict) else {}
-    dtypes, values = given.get("element_dtype_array"), given.get("interleave_array")
-    if not isinstance(dtypes, list) or not isinstance(values, list):
-        raise InputError(f"{rule}: it has no lists \"element_dtype_array\" and \"interleave_array\"")
-    targets = given.get("istarget_in_interleave", [0] * len(values))
-    if not isinstance(targets, list) or not len(dtypes) == len(values) == len(targets):
+    given = parse(_Interleaved, entry, f"{rule}: it")
+    dtypes, values = given.element_dtype_array, given.interleave_array
+    said = "istarget_in_interleave" in given.model_fields_set
+    targets = given.istarget_in_interleave if said else [0] * len(values)
+    if not len(dtypes) == len(values) == len(targets):
         raise InputError(f"{rule}: its lists differ in length")
     shown = [(dtype, value) for dtype, value, target in zip(dtypes, values, targets, strict=True)
              if dtype == "text" or not target]
-    if sorted(str(dtype) for dtype, _ in shown) != sorted(["text", modality]):
-        raise InputError(f"{rule}: beside targets it lists {', '.join(str(dtype) for dtype, _ in shown) or 'nothing'}")
-    return dict(shown)
+    if sorted(dtype for dtype, _ in shown) != sorted(["text", modality]):
+        raise InputError(f"{rule}: beside targets it lists {', '.join(dtype for dtype, _ in shown) or 'nothing'}")
+    found: dict[str, Any] = dict(shown)
+    if not isinstance(found[modality], str):
+        raise InputError(f"{rule}: it names its {modality} by a list")
+    return found
 
 
 def _entries(path: Path) -> tuple[Mapping[str, Any], bool]:
@@ -180,8 +191,10 @@ def _lines(path: Path) -> dict[str, Any] | None:
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
-        except json.JSONDecodeError:
+            found = parse_json(line.encode(), f"sample file {path}, line {number}")
+        except InputError:
+            if entries:
+                raise
             found = None
         if not isinstance(found, dict) or not {"index", "data"} <= found.keys():
             if not entries:
