@@ -33,7 +33,7 @@ def test_rates_are_rounded_to_whole_frames_per_second():
     assert frame_indices(240, 23.976) == frame_indices(240, 24)
 
 
-@pytest.mark.parametrize("total, fps", [(1, 24), (1, 60), (0, 24), (5, 0.3)])
+@pytest.mark.parametrize("total, fps", [(1, 24), (1, 60), (0, 24), (0, 0.4)])
 def test_clips_that_are_too_short_are_refused(total, fps):
     with pytest.raises(InputError, match="too few"):
         frame_indices(total, fps)

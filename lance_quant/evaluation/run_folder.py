@@ -193,7 +193,7 @@ def made(prompt: Prompt, settings: Settings) -> str:
     return f"{prompt.key}.{'mp4' if settings.spec.makes == 'video' else 'png'}"
 
 
-def open_made(path: Path) -> list[Image.Image]:
+def open_made(path: Path) -> Sequence[Image.Image]:
     """The frames of a file that a request made; one of a picture."""
     return read_video(path, every=True) if path.suffix == ".mp4" else [open_image(path)]
 

@@ -135,7 +135,7 @@ class Runtime:
             if self.offload == "vae_vit":
                 delattr(self, name)
 
-    def frames(self, visual: Path, modality: Modality) -> list[Image.Image]:
+    def frames(self, visual: Path, modality: Modality) -> Sequence[Image.Image]:
         """The frames that the model sees of a picture or clip."""
         return open_visual(visual, modality, exif=self.fix_quirks)
 

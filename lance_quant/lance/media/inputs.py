@@ -36,7 +36,7 @@ def picture_of(picture: Picture, exif: bool = False) -> Image.Image:
     return as_rgb(picture, exif)
 
 
-def frames_of(video: Video, fps: float = FPS, exif: bool = False) -> list[Image.Image]:
+def frames_of(video: Video, fps: float = FPS, exif: bool = False) -> Sequence[Image.Image]:
     """The frames of a clip that the model sees: at most 6 seconds, 12 a second, one more than a multiple of 4.
 
     Args:

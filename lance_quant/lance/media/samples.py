@@ -16,7 +16,7 @@ one {"index": 0, "data": ...} a line, as in GenEVAL.jsonl and DPG.jsonl.
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -88,7 +88,7 @@ def load(task: str, path: Path, fix_quirks: bool = False) -> list[Question] | li
     return prompts
 
 
-def open_visual(path: Path, modality: Modality, exif: bool = False) -> list[Image.Image]:
+def open_visual(path: Path, modality: Modality, exif: bool = False) -> Sequence[Image.Image]:
     """The frames that the model sees of a picture (one) or clip; `exif` turns pictures as their EXIF says."""
     return [open_image(path, exif)] if modality == "image" else read_video(path)
 

@@ -4,19 +4,26 @@ Each picture is brought to one of six aspect ratios at about the area that the r
 ViT and once for the VAE. A picture is a clip of one frame: pixels are [3, frames, height, width] throughout.
 """
 
+import functools
+import io
 import math
+import struct
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LATENT_STRIDE
 from lance_quant.lance.settings import RESOLUTIONS
 
+# Read of pictures. Not EPS, which runs Ghostscript, nor formats of other things (video, weather, fonts).
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA", "ICO", "PSD",
+           "QOI")
 _RATIOS = ((21, 9), (16, 9), (4, 3), (1, 1), (3, 4), (9, 16))
 _STRIDE = 16
 PATCH = 14  # pixels per ViT patch
@@ -26,32 +33,93 @@ _VIT_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def open_image(path: Path, exif: bool = False) -> Image.Image:
-    """A picture as RGB: transparency over white, palettes resolved; EXIF orientation only on request.
+    """A picture file as RGB, see `as_rgb`; the first frame of a moving one.
 
     Raises:
-        InputError: the file is missing, truncated or no picture.
+        InputError: the file is missing, truncated, of no format in FORMATS, or larger than Pillow's limit of 178
+            million pixels (537 MB as RGB).
     """
-    if not Path(path).is_file():
+    try:
+        found = Path(path).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
         raise InputError(f"image not found: {path}")
     try:
-        image: Image.Image = Image.open(path)
-        image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"cannot read the image {path}: {error}") from error
-    return as_rgb(image, exif)
+        with warnings.catch_warnings():  # from half of the limit on
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(path, formats=_known_formats())
+            image.load()
+        return as_rgb(image, exif)
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise InputError(f"image {path} has more than {most} million pixels: make it smaller: Lance looks at half "
+                         "a million") from None
+    except UnidentifiedImageError:
+        raise InputError(f"cannot read the image {path}: it is none of {', '.join(_known_formats())}; save it as PNG "
+                         "or JPEG") from None
+    except (OSError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error, EOFError,
+            ImageCms.PyCMSError, MemoryError) as error:  # what Pillow's decoders raise of damaged files
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"cannot read the image {path}: {said}") from error
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """FORMATS, less what this build of Pillow lacks."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def as_rgb(image: Image.Image, exif: bool = False) -> Image.Image:
-    """A picture in RGB: transparency over white, palettes resolved; EXIF orientation only on request."""
+    """A picture of any Pillow mode in RGB: transparency over white, 16 bits and floats as levels of 0 to 255, CMYK and
+    Lab by colour management; EXIF orientation only on request.
+
+    Raises:
+        InputError: floats that are no levels (below 0, above 255, NaN), or whole numbers beyond 16 bits.
+    """
     if exif:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "P":
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        image = _levels(image)
+    if image.mode in ("CMYK", "LAB"):
+        return _managed(image)
+    if image.mode in ("La", "RGBa"):  # colours multiplied by their opacity
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if image.mode in ("P", "PA", "LA") or (image.mode != "RGBA" and "transparency" in image.info):
         image = image.convert("RGBA")
     if image.mode == "RGBA":
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.split()[3])
         return white
     return image.convert("RGB")
+
+
+def _levels(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits, of whole numbers up to 255 or 65535, or of floats up to 1 or 255, in 8 bits, with its
+    transparent level."""
+    values, clear = np.asarray(image).astype(np.float64), image.info.get("transparency")
+    ranges = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (65535,))
+    low, high = values.min(initial=0), values.max(initial=0)
+    most = next((most for most in ranges if low >= 0 and high <= most), None)  # NaN is below nothing
+    if most is None:
+        raise InputError(f"a picture of {'floats' if image.mode == 'F' else 'whole numbers'} from {low:g} to {high:g}: "
+                         f"must be in {' or '.join(f'0..{most}' for most in ranges)}")
+    grey = Image.fromarray((values * (255 / most)).round().astype(np.uint8))
+    if isinstance(clear, int | float):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _managed(image: Image.Image) -> Image.Image:
+    """CMYK or Lab in sRGB: by the profile in the file; Lab without one as D50, CMYK without one as Pillow does."""
+    profile = image.info.get("icc_profile")
+    if image.mode == "CMYK" and not profile:
+        return image.convert("RGB")
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else ImageCms.createProfile("LAB")
+    converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert converted is not None  # None is for conversions in place
+    return converted
 
 
 def bucket(width: int, height: int, base: int) -> tuple[int, int]:
