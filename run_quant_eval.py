@@ -4,8 +4,12 @@
     python run_quant_eval.py --task t2i --model_path downloads/Lance_3B --awq_dir Lance_3B-AWQ-INT4 Lance_3B-NVFP4 \\
         --example_json prompts.json --baseline results/bf16 --save_path_gen results/quantized
 
-Reads   MODEL_PATH (llm_config.json, tokenizer; the float weights only where no --baseline is given), one or more
-        packed folders, ViT or VAE as the task needs, and the baseline's results folder
+    python run_quant_eval.py --task t2i --awq_dir Lance_3B-AWQ-INT4 Lance_3B-NVFP4 --example_json prompts.json \\
+        --save_path_gen results/packed
+
+Reads   one or more packed folders, ViT or VAE as the task needs, the baseline's results folder; MODEL_PATH (default:
+        the first packed folder) for llm_config.json and tokenizer, and for the float weights where no --baseline is
+        given. Without both, the first packed folder is the reference that the others are compared with
 Writes  SAVE_PATH_GEN: a results folder per packed folder, comparison.json, report.md, report.html
 Needs   4.3 GB (INT4) or 5.1 GB (NVFP4) for the weights of Lance_3B in mode ondemand, as much as bfloat16 in mode cached
 Next    open report.html
@@ -20,17 +24,16 @@ from lance_quant.cli import script, task_arguments
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = script.parser(__doc__)
-    task_arguments.add_model(parser)
+    task_arguments.add_model(parser, packed=True, required=False)
     task_arguments.add_task(parser)
     task_arguments.add_stream(parser)
     task_arguments.add_compile(parser)
     parser.add_argument("--awq_dir", type=Path, nargs="+", required=True,
                         help="packed folders from awq_apply.py or nvfp4_apply.py, or published ones")
-    parser.add_argument("--mode", choices=["ondemand", "cached"], default="ondemand",
-                        help="ondemand computes on the packed bytes; cached keeps linears in the compute dtype")
     task_arguments.add_kernel(parser)
     parser.add_argument("--baseline", type=Path,
-                        help="results folder of run_baseline.py --save_latents; default: run the float model first")
+                        help="results folder of run_baseline.py --save_latents; default: run the float model first, "
+                             "or where there is none compare with the first packed folder")
     parser.add_argument("--save_path_gen", type=Path, required=True, help="results folder; must not exist")
     parser.add_argument("--save_latents", action="store_true", help="keep the traces that were compared")
     return parser.parse_args(argv)
@@ -43,20 +46,23 @@ def main(argv: list[str] | None = None) -> None:
     from lance_quant.cli import requests
     from lance_quant.evaluation import evaluate, report
     from lance_quant.evaluation.run_folder import describe, drop_traces
+    from lance_quant.inference.request import PackedMode
     from lance_quant.storage.atomic import write_json
 
-    how = evaluate.PackedMode(args.mode, args.kernel)
+    how = PackedMode(args.mode, args.kernel)
+    args.model_path = args.model_path or args.awq_dir[0]
     with distributed.joined(args.device) as team:
         with team.agreed():
             request = requests.request_of(args, team)
-            packed = evaluate.open_folders(args.awq_dir)
+            packed, reference = evaluate.open_folders(args.awq_dir, args.model_path, args.baseline)
             team.require_free(args.save_path_gen)
-            evaluate.require_comparable(request, packed, args.baseline)
-            evaluate.require_kernel(request, packed, how)
-        team.require_same(models=[one.meta for one in packed.values()],
+            evaluate.require_comparable(request, packed, args.baseline, reference and reference[1])
+            everyone = [*packed.values(), *([reference[1]] if reference else [])]
+            evaluate.require_kernel(request, everyone, how)
+        team.require_same(models=[one.meta for one in everyone],
                           samples=[describe(sample) for sample in request.samples])
         with team.folder(args.save_path_gen) as folder:
-            sections = evaluate.evaluate(request, packed, how, args.baseline, folder, team)
+            sections = evaluate.evaluate(request, packed, how, args.baseline, folder, team, reference)
             if team.leads:
                 write_json(folder / "comparison.json", sections)
                 report.write(folder, sections)

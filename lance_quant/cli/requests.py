@@ -7,6 +7,7 @@ from lance_quant.cli import script
 from lance_quant.cli.task_arguments import settings_of
 from lance_quant.distributed import Team
 from lance_quant.errors import InputError
+from lance_quant.formats.packed_folder import is_packed
 from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.inference.request import ModelSource, RunRequest
 from lance_quant.inference.tasks import load_samples, require_parts
@@ -26,7 +27,14 @@ def request_of(args: argparse.Namespace, team: Team) -> RunRequest:
 
 def paths_of(args: argparse.Namespace, decodes: bool = True) -> LancePaths:
     """The model's paths, with the parts that the task needs checked for; `decodes`: latents become pixels."""
-    paths = LancePaths.find(args.model_path, args.vit_path, args.vae_path)
+    config = getattr(args, "config_path", None)
+    if config is not None and not is_packed(args.model_path):
+        raise InputError(f"--config_path is for packed weights, and {args.model_path} has none")
+    folder = config or args.model_path
+    if is_packed(folder) and not (folder / "llm_config.json").is_file():
+        raise InputError(f"{folder} has packed weights alone, without llm_config.json and tokenizer: name a folder "
+                         "that has them, --config_path downloads/Lance_3B (its float weights are not needed)")
+    paths = LancePaths.find(folder, args.vit_path, args.vae_path)
     require_parts(args.task, paths, decodes)
     return paths
 

@@ -29,10 +29,16 @@ _LARGEST_FRAME = 2352  # latent cells of the largest official bucket
 _DEFAULTS = {field.name: field.default for kind in (Sampling, Settings) for field in fields(kind)}
 
 
-def add_model(to: argparse.ArgumentParser) -> None:
-    """--model_path, --vit_path, --vae_path, --device, --dtype, --offload."""
-    to.add_argument("--model_path", type=Path, required=True,
-                    help="Lance folder: llm_config.json, tokenizer files and the float checkpoint")
+def add_model(to: argparse.ArgumentParser, packed: bool = False, required: bool = True) -> None:
+    """--model_path, --vit_path, --vae_path, --device, --dtype, --offload; `packed`: 4-bit folders may be given, too,
+    and --config_path for those that hold weights alone."""
+    to.add_argument("--model_path", type=Path, required=required,
+                    help="Lance folder: llm_config.json, tokenizer files and the float checkpoint"
+                         + ("; or a packed folder" if packed else ""))
+    if packed:
+        to.add_argument("--config_path", type=Path,
+                        help="folder with llm_config.json and tokenizer files, for a packed folder without them (a "
+                             "published one)")
     to.add_argument("--vit_path", type=Path, help="Qwen2.5-VL-ViT folder; default: beside the Lance folder")
     to.add_argument("--vae_path", type=Path, help="Wan2.2_VAE.pth; default: beside the Lance folder")
     script.add_device(to)
@@ -107,7 +113,9 @@ def add_stream(to: argparse.ArgumentParser) -> None:
 
 
 def add_kernel(to: argparse.ArgumentParser) -> None:
-    """--kernel."""
+    """--mode and --kernel."""
+    to.add_argument("--mode", choices=["ondemand", "cached"], default="ondemand",
+                    help="ondemand computes on the packed bytes; cached keeps linears in the compute dtype")
     to.add_argument("--kernel", choices=KERNEL_CHOICES, default="auto",
                     help="what computes packed linears; auto: native (C) on CPUs with AVX2, on CUDA triton, or for "
                          "INT4 comfy_kitchen where it is installed and faster, else the slow reference. native_w4a8: "

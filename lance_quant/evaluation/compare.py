@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 import torch
 
@@ -168,12 +168,42 @@ class RunEntry(RunFacts):
 
 
 class Section(TypedDict):
-    """One task in comparison.json."""
+    """One task in comparison.json.
+
+    reference: name of the packed folder that stands for the float model, in `baseline`; absent where that was there.
+    outputs: of the reference, what `outputs` gives.
+    runs: those that were compared; none where the reference is alone.
+    """
 
     task: str
     settings: dict[str, Any]
     baseline: RunFacts
     runs: list[RunEntry]
+    reference: NotRequired[str]
+    outputs: NotRequired[list[dict[str, Any]]]
+
+
+def baseline_name(section: Section) -> str:
+    """What reports call the run that the others are compared with."""
+    return section.get("reference", "baseline")
+
+
+def samples_of(section: Section) -> list[dict[str, Any]]:
+    """The requests of a section: of each sample its key, what was asked, and what the baseline made of it."""
+    return section["runs"][0]["samples"] if section["runs"] else section["outputs"]
+
+
+def outputs(samples: Sequence[Question | Prompt], results: Results, settings: Settings) -> list[dict[str, Any]]:
+    """What a run made of each sample, in the keys that compare_run uses for it."""
+    rows: list[dict[str, Any]] = []
+    answers = results.answers() if results.text else {}
+    for sample in samples:
+        shown = {} if sample.visual is None else {"visual": str(sample.visual)}
+        if isinstance(sample, Question):
+            rows.append({"key": sample.key, **shown, "question": sample.question, "baseline": answers[sample.key]})
+        else:
+            rows.append({"key": sample.key, "prompt": sample.text, **shown, "file": made(sample, settings)})
+    return rows
 
 
 def section(settings: Settings, baseline: Results, root: Path) -> Section:

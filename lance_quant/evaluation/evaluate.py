@@ -1,50 +1,80 @@
 """Evaluation of packed folders: baseline and packed models on the same samples, and how far apart they are.
 
+The baseline is the float model, or a run of it that was kept. Where neither is there, the first packed folder is the
+reference that the others are compared with, and a single one is only run.
+
 One model is loaded at a time. What can be refused is refused by the `require` functions, before any is loaded.
 """
 
-import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lance_quant.distributed import ALONE, Team
 from lance_quant.errors import InputError
 from lance_quant.evaluation import report
-from lance_quant.evaluation.compare import Section, compare_run, run_entry, section
+from lance_quant.evaluation.compare import Section, compare_run, outputs, run_entry, section
 from lance_quant.evaluation.run_folder import Results, RunRecord, require_source, run_task
-from lance_quant.formats.packed_folder import PackedFolder
-from lance_quant.inference.request import RunRequest, float_facts
+from lance_quant.formats.packed_folder import PackedFolder, is_packed
+from lance_quant.inference.request import PackedMode, RunRequest, float_facts, has_float, packed_facts
 from lance_quant.kernels import quantized_linear
-from lance_quant.kernels.choices import KernelChoice, Mode
 from lance_quant.lance.runtime import Runtime
 
 log = logging.getLogger("lance_quant")
 
 
-class PackedMode(NamedTuple):
-    """How packed weights are computed with."""
+def open_folders(folders: Sequence[Path], model: Path,
+                 baseline: Path | None) -> tuple[dict[str, PackedFolder], tuple[str, PackedFolder] | None]:
+    """Packed folders by name, which names their results too; and of them the reference, which is not among the former.
 
-    mode: Mode
-    kernel: KernelChoice
-
-
-def open_folders(folders: Sequence[Path]) -> dict[str, PackedFolder]:
-    """Packed folders by name, which names their results too.
+    Args:
+        folders: to be compared.
+        model: a float model folder, whose weights are then the baseline; a packed one, which is then the reference; or
+            a folder of neither, then the first of `folders` is it.
+        baseline: results folder, with which there is no reference.
 
     Raises:
         InputError: two have one name, or a folder is no packed one.
     """
+    alone = baseline is None and not has_float(model)
+    if alone and is_packed(model) and model.resolve() not in [folder.resolve() for folder in folders]:
+        folders = [model, *folders]
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names) or "baseline" in names:
         raise InputError(f"--awq_dir {' '.join(names)}: folders need different names, none of them 'baseline'")
-    return {name: PackedFolder(folder) for name, folder in zip(names, folders, strict=True)}
+    opened = {name: PackedFolder(folder) for name, folder in zip(names, folders, strict=True)}
+    if not alone:
+        return opened, None
+    first = model.resolve().name if is_packed(model) else names[0]
+    log.warning("%s has no float weights, and no --baseline is given: %s is the reference", model, first)
+    return opened, (first, opened.pop(first))
 
 
-def require_comparable(request: RunRequest, packed: Mapping[str, PackedFolder], baseline: Path | None) -> None:
-    """Raise InputError unless the baseline, or without one the float model, compares with the packed folders."""
-    if baseline:
+def open_baseline(model: Path, how: PackedMode) -> tuple[PackedFolder | None, str | None]:
+    """The packed weights of a model folder, None where it has float ones; and the fingerprint of the float weights.
+
+    Args:
+        how: packed weights are computed with; of float ones nothing of it may be asked.
+
+    Raises:
+        InputError: the folder has neither, or the arguments are for packed weights and it has float ones.
+    """
+    if is_packed(model):
+        packed = PackedFolder(model)
+        return packed, packed.meta.get("source_fingerprint")
+    if how != PackedMode():
+        raise InputError(f"--mode and --kernel are for packed weights, and {model} has none")
+    return None, float_facts(model)["fingerprint"]
+
+
+def require_comparable(request: RunRequest, packed: Mapping[str, PackedFolder], baseline: Path | None,
+                       reference: PackedFolder | None = None) -> None:
+    """Raise InputError unless the baseline, or without one the reference, or without one the float model, compares with
+    the packed folders."""
+    if reference is not None:
+        fingerprint, what = reference.meta.get("source_fingerprint"), f"the reference {reference.path}"
+    elif baseline:
         with Results(baseline) as results:
             results.require_same(request)
         fingerprint, what = results.run["model"].get("fingerprint"), f"the model of baseline {baseline}"
@@ -55,33 +85,41 @@ def require_comparable(request: RunRequest, packed: Mapping[str, PackedFolder], 
         require_source(one, fingerprint, what)
 
 
-def require_kernel(request: RunRequest, packed: Mapping[str, PackedFolder], how: PackedMode) -> None:
+def require_kernel(request: RunRequest, packed: Sequence[PackedFolder], how: PackedMode) -> None:
     """Raise InputError if the kernel cannot run the packed folders on the request's device."""
     if how.mode == "cached":
         if how.kernel != "auto":
             log.warning("of no effect with --mode cached: --kernel")
         return
-    for one in packed.values():
+    for one in packed:
         quantized_linear.require_kernel(one, request.source.dtype, request.source.device, how.kernel)
 
 
 def evaluate(request: RunRequest, packed: Mapping[str, PackedFolder], how: PackedMode, baseline: Path | None,
-             folder: Path, team: Team = ALONE) -> list[Section]:
+             folder: Path, team: Team = ALONE, reference: tuple[str, PackedFolder] | None = None) -> list[Section]:
     """Run and compare every packed folder, after the float model where there is no baseline.
 
     Args:
+        packed: by name; may be empty where there is a reference.
         baseline: its results folder.
+        reference: name and weights of what stands for the float model; None: the baseline, or the float model itself.
         folder: an existing, empty one; gets a results folder per model.
 
     Returns:
         The report's sections, complete on the leader of the team.
     """
+    name, weights = reference or ("baseline", None)
     if baseline is None:
-        baseline = folder / "baseline"
+        baseline = folder / name
         baseline.mkdir()
-        run_float(request, baseline, True, team)
+        run_model(request, weights, how, baseline, True, team)
+        if weights is not None and team.leads:
+            report.adopt_quant_report(weights.path, baseline)
     with Results(baseline) as results:
         found = section(request.settings, results, folder)
+        if reference is not None:
+            found["reference"] = name
+            found["outputs"] = outputs(request.samples, results, request.settings) if team.leads else []
         for name, one in packed.items():
             (folder / name).mkdir()
             compared = _compare(request, one, how, results, folder / name, team)
@@ -94,29 +132,27 @@ def evaluate(request: RunRequest, packed: Mapping[str, PackedFolder], how: Packe
 def _compare(request: RunRequest, packed: PackedFolder, how: PackedMode, baseline: Results, folder: Path,
              team: Team) -> list[dict[str, Any]]:
     """Run one packed folder and compare it; the model is gone when this returns, before the next one is loaded."""
-    return compare_run(_run_packed(request, packed, how, folder, team), request, baseline, folder, team)
+    keep_trace = request.settings.spec.makes != "text"  # of answers, only the baseline's trace is read
+    runtime = run_model(request, packed, how, folder, keep_trace, team)
+    return compare_run(runtime, request, baseline, folder, team)
 
 
-def run_float(request: RunRequest, folder: Path, keep_trace: bool, team: Team = ALONE) -> None:
-    """Run the float model into an existing, empty results folder.
+def run_model(request: RunRequest, packed: PackedFolder | None, how: PackedMode, folder: Path, keep_trace: bool,
+              team: Team = ALONE) -> Runtime:
+    """Run a model into an existing, empty results folder.
 
     Args:
-        keep_trace: also write what quantized runs are compared with.
+        packed: its weights; None: the float weights of the request's model folder.
+        how: packed weights are computed with.
+        keep_trace: also write what other runs are compared with.
+
+    Returns:
+        The loaded model.
     """
     source = request.source
-    record = RunRecord(source.device, source.dtype, float_facts(source.paths.model), request.arguments)
+    facts = float_facts(source.paths.model) if packed is None else packed_facts(packed)
+    record = RunRecord(source.device, source.dtype, facts, request.arguments)
     with record.stage("load"):
-        runtime = source.load_to_run()
-    run_task(runtime, request, record, folder, keep_trace, team)
-
-
-def _run_packed(request: RunRequest, packed: PackedFolder, how: PackedMode, folder: Path, team: Team) -> Runtime:
-    source = request.source
-    record = RunRecord(source.device, source.dtype, packed.facts(), request.arguments)
-    swap = functools.partial(quantized_linear.swap_linears, folder=packed, dtype=source.dtype, device=source.device,
-                             mode=how.mode, kernel=how.kernel)
-    with record.stage("load"):
-        runtime = source.load_to_run(packed.checkpoint.path, swap)
-    keep_trace = request.settings.spec.makes != "text"  # of answers, only the baseline's trace is read
+        runtime = source.load_to_run() if packed is None else source.load_packed(packed, how)
     run_task(runtime, request, record, folder, keep_trace, team)
     return runtime

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lance_quant.evaluation import report_page
-from lance_quant.evaluation.compare import EQUAL, Metric, RunEntry, Section, metrics_of
+from lance_quant.evaluation.compare import EQUAL, Metric, RunEntry, Section, baseline_name, metrics_of, samples_of
 from lance_quant.evaluation.verdict import verdict
 from lance_quant.lance.settings import TASKS
 from lance_quant.methods import quant_report
@@ -44,8 +44,8 @@ def markdown(sections: Sequence[Section]) -> str:
                   report_page.facts(section), "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join(map(_plain, row)) + " |" for row in rows] + [""]
         lines += [f"- {metric.heading}, {metric.direction}: {metric.meaning}" for metric in
-                  metrics_of(section["task"])] + [""]
-        for index, sample in enumerate(section["runs"][0]["samples"]):
+                  metrics_of(section["task"]) if section["runs"]] + [""]
+        for index, sample in enumerate(samples_of(section)):
             lines += _markdown_sample(section, index, sample)
         lines.append("")
     return "\n".join(lines)
@@ -58,10 +58,10 @@ def summary_table(sections: Sequence[Section]) -> str:
 
 def _by_model(section: Section) -> list[list[str]]:
     """Heading and one row per model: name, size, compression, then the task's metrics."""
-    metrics, baseline = metrics_of(section["task"]), section["baseline"]
+    metrics, baseline = metrics_of(section["task"]) if section["runs"] else (), section["baseline"]
     source = baseline["model"]["bytes"]
     rows = [["model", "file", "compression", "bits/weight", *(metric.heading for metric in metrics)],
-            [f"baseline ({baseline['dtype']})", size_text(source), "1.00 x",
+            [f"{baseline_name(section)} ({baseline['dtype']})", size_text(source), "1.00 x",
              f"{baseline['model']['bits_per_weight']:.2f}", *["" for _ in metrics]]]
     return rows + [[run["name"], *_size_facts(run, source), *(_value(run, metric) for metric in metrics)]
                    for run in section["runs"]]
@@ -79,8 +79,11 @@ def _value(run: RunEntry, metric: Metric) -> str:
 
 
 def _terminal(section: Section) -> Iterator[str]:
-    metrics, baseline = metrics_of(section["task"]), section["baseline"]
+    metrics, baseline, count = metrics_of(section["task"]), section["baseline"], len(samples_of(section))
     source, makes = baseline["model"]["bytes"], TASKS[section["task"]].makes
+    if not section["runs"]:
+        yield from textwrap.wrap(f"{section['task']}, {count} samples. {verdict(section)[0]}", _WIDTH)
+        return
     heads = ["", "file", "compression", "bits per weight", *(metric.heading for metric in metrics)]
     columns = [[run["name"], *_size_facts(run, source), *(_value(run, metric) for metric in metrics)]
                for run in section["runs"]]
@@ -90,11 +93,15 @@ def _terminal(section: Section) -> Iterator[str]:
             column.append(f"{run['equal_samples']} of {len(run['samples'])}")
     better = "; ".join(f"{direction} is better: " + ", ".join(one.heading for one in metrics if one.better == direction)
                        for direction in ("lower", "higher"))
-    yield from textwrap.wrap(f"{section['task']}, {len(section['runs'][0]['samples'])} samples beside the baseline "
+    yield from textwrap.wrap(f"{section['task']}, {count} samples beside {_called(section)} "
                              f"({baseline['dtype']}, {size_text(source)}). Means with 95 % intervals; {better}", _WIDTH)
     for block in _side_by_side(heads, columns):
         yield ""
         yield from block
+
+
+def _called(section: Section) -> str:
+    return f"the reference {section['reference']}" if "reference" in section else "the baseline"
 
 
 def _side_by_side(heads: list[str], columns: list[list[str]]) -> Iterator[list[str]]:
@@ -128,6 +135,7 @@ def _markdown_sample(section: Section, index: int, sample: dict[str, Any]) -> li
         found = "; ".join(f"{name} velocity error {number(one['velocity_error'])}, "
                           + ("equal pixels" if one["psnr"] == EQUAL else f"PSNR {number(one['psnr'])} dB")
                           for name, one in runs)
-        return [f"- `{sample['key']}` “{_plain(sample['prompt'])}”: {found}"]
-    return [f"- `{sample['key']}` “{_plain(sample['question'])}”", f"  - baseline: {_plain(sample['baseline'])}",
+        return [f"- `{sample['key']}` “{_plain(sample['prompt'])}”: {found or sample['file']}"]
+    return [f"- `{sample['key']}` “{_plain(sample['question'])}”",
+            f"  - {_plain(baseline_name(section))}: {_plain(sample['baseline'])}",
             *(f"  - {name} (KL {number(one['kl'])}): {_plain(one['answer'])}" for name, one in runs)]

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lance_quant.evaluation.compare import EQUAL, Metric, RunEntry, RunFacts, Section, metrics_of
+from lance_quant.evaluation.compare import (
+    EQUAL,
+    Metric,
+    RunEntry,
+    RunFacts,
+    Section,
+    baseline_name,
+    metrics_of,
+    samples_of,
+)
 from lance_quant.evaluation.pictures import Thumbnail, thumbnail
 from lance_quant.evaluation.run_folder import open_made
 from lance_quant.evaluation.verdict import verdict
@@ -92,7 +101,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Part:
-    """A task in the page."""
+    """A task in the page; `measured`: its figures are means over samples that were compared."""
 
     task: str
     title: str
@@ -102,6 +111,7 @@ class Part:
     chart: Chart | None
     samples: Sequence[Sample]
     facts: str
+    measured: bool
 
 
 def page(sections: Sequence[Section], root: Path) -> str:
@@ -120,7 +130,7 @@ def facts(section: Section) -> str:
     settings = ", ".join(_SWITCHES[key][value] if key in _SWITCHES else
                          f"{_SETTINGS.get(key, key.replace('_', ' '))} {value}"
                          for key, value in section["settings"].items() if key != "task")
-    return (f"{len(section['runs'][0]['samples'])} samples; {settings}; baseline in {baseline['dtype']} on "
+    return (f"{len(samples_of(section))} samples; {settings}; {baseline_name(section)} in {baseline['dtype']} on "
             f"{baseline['device']}; torch {baseline['versions']['torch']}")
 
 
@@ -141,12 +151,27 @@ def _part(section: Section, root: Path) -> Part:
     task, runs = section["task"], section["runs"]
     drawn = TASKS[task].makes != "text"
     links = [(run["name"], _quant_report(run, root)) for run in runs]
-    samples = [(_drawn if drawn else _answered)(section, index, root) for index in range(len(runs[0]["samples"]))]
-    return Part(task, _TASKS[task], verdict(section), links, _measures(section), _chart(runs) if drawn else None,
-                samples, facts(section))
+    samples = [(_drawn if drawn else _answered)(section, index, root) for index in range(len(samples_of(section)))]
+    if not runs:
+        links = [(baseline_name(section), _quant_report(section["baseline"], root))]
+    return Part(task, _TASKS[task], verdict(section), links, _measures(section) if runs else _alone(section),
+                _chart(runs) if drawn and runs else None, samples, facts(section), bool(runs))
 
 
-def _quant_report(run: RunEntry, root: Path) -> str:
+def _alone(section: Section) -> list[Measure]:
+    """What there is to say of a packed folder that nothing is compared with."""
+    run = section["baseline"]
+    peaks = [(kind, size) for kind, size in run["peak_memory_bytes"].items() if size is not None]
+    rows = [Measure("size of the file", "lower is better", "", [(size_text(run["model"]["bytes"]), "")]),
+            Measure("bits per weight", "lower is better", "Of the packed linears, scales and zero points included.",
+                    [(f"{run['model']['bits_per_weight']:.2f}", "")])]
+    rows += [Measure(f"seconds to {stage}", "lower is better", "Wall time of the stage, for all samples.",
+                     [(f"{seconds:.1f}", "")]) for stage, seconds in run["seconds"].items()]
+    return rows + [Measure(f"peak memory, {kind}", "lower is better", "Of the process, or of torch on a GPU.",
+                           [(size_text(size), "")]) for kind, size in peaks]
+
+
+def _quant_report(run: RunFacts, root: Path) -> str:
     path = root / run["folder"] / quant_report.FILE
     return _href(path, root) if path.is_file() else ""
 
@@ -191,8 +216,8 @@ def _chart(runs: Sequence[RunEntry]) -> Chart:
 
 
 def _drawn(section: Section, index: int, root: Path) -> Sample:
-    sample = section["runs"][0]["samples"][index]
-    shots = [_shot("baseline", section["baseline"], sample, root, "")]
+    sample = samples_of(section)[index]
+    shots = [_shot(baseline_name(section), section["baseline"], sample, root, "")]
     for run in section["runs"]:
         psnr = run["samples"][index]["psnr"]
         note = "equal, pixel for pixel" if psnr == EQUAL else f"PSNR {number(psnr)} dB"
@@ -215,8 +240,8 @@ def _visual(task: str, sample: Mapping[str, Any], root: Path, name: str) -> Shot
 
 
 def _answered(section: Section, index: int, root: Path) -> Sample:
-    sample = section["runs"][0]["samples"][index]
-    replies = [Reply("baseline", [(sample["baseline"], False)], "")]
+    sample = samples_of(section)[index]
+    replies = [Reply(baseline_name(section), [(sample["baseline"], False)], "")]
     for run in section["runs"]:
         one = run["samples"][index]
         replies.append(Reply(run["name"], _marked(sample["baseline"], one["answer"]),

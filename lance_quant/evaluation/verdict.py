@@ -4,7 +4,7 @@ Which is closer is a paired bootstrap: the interval of the mean difference over 
 samples show no difference, whatever the means say.
 """
 
-from lance_quant.evaluation.compare import EQUAL, RunEntry, Section, metrics_of, weights_of
+from lance_quant.evaluation.compare import EQUAL, RunEntry, Section, metrics_of, samples_of, weights_of
 from lance_quant.evaluation.metrics import bootstrap
 from lance_quant.lance.settings import TASKS
 from lance_quant.storage.atomic import size_text
@@ -20,7 +20,20 @@ def verdict(section: Section) -> list[str]:
     makes = TASKS[section["task"]].makes
     say = _answers if makes == "text" else _pictures
     sentences = [f"{run['name']}: {_smaller(section, run)} {say(run, makes)}" for run in section["runs"]]
-    return [*sentences, *_closest(section), *_rough(section)]
+    return [*_no_float(section), *sentences, *_closest(section), *_rough(section)]
+
+
+def _no_float(section: Section) -> list[str]:
+    """What stands for the float model, where that was not there."""
+    name = section.get("reference")
+    if name is None:
+        return []
+    size = size_text(section["baseline"]["model"]["bytes"])
+    if not section["runs"]:
+        return [f"{name} ({size}) ran alone: no float weights, no baseline and no second packed folder to compare it "
+                "with. Nothing here says how close it is to the float model."]
+    return [f"No float weights and no baseline: {name} ({size}), quantized itself, is the reference. \"Baseline\" "
+            "means it, and no figure says how close anything is to the float model."]
 
 
 def _smaller(section: Section, run: RunEntry) -> str:
@@ -81,8 +94,8 @@ def _closest(section: Section) -> list[str]:
 
 
 def _rough(section: Section) -> list[str]:
-    count = len(section["runs"][0]["samples"])
-    if count >= _FEW:
+    count = len(samples_of(section))
+    if count >= _FEW or not section["runs"]:
         return []
     return [f"{_count(count, 'sample')} is no basis for a judgement: take more." if count == 1 else
             f"{count} samples are few: the intervals are rough, take {_FEW} or more."]

@@ -207,6 +207,11 @@ def _require_no_fault(fault: str | None, what: str) -> None:
         raise InputError(f"{what} holds {fault}: the packed file is damaged, download or make it again")
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a folder has the meta of packed weights."""
+    return any((path / codec.meta_file).is_file() for codec in (Int4, Nvfp4))
+
+
 def _format_of(path: Path) -> str:
     found = [codec.name for codec in (Int4, Nvfp4) if (path / codec.meta_file).is_file()]
     if len(found) > 1:

@@ -25,12 +25,11 @@ from lance_quant.errors import InputError, require_one_of, require_real, require
 from lance_quant.formats.base import Codec
 from lance_quant.formats.int4 import Int4
 from lance_quant.formats.nvfp4 import Nvfp4
-from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.formats.packed_folder import PackedFolder, is_packed
 from lance_quant.inference.device import device_of, dtype_of
-from lance_quant.inference.request import ModelSource
+from lance_quant.inference.request import ModelSource, PackedMode
 from lance_quant.inference.tasks import denoiser_for, require_parts
 from lance_quant.kernels.choices import KERNEL_CHOICES, KernelChoice, Mode
-from lance_quant.kernels.quantized_linear import swap_linears
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.media.inputs import Picture, Video, frames_of, picture_of
 from lance_quant.lance.media.video import FPS, write_video
@@ -141,7 +140,7 @@ class Pipeline:
         require_one_of("offload", offload, OFFLOADS)
         _require_flags(compile=compile, vae_tiling=vae_tiling, fix_quirks=fix_quirks)
         where, weights = _path("model", model), None if packed is None else _path("packed", packed)
-        if weights is None and _is_packed(where):
+        if weights is None and is_packed(where):
             weights = where
         paths, on = _paths(where, weights, vit, vae), device_of(str(device))
         computed = dtype_of(str(dtype).removeprefix("torch."), on)
@@ -151,8 +150,7 @@ class Pipeline:
         if weights is None:
             return cls(source.load_to_run())
         with PackedFolder(weights) as folder:
-            return cls(source.load_to_run(folder.checkpoint.path, lambda lance: swap_linears(
-                lance, folder, computed, on, mode, kernel)))
+            return cls(source.load_packed(folder, PackedMode(mode, kernel)))
 
     def stop(self) -> None:
         """End the running request after its current step: it raises `Stopped`. From any thread; nothing else waits."""
@@ -400,10 +398,6 @@ def _require_flags(**flags: bool) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise InputError(f"{name} {value!r} must be True or False")
-
-
-def _is_packed(folder: Path) -> bool:
-    return any((folder / codec.meta_file).is_file() for codec in (Int4, Nvfp4))
 
 
 def _paths(model: Path, packed: Path | None, vit: Name | None, vae: Name | None) -> LancePaths:

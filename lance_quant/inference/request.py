@@ -6,11 +6,14 @@ Scripts make them from their flags, once; everything below reads these and no fl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lance_quant.calibration.activation_stats import model_fingerprint
+from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.kernels.choices import KernelChoice, Mode
+from lance_quant.kernels.quantized_linear import swap_linears
 from lance_quant.lance.compiled import compile_steps
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.media.samples import Prompt, Question
@@ -18,6 +21,13 @@ from lance_quant.lance.mot import Lance
 from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.settings import Offload, Settings
 from lance_quant.storage.tensor_file import Checkpoint, file_size
+
+
+class PackedMode(NamedTuple):
+    """How packed weights are computed with."""
+
+    mode: Mode = "ondemand"
+    kernel: KernelChoice = "auto"
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,15 @@ class ModelSource:
             compile_steps(runtime.model)
         return runtime
 
+    def load_packed(self, packed: PackedFolder, how: PackedMode) -> Runtime:
+        """As `load_to_run`, with an open packed folder's weights.
+
+        Raises:
+            InputError: they do not fit the configuration, or the kernel cannot run them here.
+        """
+        return self.load_to_run(packed.checkpoint.path, lambda lance: swap_linears(
+            lance, packed, self.dtype, self.device, how.mode, how.kernel))
+
 
 @dataclass(frozen=True)
 class RunRequest:
@@ -68,6 +87,17 @@ class RunRequest:
     source: ModelSource
     arguments: Mapping[str, Any]
     on_text: Callable[[str], None] | None = None
+
+
+def has_float(model_path: Path) -> bool:
+    """Whether a folder has float weights."""
+    return any((model_path / name).is_file() for name in Checkpoint.CANDIDATES)
+
+
+def packed_facts(packed: PackedFolder) -> dict[str, Any]:
+    """What run.json says of packed weights; `fingerprint` is that of the float weights which they were made from, None
+    where the folder does not say."""
+    return {**packed.facts(), "fingerprint": packed.meta.get("source_fingerprint")}
 
 
 def float_facts(model_path: Path) -> dict[str, Any]:
