@@ -12,7 +12,7 @@ import awq_apply
 import nvfp4_apply
 from lance_nano import CHECKPOINT
 from lance_quant.calibration.activation_stats import ActStats
-from lance_quant.cli import command
+from lance_quant.cli import command, jobs
 from lance_quant.lance.media.video import read_video
 from lance_quant.methods import model_card
 
@@ -139,6 +139,63 @@ def test_mistakes_are_one_line_and_leave_nothing(lance, tmp_path, flags, message
     assert list(tmp_path.iterdir()) == []
 
 
+def samples(tmp_path, name, entries):
+    (tmp_path / name).write_text(json.dumps(entries))
+    return name
+
+
+def asked(text, *shown):
+    return {"interleave_array": [*shown, text], "istarget_in_interleave": [0] * (len(shown) + 1),
+            "element_dtype_array": [*("video" if one.endswith(".mp4") else "image" for one in shown), "text"]}
+
+
+def test_a_sample_file_is_many_requests_with_the_results_of_one_each(lance, tmp_path):
+    file = samples(tmp_path, "t2i.json", {"1": "a red circle", "2": "a blue square", "3": "two red circles"})
+    assert lance("draw", "--example_json", file, "--limit", 2, "--out", "made", *QUICK) == [
+        "made/000001.png", "made/000002.png"]
+    assert lance("draw", "--example_json", file, "--limit", 1, "--number", 2, "--seed", 5, *QUICK) == [
+        "000001_5.png", "000001_6.png"]
+    lance("draw", "a blue square", "--out", "alone.png", *QUICK)
+    assert Image.open(tmp_path / "alone.png").tobytes() == Image.open(tmp_path / "made/000002.png").tobytes()
+
+
+def test_sample_files_of_all_seven_tasks_run(lance, tmp_path):
+    lance("draw", "a red circle", "--out", "a.png")
+    lance("animate", "it moves", "--out", "a.mp4", *CLIP)
+    shown = samples(tmp_path, "i.json", {"1": asked("make it green", "a.png")})
+    film = samples(tmp_path, "v.json", {"1": asked("make it green", "a.mp4")})
+    assert lance("edit", "--example_json", shown, "--out", "e", *QUICK) == ["e/000001.png"]
+    assert lance("animate", "--example_json", shown, "--out", "i2v", *CLIP) == ["i2v/000001.mp4"]
+    text = samples(tmp_path, "t.json", {"1": "it moves"})
+    assert lance("animate", "--example_json", text, "--out", "t2v", *CLIP) == ["t2v/000001.mp4"]
+    assert lance("edit-video", "--example_json", film, "--out", "ve", *QUICK) == ["ve/000001.mp4"]
+    question = ["You answer.", "What color is the circle?", ""]
+    for name, source in (("q.json", "a.png"), ("w.json", "a.mp4")):
+        file = samples(tmp_path, name, {"7": asked(question, source)})
+        (line,) = lance("ask", "--example_json", file, "--max_new_tokens", 3)
+        told = json.loads(line)
+        assert (told["key"], told["file"], told["question"]) == ("7", source, question[1]) and told["answer"]
+        (line,) = lance("caption", "--example_json", file, "--max_new_tokens", 3)
+        assert json.loads(line)["question"] == ""
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["draw", "x", "--example_json", "t.json"], "x and --example_json t.json: give one or the other"),
+    (["draw"], "what is asked for is missing"), (["edit", "t.json"], "what is asked for is missing"),
+    (["caption"], "what is asked for is missing"),
+    (["draw", "x", "--limit", "2"], "--limit 2 is for --example_json"),
+    (["draw", "--example_json", "t.json", "--limit", "0"], "limit 0 must be at least 1"),
+    (["draw", "--example_json", "none.json"], "none.json"),
+    (["draw", "--example_json", "t.json", "--out", "x.png"], "--out x.png must be a folder"),
+    (["edit", "--example_json", "t.json"], "is no image_edit sample"),
+    (["ask", "--example_json", "t.json"], "is no x2t_image sample"),
+])
+def test_mistakes_with_sample_files_are_one_line_and_leave_nothing(lance, tmp_path, flags, message):
+    samples(tmp_path, "t.json", {"1": "a red circle"})
+    assert message in lance.fails(*flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
+
+
 def test_nothing_is_overwritten(lance, tmp_path):
     (tmp_path / "x_42.png").write_text("mine")
     assert "x_42.png exists already" in lance.fails("draw", "x", *QUICK)
@@ -150,7 +207,7 @@ def test_nothing_is_overwritten(lance, tmp_path):
     ("word " * 40, "-".join(["word"] * 12))])
 def test_any_prompt_names_a_file(tmp_path, monkeypatch, prompt, stem):
     monkeypatch.chdir(tmp_path)
-    assert [path.name for path in command._outputs(None, prompt, 1, 1, ".png").values()] == [f"{stem}_1.png"]
+    assert [path.name for path in jobs.outputs(None, prompt, 1, 1, ".png").values()] == [f"{stem}_1.png"]
 
 
 def test_help_needs_no_torch():

@@ -6,10 +6,12 @@
     lance-quant edit-video boat.mp4 "make the boat red" --model downloads/Lance_3B_Video
     lance-quant ask boat.png "What floats on the water?" --model downloads/Lance_3B
     lance-quant caption boat.png --model downloads/Lance_3B
+    lance-quant draw --example_json examples/samples/t2i.json --limit 4 --model Lance_3B-int4 --out boats
 
 Reads   --model: a Lance folder, or a packed folder that holds configuration and tokenizer; without it the small Lance
         of the package is used, which knows shapes and digits at 112 x 112
-Writes  draw and edit a PNG, with its settings inside; animate and edit-video an MP4; ask and caption print their answer
+Writes  draw and edit a PNG, with its settings inside; animate and edit-video an MP4; ask and caption print their
+        answer, of many a JSON object a line
 Needs   what docs/memory.md says of the task, the format and the size
 Next    run_baseline.py and run_quant_eval.py, for many samples and for comparisons
 
@@ -18,7 +20,6 @@ It is a page over lance_quant.Pipeline. No torch is imported before the command 
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,18 +27,18 @@ from typing import TYPE_CHECKING, Any
 import lance_quant
 from lance_nano import CHECKPOINT
 from lance_quant.cli import script
-from lance_quant.errors import InputError, require_whole
+from lance_quant.cli.jobs import TELLERS, Job, jobs_of
+from lance_quant.errors import require_whole
 from lance_quant.kernels.choices import KERNEL_CHOICES
 from lance_quant.lance.progress import progress
 from lance_quant.lance.settings import GREEDY, MAX_NEW_TOKENS, OFFLOADS, RESOLUTIONS, SEED, Sampling, Settings
-from lance_quant.storage.atomic import require_free, whole_file
+from lance_quant.storage.atomic import whole_file
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from lance_quant.inference.pipeline import Clip, Pipeline, Progress
 
-_CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")  # what ask and caption take for a clip
 _SMALL_SIDE, _SMALL_PRESET = 112, "image_112res"  # of lance-nano, whose hidden size is below every Lance's
 _SMALL_WIDTH = 1024
 _DRAWN = Sampling()
@@ -49,29 +50,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"lance-quant {lance_quant.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     draw = _command(commands, "draw", "draw pictures for a prompt")
-    draw.add_argument("prompt", help="what is to be seen")
+    draw.add_argument("prompt", nargs="?", help="what is to be seen")
     _add_size(draw)
     edit = _command(commands, "edit", "change a picture as an instruction says")
-    edit.add_argument("source", type=Path, metavar="picture", help="picture file")
-    edit.add_argument("prompt", metavar="instruction", help="what to change")
+    edit.add_argument("source", type=Path, nargs="?", metavar="picture", help="picture file")
+    edit.add_argument("prompt", nargs="?", metavar="instruction", help="what to change")
     animate = _command(commands, "animate", "make a clip for a prompt, from a picture if one is given")
-    animate.add_argument("prompt", help="what happens in the clip")
+    animate.add_argument("prompt", nargs="?", help="what happens in the clip")
     animate.add_argument("--picture", dest="source", type=Path, help="the first frame; it decides the size")
     animate.add_argument("--num_frames", type=int, default=Settings.num_frames,
                          help="length, 12 a second; floored to one more than a multiple of 4")
     _add_size(animate)
     edit_video = _command(commands, "edit-video", "change a clip as an instruction says")
-    edit_video.add_argument("source", type=Path, metavar="clip", help="clip file")
-    edit_video.add_argument("prompt", metavar="instruction", help="what to change")
+    edit_video.add_argument("source", type=Path, nargs="?", metavar="clip", help="clip file")
+    edit_video.add_argument("prompt", nargs="?", metavar="instruction", help="what to change")
     for maker in (draw, edit, animate, edit_video):
         _add_making(maker)
     ask = _command(commands, "ask", "answer a question about a picture or clip")
-    ask.add_argument("source", type=Path, metavar="file", help="picture or clip")
-    ask.add_argument("prompt", metavar="question", help="the question")
+    ask.add_argument("source", type=Path, nargs="?", metavar="file", help="picture or clip")
+    ask.add_argument("prompt", nargs="?", metavar="question", help="the question")
     ask.add_argument("--temperature", type=float, default=GREEDY.temperature, help="0 takes the likeliest token")
     ask.add_argument("--seed", type=int, default=SEED, help="of the draws, at a temperature above 0")
     caption = _command(commands, "caption", "describe a picture or clip")
-    caption.add_argument("source", type=Path, metavar="file", help="picture or clip")
+    caption.add_argument("source", type=Path, nargs="?", metavar="file", help="picture or clip")
     for teller in (ask, caption):
         teller.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="longest answer")
     for watcher in (edit, animate, edit_video, ask, caption):
@@ -84,6 +85,9 @@ def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
     """A subcommand, with the flags that load a model."""
     made: argparse.ArgumentParser = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.",
                                                         allow_abbrev=False)
+    made.add_argument("--example_json", type=Path, help="many requests, in place of the one: a sample file "
+                                                          "(docs/formats.md)")
+    made.add_argument("--limit", type=int, help="take only this many of its samples")
     load = made.add_argument_group("model")
     load.add_argument("--model", type=Path, help="Lance folder, or packed folder with configuration and tokenizer; "
                                                  "default: the small Lance of the package")
@@ -110,7 +114,8 @@ def _add_size(to: argparse.ArgumentParser) -> None:
 
 def _add_making(to: argparse.ArgumentParser) -> None:
     to.add_argument("--out", type=Path, help="file to write; default: named by prompt and seed, in this folder. Of "
-                                             "several, the seed is put before the ending")
+                                             "several, the seed is put before the ending. With --example_json: folder "
+                                             "for files named by their samples")
     to.add_argument("--seed", type=int, default=SEED, help="of the noise")
     to.add_argument("--number", type=int, default=1, help="how many, with seeds that count up")
     to.add_argument("--num_timesteps", type=int, default=_DRAWN.num_timesteps, help="denoising steps")
@@ -125,46 +130,34 @@ def _add_making(to: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Check what was asked for, load the model, answer."""
     args = parse_args(argv)
-    if args.command in ("ask", "caption"):
+    if args.command in TELLERS:
         require_whole("max_new_tokens", args.max_new_tokens, 1)
-        _require_file(args.source)
-        script.result(_told(_loaded(args), args.command, args.source, vars(args)))
+        _tell(args)
         return
-    source = getattr(args, "source", None)
-    if source is not None:
-        _require_file(source)
     sampling = {name: getattr(args, name) for name in ("num_timesteps", "timestep_shift", "cfg_scale", "solver",
                                                        "reuse")}
     Sampling(**sampling)  # refused before a model is loaded
-    require_whole("seed", args.seed, 0)
-    outputs = _outputs(args.out, args.prompt, args.seed, require_whole("number", args.number, 1),
-                       ".png" if args.command in ("draw", "edit") else ".mp4")
+    jobs = jobs_of(args)
     pipeline = _loaded(args)
-    for seed, path in outputs.items():
-        made = _made(pipeline, args.command, vars(args), {"seed": seed, **sampling})
-        _save(made, path, {"command": args.command, "prompt": args.prompt, "seed": seed, **sampling,
-                           "model": str(args.packed or args.model or CHECKPOINT),
-                           "lance_quant": lance_quant.__version__})
-        script.result(path)
+    for job in jobs:
+        for seed, path in job.outputs.items():
+            made = _made(pipeline, args.command, job, vars(args), {"seed": seed, **sampling})
+            _save(made, path, {"command": args.command, "prompt": job.prompt, "seed": seed, **sampling,
+                               "model": str(args.packed or args.model or CHECKPOINT),
+                               "lance_quant": lance_quant.__version__})
+            script.result(path)
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise InputError(f"{path} is no file: give a picture or a clip")
-
-
-def _outputs(out: Path | None, prompt: str, first: int, number: int, suffix: str) -> dict[int, Path]:
-    """Where the result of each seed goes; all of them free, and of the right kind."""
-    if out is not None and out.suffix.lower() != suffix:
-        raise InputError(f"--out {out} must end with {suffix}")
-    named = Path("-".join(re.findall(r"\w+", prompt.lower()))[:60].rstrip("-") or "lance")
-    base = named.with_name(f"{named.name}{suffix}") if out is None else out
-    seeds = range(first, first + number)
-    several = number > 1 or out is None
-    found = {seed: base.with_name(f"{base.stem}_{seed}{suffix}") if several else base for seed in seeds}
-    for path in found.values():
-        require_free(path)
-    return found
+def _tell(args: argparse.Namespace) -> None:
+    """Answer, or describe; of a sample file, an object of JSON for every sample."""
+    jobs = jobs_of(args)
+    pipeline = _loaded(args)
+    for job in jobs:
+        told = _told(pipeline, args.command, job, vars(args))
+        if args.example_json is not None:
+            told = json.dumps({"key": job.key, "file": str(job.source), "question": job.prompt, "answer": told},
+                              ensure_ascii=False)
+        script.result(told)
 
 
 def _loaded(args: argparse.Namespace) -> "Pipeline":
@@ -187,35 +180,39 @@ def _preset(pipeline: "Pipeline", given: str | None) -> str:
     return given or (_SMALL_PRESET if _is_small(pipeline) else "")
 
 
-def _told(pipeline: "Pipeline", command: str, source: Path, given: dict[str, Any]) -> str:
+def _told(pipeline: "Pipeline", command: str, job: Job, given: dict[str, Any]) -> str:
     """The answer to a question, or the caption."""
     preset, length = _preset(pipeline, given["resolution"]), given["max_new_tokens"]
-    clip = source.suffix.lower() in _CLIPS
+    source, clip = job.source, job.clip
+    assert source is not None  # jobs_of
     with progress(total=length, desc="tokens", unit="token", leave=False) as bar:
         common = {"resolution": preset, "max_new_tokens": length, "on_step": _counter(bar)}
         if command == "caption":
             return pipeline.caption_video(source, **common) if clip else pipeline.caption(source, **common)
         common |= {"temperature": given["temperature"], "seed": given["seed"]}
-        question = given["prompt"]
-        return pipeline.ask_video(source, question, **common) if clip else pipeline.ask(source, question, **common)
+        if job.system is not None:
+            common["system"] = job.system
+        return pipeline.ask_video(source, job.prompt, **common) if clip else pipeline.ask(source, job.prompt, **common)
 
 
-def _made(pipeline: "Pipeline", command: str, given: dict[str, Any], sampling: dict[str, Any]) -> "Image.Image | Clip":
+def _made(pipeline: "Pipeline", command: str, job: Job, given: dict[str, Any],
+          sampling: dict[str, Any]) -> "Image.Image | Clip":
     """The picture or clip of one seed."""
-    with progress(total=sampling["num_timesteps"], desc=f"seed {sampling['seed']}", unit="step", leave=False) as bar:
+    named = f"{job.key} seed {sampling['seed']}".lstrip()
+    with progress(total=sampling["num_timesteps"], desc=named, unit="step", leave=False) as bar:
         common = {**sampling, "on_step": _counter(bar)}
         if command == "draw":
             height, width = _size(pipeline, given)
-            return pipeline.draw(given["prompt"], height=height, width=width, **common)
+            return pipeline.draw(job.prompt, height=height, width=width, **common)
         if command == "animate":
             common |= {"num_frames": given["num_frames"]}
-            if given["source"] is None and not given["resolution"]:
+            if job.source is None and not given["resolution"]:
                 height, width = _size(pipeline, given)
-                return pipeline.animate(None, given["prompt"], height=height, width=width, **common)
-            return pipeline.animate(given["source"], given["prompt"], height=given["height"], width=given["width"],
+                return pipeline.animate(None, job.prompt, height=height, width=width, **common)
+            return pipeline.animate(job.source, job.prompt, height=given["height"], width=given["width"],
                                     resolution=_preset(pipeline, given["resolution"]), **common)
         edit: Callable[..., Any] = pipeline.edit if command == "edit" else pipeline.edit_video
-        made: Image.Image | Clip = edit(given["source"], given["prompt"],
+        made: Image.Image | Clip = edit(job.source, job.prompt,
                                         resolution=_preset(pipeline, given["resolution"]), **common)
         return made
 

@@ -19,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from PIL import Image
 from pydantic import Field
@@ -86,6 +86,13 @@ def load(task: str, path: Path, fix_quirks: bool = False) -> list[Question] | li
     if len({prompt.key for prompt in prompts}) < len(prompts):
         raise InputError(f"{path}: two entries have the same number and would be written to one file")
     return prompts
+
+
+def modality_of(path: Path) -> Modality | None:
+    """What the first entry of a sample file shows the model, None where it is a prompt alone."""
+    entry = next(iter(_entries(path)[0].values()))
+    shown = entry.get("element_dtype_array", []) if isinstance(entry, dict) else []
+    return next((modality for modality in get_args(Modality) if modality in shown), None)
 
 
 def open_visual(path: Path, modality: Modality, exif: bool = False) -> Sequence[Image.Image]:
