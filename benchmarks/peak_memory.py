@@ -31,17 +31,13 @@ import contextlib
 import functools
 import itertools
 import json
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from benchmarks.child import in_child
 from benchmarks.denoise import request
@@ -57,12 +53,10 @@ from benchmarks.random_lance import (
 from benchmarks.synthetic_lance import PRESETS, vit_tower
 from lance_quant.cli import script
 from lance_quant.evaluation.run_folder import device_name, versions
-from lance_quant.formats.base import Codec
-from lance_quant.formats.weights import PackedWeight
 from lance_quant.inference.device import device_of, dtype_of
+from lance_quant.inference.live_bytes import Alive, Allocations, counted
 from lance_quant.inference.memory import peak_memory, reset_peak_memory
 from lance_quant.kernels import dispatch
-from lance_quant.kernels.triton_w4a16 import TILE_ROWS
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.generation import Denoiser
 from lance_quant.lance.merge import merge_projections
@@ -151,52 +145,6 @@ class Stages:
         self.peaks[name] = found.get("cuda", found["host"])
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of all tensors that were made inside and are still there: `now`, and the `peak` so far."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Run an operation and look at what it returns."""
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.is_meta:
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self._known:
-                    self._known.add(key)
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._gone, key, size)
-        return out
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-class Allocations:
-    """A kernel for packed linears (kernels.Kernel) that allocates what the CUDA one does, and computes nothing."""
-
-    name = "allocations"
-
-    def linear(self, x: Tensor, q: PackedWeight, codec: Codec, bias: Tensor | None) -> Tensor:
-        """See kernels.Kernel; many rows have their weight unpacked as a whole."""
-        n_out = q.packed.shape[0]
-        unpacked = x.new_empty(n_out, 2 * q.packed.shape[1]) if len(x) > TILE_ROWS else None
-        out = x.new_empty(len(x), n_out)
-        del unpacked
-        return out
-
-
-def flash(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
-    """Attention that allocates its output alone."""
-    return torch.empty_like(q)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     args = parse_args(argv)
@@ -222,9 +170,8 @@ def measure(case: Case, config: LanceConfig, threads: int = 1) -> dict[str, Any]
     with contextlib.ExitStack() as stack:
         alive = None
         if case.device.type == "meta":
-            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", flash))
             stack.enter_context(mock.patch.object(dispatch, "choose", lambda *_: Allocations()))
-            alive = stack.enter_context(Alive())
+            alive = stack.enter_context(counted())
         return _measured(case, config, Stages(case.device, alive))
 
 

@@ -119,6 +119,24 @@ def handle_of(spec: Spec) -> LanceModel:
     return handle
 
 
+def fit_line(choice: models.Choice, device: str, mode: str = "ondemand", offload: str = "auto",
+             vae_tiling: bool = False) -> str:
+    """What a request of the usual size needs beside what is free, in the words of `lance-quant plan`."""
+    import torch
+
+    from lance_quant.inference.memory_plan import How, fit_line
+    from lance_quant.lance.config import LanceConfig, LancePaths
+    from lance_quant.lance.settings import Settings
+
+    target = host.device(device)
+    paths = LancePaths.find(choice.config, choice.vit, choice.vae)
+    side = 112 if LanceConfig.load(choice.config / "llm_config.json").is_small else Settings.height
+    how = How(torch.float32 if target.type == "cpu" else torch.bfloat16, target.type == "cpu", mode,
+              "cpu" if offload == "after_use" else "none", vae_tiling=vae_tiling)
+    return fit_line(paths, choice.found.weights if choice.found.precision == "bf16" else choice.found.folder,
+                    Settings("t2i", height=side, width=side), how, target)
+
+
 def _activations(pixels: int) -> int:
     """Bytes to keep free beside the weights: a working floor, and what the VAE's widest layers hold.
 
@@ -137,6 +155,7 @@ def _load(spec: Spec) -> "Runtime":
     from lance_quant.lance.runtime import Runtime
 
     choice, target = spec.choice, host.device(spec.device)
+    host.log.info("Lance: %s", fit_line(choice, spec.device, spec.mode, spec.offload, spec.vae_tiling))
     paths = LancePaths.find(choice.config, choice.vit, choice.vae)
     dtype = torch.float32 if target.type == "cpu" else torch.bfloat16
     rest = host.offload_device(target)

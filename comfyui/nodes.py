@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from . import host, models, toolkit
-from .handle import LanceModel, Spec, handle_of
+from .handle import LanceModel, Spec, fit_line, handle_of
 from .table import MAX_SEED
 from .toolkit import PackError
 
@@ -220,6 +220,7 @@ def self_check() -> dict[str, Any]:
     for found in models.scan():
         lines.append(f"model {found.label}: {found.flavor or 'unreadable'}, {found.precision}, {found.weights}")
         lines.append(f"  parts: {_attempt(lambda found=found: _parts(found))}")
+        lines.append(f"  {_attempt(lambda found=found: _fit(found))}")
     lines.append(f"auto would load: {_attempt(lambda: _automatic())}")
     lines.append(f"official source: {_attempt(_official_source)}")
     report = "\n".join(lines)
@@ -238,6 +239,10 @@ def _attempt(report: Any) -> str:
 def _parts(found: models.Found) -> str:
     choice = models.choose("auto", "auto", found.label, blackwell=False)
     return f"configuration {choice.config}, ViT {choice.vit or 'missing'}, VAE {choice.vae or 'missing'}"
+
+
+def _fit(found: models.Found) -> str:
+    return fit_line(models.choose("auto", "auto", found.label, blackwell=False), "auto")
 
 
 def _official_source() -> str:

@@ -599,6 +599,7 @@ def test_a_missing_toolkit_is_explained(monkeypatch):
 def test_self_check_reports_and_never_fails(comfy, tiny, monkeypatch):
     (report,) = nodes.self_check()["result"]
     assert "some name/Lance_3B: lance_nano, bf16" in report and "transformers: " in report
+    assert re.search(r"\n  memory: t2i, 112 x 112: [\d.]+ [MG]B at the peak \(.*\), .* free on cpu: fits\n", report)
     monkeypatch.setattr(host, "device", lambda _: 1 / 0)
     assert "FAILED: division by zero" in nodes.self_check()["result"][0]
 

@@ -9,6 +9,7 @@ from conftest import CPU, relative
 from made_up_work import ends_badly
 
 from benchmarks import child, decode, denoise, peak_memory, random_lance
+from lance_quant.inference.live_bytes import Alive
 from lance_quant.lance.cache import allocate
 from lance_quant.lance.config import LanceConfig
 
@@ -98,7 +99,7 @@ def test_denoising_is_timed_for_every_way(tiny, capsys):
 
 def test_bytes_alive_are_counted_by_hand():
     """Two tensors of 400 bytes, one freed before a third comes; a view and a result in place are no new memory."""
-    with peak_memory.Alive() as alive:
+    with Alive() as alive:
         first = torch.empty(100, device="meta")
         second = first + 1
         first.view(10, 10).mul_(2)

@@ -6,12 +6,13 @@
     lance-quant edit-video boat.mp4 "make the boat red" --model downloads/Lance_3B_Video
     lance-quant ask boat.png "What floats on the water?" --model downloads/Lance_3B
     lance-quant caption boat.png --model downloads/Lance_3B
+    lance-quant plan --model Lance_3B-int4 --task t2i --memory 8GB
     lance-quant draw --example_json examples/samples/t2i.json --limit 4 --model Lance_3B-int4 --out boats
 
 Reads   --model: a Lance folder, or a packed folder that holds configuration and tokenizer; without it the small Lance
         of the package is used, which knows shapes and digits at 112 x 112
 Writes  draw and edit a PNG, with its settings inside; animate and edit-video an MP4; ask and caption print their
-        answer, of many a JSON object a line
+        answer, of many a JSON object a line; plan prints what memory a request needs, stage by stage
 Needs   what docs/memory.md says of the task, the format and the size
 Next    run_baseline.py and run_quant_eval.py, for many samples and for comparisons
 
@@ -26,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 
 import lance_quant
 from lance_nano import CHECKPOINT
-from lance_quant.cli import script
+from lance_quant.cli import plan, script
 from lance_quant.cli.jobs import TELLERS, Job, jobs_of
 from lance_quant.errors import require_whole
 from lance_quant.kernels.choices import KERNEL_CHOICES
+from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.progress import progress
 from lance_quant.lance.settings import GREEDY, MAX_NEW_TOKENS, OFFLOADS, RESOLUTIONS, SEED, Sampling, Settings
 from lance_quant.storage.atomic import whole_file
@@ -38,9 +40,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from lance_quant.inference.pipeline import Clip, Pipeline, Progress
+    from lance_quant.lance.config import LancePaths
 
 _SMALL_SIDE, _SMALL_PRESET = 112, "image_112res"  # of lance-nano, whose hidden size is below every Lance's
-_SMALL_WIDTH = 1024
 _DRAWN = Sampling()
 
 
@@ -78,6 +80,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for watcher in (edit, animate, edit_video, ask, caption):
         watcher.add_argument("--resolution", choices=RESOLUTIONS,
                              help="preset that a source is brought to; default: the task's, or 112 for the small Lance")
+    planned = commands.add_parser("plan", help="say what memory a request needs, and what to change where it does not "
+                                               "fit", description="Peak memory by stage, from headers alone.",
+                                  allow_abbrev=False)
+    plan.add_request(planned)
+    _add_load(planned)
     return parser.parse_args(argv)
 
 
@@ -88,7 +95,13 @@ def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
     made.add_argument("--example_json", type=Path, help="many requests, in place of the one: a sample file "
                                                           "(docs/formats.md)")
     made.add_argument("--limit", type=int, help="take only this many of its samples")
-    load = made.add_argument_group("model")
+    _add_load(made)
+    return made
+
+
+def _add_load(to: argparse.ArgumentParser) -> None:
+    """The flags that load a model."""
+    load = to.add_argument_group("model")
     load.add_argument("--model", type=Path, help="Lance folder, or packed folder with configuration and tokenizer; "
                                                  "default: the small Lance of the package")
     load.add_argument("--packed", type=Path, help="packed folder whose weights are taken")
@@ -102,8 +115,7 @@ def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
     load.add_argument("--vae_tiling", action="store_true", help="decode large frames in tiles: less memory")
     load.add_argument("--fix_quirks", action="store_true", help="repair the official code's bugs (docs/runtime.md)")
     load.add_argument("--compile", action="store_true", help="compile the steps that recur")
-    script.add_device(made)
-    return made
+    script.add_device(to)
 
 
 def _add_size(to: argparse.ArgumentParser) -> None:
@@ -130,6 +142,9 @@ def _add_making(to: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Check what was asked for, load the model, answer."""
     args = parse_args(argv)
+    if args.command == "plan":
+        script.result(_planned(args))
+        return
     if args.command in TELLERS:
         require_whole("max_new_tokens", args.max_new_tokens, 1)
         _tell(args)
@@ -138,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
                                                        "reuse")}
     Sampling(**sampling)  # refused before a model is loaded
     jobs = jobs_of(args)
-    pipeline = _loaded(args)
+    pipeline = _loaded(args, jobs[0])
     for job in jobs:
         for seed, path in job.outputs.items():
             made = _made(pipeline, args.command, job, vars(args), {"seed": seed, **sampling})
@@ -151,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
 def _tell(args: argparse.Namespace) -> None:
     """Answer, or describe; of a sample file, an object of JSON for every sample."""
     jobs = jobs_of(args)
-    pipeline = _loaded(args)
+    pipeline = _loaded(args, jobs[0])
     for job in jobs:
         told = _told(pipeline, args.command, job, vars(args))
         if args.example_json is not None:
@@ -160,19 +175,47 @@ def _tell(args: argparse.Namespace) -> None:
         script.result(told)
 
 
-def _loaded(args: argparse.Namespace) -> "Pipeline":
-    """The model that the flags mean."""
+def _loaded(args: argparse.Namespace, first: Job) -> "Pipeline":
+    """The model that the flags mean; what the first request will need is said before."""
     if args.model is None and args.packed is None:
         script.log.info("no --model: the small Lance of this package, which knows shapes and digits at 112 x 112")
     model = args.model or args.packed or CHECKPOINT
+    script.log.info("%s", _fit_line(args, first))
     return lance_quant.Pipeline.load(
         model, packed=args.packed if args.model is not None else None, vit=args.vit_path, vae=args.vae_path,
         device=args.device, dtype=args.dtype, mode=args.mode, kernel=args.kernel, compile=args.compile,
         offload=args.offload, vae_tiling=args.vae_tiling, fix_quirks=args.fix_quirks)
 
 
+def _fit_line(args: argparse.Namespace, job: Job) -> str:
+    """What a request will need beside what is free."""
+    from lance_quant.inference.device import device_of, dtype_of
+    from lance_quant.inference.memory_plan import fit_line
+
+    paths, packed = _located(args)
+    device = device_of(args.device)
+    place = plan.Place(str(device), device, dtype_of(args.dtype, device), None, 0)
+    small = LanceConfig.load(paths.model / "llm_config.json").is_small
+    return fit_line(paths, packed, plan.settings_of(vars(args) | {"task": job.task}, small),
+                    plan.how_of(args, place), device)
+
+
+def _located(args: argparse.Namespace) -> "tuple[LancePaths, Path | None]":
+    """Where the model's parts lie."""
+    from lance_quant.inference.pipeline import located
+
+    return located(args.model or args.packed or CHECKPOINT, args.packed if args.model is not None else None,
+                   args.vit_path, args.vae_path)
+
+
+def _planned(args: argparse.Namespace) -> str:
+    """What `plan` prints."""
+    paths, packed = _located(args)
+    return plan.table(args, paths, packed)
+
+
 def _is_small(pipeline: "Pipeline") -> bool:
-    return pipeline.runtime.model.config.hidden_size < _SMALL_WIDTH
+    return pipeline.runtime.model.config.is_small
 
 
 def _preset(pipeline: "Pipeline", given: str | None) -> str:

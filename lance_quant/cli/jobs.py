@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lance_quant.errors import InputError, require_whole
+from lance_quant.lance.settings import Modality
 from lance_quant.storage.atomic import require_free
 
 TELLERS = ("ask", "caption")  # commands that make text
@@ -19,13 +20,14 @@ _CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif")  # what ask a
 class Job:
     """One request.
 
-    key: of the sample; "" of the command line's.
+    key: of the sample; "" of the command line's. task: one of settings.TASKS.
     prompt: prompt, instruction or question. system: the system prompt of a question, None for the usual one.
     source: picture or clip, None where there is none; `clip`: which of them.
     outputs: seed -> file; none of text.
     """
 
     key: str
+    task: str
     prompt: str
     source: Path | None
     outputs: dict[int, Path]
@@ -61,33 +63,40 @@ def _single(args: argparse.Namespace) -> Job:
     if source is not None and not source.is_file():
         raise InputError(f"{source} is no file: give a picture or a clip")
     found = {} if args.command in TELLERS else outputs(args.out, prompt, args.seed, args.number, _suffix(args.command))
-    return Job("", prompt, source, found, clip=source is not None and source.suffix.lower() in _CLIPS)
+    clip = source is not None and source.suffix.lower() in _CLIPS
+    shown: Modality | None = None if source is None else "video" if clip else "image"
+    return Job("", task_of(args.command, shown), prompt, source, found, clip=clip)
+
+
+def task_of(command: str, shown: Modality | None) -> str:
+    """The task that a command runs on what it is shown."""
+    if command in TELLERS:
+        return f"x2t_{shown or 'image'}"
+    return ("t2v" if shown is None else "i2v") if command == "animate" else _TASKS[command]
 
 
 def _many(args: argparse.Namespace) -> list[Job]:
     """The requests of a sample file."""
     from lance_quant.lance.media import samples  # late, as torch takes seconds to import: --help needs none
 
-    modality = samples.modality_of(args.example_json)
+    task = task_of(args.command, samples.modality_of(args.example_json))
     if args.command in TELLERS:
-        questions = samples.load(f"x2t_{modality or 'image'}", args.example_json)[:args.limit]
-        return [_question(one, args.command) for one in questions]
-    task = ("i2v" if modality else "t2v") if args.command == "animate" else _TASKS[args.command]
+        return [_question(one, task, args.command) for one in samples.load(task, args.example_json)[:args.limit]]
     folder, suffix = Path() if args.out is None else args.out, _suffix(args.command)
     if folder.suffix or (folder.exists() and not folder.is_dir()):
         raise InputError(f"--out {folder} must be a folder with --example_json: it gets a file per sample")
     found = []
     for one in samples.load(task, args.example_json)[:args.limit]:
         base = folder / f"{one.key}{suffix}"
-        found.append(Job(one.key, getattr(one, "text", ""), one.visual,
+        found.append(Job(one.key, task, getattr(one, "text", ""), one.visual,
                          _by_seed(base, args.seed, args.number, args.number > 1)))
     return found
 
 
-def _question(sample: Any, command: str) -> Job:
+def _question(sample: Any, task: str, command: str) -> Job:
     """A sample of x2t; of a caption, the question that it may have is left out."""
     told = command == "caption"
-    return Job(sample.key, "" if told else sample.question, sample.visual, {}, None if told else sample.system,
+    return Job(sample.key, task, "" if told else sample.question, sample.visual, {}, None if told else sample.system,
                sample.modality == "video")
 
 

@@ -17,6 +17,7 @@ from lance_quant.evaluation import report
 from lance_quant.evaluation.compare import Section, compare_run, outputs, run_entry, section
 from lance_quant.evaluation.run_folder import Results, RunRecord, require_source, run_task
 from lance_quant.formats.packed_folder import PackedFolder, is_packed
+from lance_quant.inference.memory_plan import How, fit_line
 from lance_quant.inference.request import PackedMode, RunRequest, float_facts, has_float, packed_facts
 from lance_quant.kernels import quantized_linear
 from lance_quant.lance.runtime import Runtime
@@ -152,6 +153,11 @@ def run_model(request: RunRequest, packed: PackedFolder | None, how: PackedMode,
     source = request.source
     facts = float_facts(source.paths.model) if packed is None else packed_facts(packed)
     record = RunRecord(source.device, source.dtype, facts, request.arguments)
+    if team.leads:
+        needs = How(source.dtype, source.device.type == "cpu", how.mode, source.offload,
+                    request.settings.sampling.batch_guidance, source.vae_tiling)
+        log.info("%s", fit_line(source.paths, None if packed is None else packed.path, request.settings, needs,
+                                source.device))
     with record.stage("load"):
         runtime = source.load_to_run() if packed is None else source.load_packed(packed, how)
     run_task(runtime, request, record, folder, keep_trace, team)

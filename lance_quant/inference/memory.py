@@ -1,4 +1,4 @@
-"""Peak memory of this process, on the host and on a GPU, as far as the system tells."""
+"""Memory of this process and of its devices, as far as the system tells: peaks, and what is free."""
 
 import contextlib
 import importlib
@@ -9,6 +9,8 @@ from types import ModuleType
 import torch
 
 _STATUS = Path("/proc/self/status")
+_SYSTEM = Path("/proc/meminfo")
+CONTEXT = 500_000_000  # bytes, of a CUDA context; and of a process whose size the system does not tell
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -28,10 +30,39 @@ def peak_memory(device: torch.device) -> dict[str, int | None]:
     return peak
 
 
+def resident_memory() -> int | None:
+    """Bytes of this process that are in memory now (on Linux and where psutil is)."""
+    found = _line(_STATUS, "VmRSS")
+    psutil = _module("psutil") if found is None else None
+    return found if psutil is None else psutil.Process().memory_info().rss
+
+
+def process_memory(device: torch.device) -> int:
+    """Bytes that a process takes on a device before a model is there: on the host what this one has, once it has
+    imported everything; on a GPU a context and the libraries' workspaces, of half a gigabyte or so."""
+    return CONTEXT if device.type != "cpu" else resident_memory() or CONTEXT
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that a new process could have on a device: free and reclaimable ones of the host, free ones of a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    found = _line(_SYSTEM, "MemAvailable")
+    psutil = _module("psutil") if found is None else None
+    return found if psutil is None else psutil.virtual_memory().available
+
+
+def _line(file: Path, name: str) -> int | None:
+    """Bytes that a line of a file in /proc says."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+
+
 def _host_peak() -> int | None:
     if _STATUS.is_file():
-        lines = _STATUS.read_text(encoding="utf-8").splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
+        return _line(_STATUS, "VmHWM")
     resource = _module("resource")  # not on Windows
     if resource is not None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -139,10 +139,8 @@ class Pipeline:
         require_one_of("kernel", kernel, KERNEL_CHOICES)
         require_one_of("offload", offload, OFFLOADS)
         _require_flags(compile=compile, vae_tiling=vae_tiling, fix_quirks=fix_quirks)
-        where, weights = _path("model", model), None if packed is None else _path("packed", packed)
-        if weights is None and is_packed(where):
-            weights = where
-        paths, on = _paths(where, weights, vit, vae), device_of(str(device))
+        paths, weights = located(model, packed, vit, vae)
+        on = device_of(str(device))
         computed = dtype_of(str(dtype).removeprefix("torch."), on)
         source = ModelSource(paths, on, computed, offload, fix_quirks, vae_tiling, compile)
         if weights is None and (mode, kernel) != ("ondemand", "auto"):
@@ -398,6 +396,19 @@ def _require_flags(**flags: bool) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise InputError(f"{name} {value!r} must be True or False")
+
+
+def located(model: Name, packed: Name | None, vit: Name | None, vae: Name | None) -> tuple[LancePaths, Path | None]:
+    """Where a model's parts lie, and the packed folder whose weights are taken, None for float ones; arguments as for
+    `Pipeline.load`.
+
+    Raises:
+        InputError: a folder is neither, or lacks configuration or tokenizer.
+    """
+    where, weights = _path("model", model), None if packed is None else _path("packed", packed)
+    if weights is None and is_packed(where):
+        weights = where
+    return _paths(where, weights, vit, vae), weights
 
 
 def _paths(model: Path, packed: Path | None, vit: Name | None, vae: Name | None) -> LancePaths:

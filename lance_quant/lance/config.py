@@ -18,6 +18,7 @@ from lance_quant.storage.schema import Positive, Schema, Size, parse
 
 LATENT_CHANNELS = 48
 LATENT_STRIDE = 16  # pixels per latent cell, each way
+SMALLEST_LANCE = 1024  # a hidden size; models below it are small relatives, such as lance-nano
 MAX_LATENT_SIZE = 64  # latent cells per side that the position table knows
 MAX_LATENT_FRAMES = 31  # 121 frames // 4 + 1
 TIME_FREQUENCIES = 256  # width of the sinusoid in front of the time embedder
@@ -71,6 +72,11 @@ class LanceConfig:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def is_small(self) -> bool:
+        """Whether this is a small relative of Lance, whose native pictures are 112 x 112."""
+        return self.hidden_size < SMALLEST_LANCE
 
     @classmethod
     def load(cls, path: Path) -> "LanceConfig":

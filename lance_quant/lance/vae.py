@@ -142,6 +142,18 @@ class Vae(nn.Module):
         return self.autoencoder.decode(raw.to(self.dtype)).sample[0].float().clamp(-1, 1)
 
 
+def widths_of(source: TorchFile, path: Path) -> tuple[int, int]:
+    """Encoder and decoder width, from the shapes in Wan2.2_VAE.pth.
+
+    Raises:
+        InputError: it is another file.
+    """
+    try:
+        return source.specs["encoder.conv1.weight"].shape[0], source.specs["decoder.head.0.gamma"].shape[0]
+    except KeyError as error:
+        raise InputError(f"{path} is no Wan2.2 VAE: it has no tensor {error}") from error
+
+
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tiling: bool = False) -> Vae:
     """Load Wan2.2_VAE.pth; the widths are read from its shapes.
 
@@ -157,13 +169,8 @@ def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tiling: bool 
         InputError: the file is no torch state dict, or not one of this architecture.
     """
     source = TorchFile(path)
-    try:
-        encoder_width = source.specs["encoder.conv1.weight"].shape[0]
-        decoder_width = source.specs["decoder.head.0.gamma"].shape[0]
-    except KeyError as error:
-        raise InputError(f"{path} is no Wan2.2 VAE: it has no tensor {error}") from error
     with torch.device("meta"):
-        autoencoder = build_autoencoder(encoder_width, decoder_width)
+        autoencoder = build_autoencoder(*widths_of(source, path))
     fill(autoencoder, source, {name: diffusers_name(name) for name in source.specs}, dtype, device, str(path))
     require_nothing_on_meta(autoencoder)
     if tiling:
