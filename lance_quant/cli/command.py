@@ -6,6 +6,7 @@
     lance-quant edit-video boat.mp4 "make the boat red" --model downloads/Lance_3B_Video
     lance-quant ask boat.png "What floats on the water?" --model downloads/Lance_3B
     lance-quant caption boat.png --model downloads/Lance_3B
+    lance-quant download Lance_3B --format int4
     lance-quant plan --model Lance_3B-int4 --task t2i --memory 8GB
     lance-quant draw --example_json examples/samples/t2i.json --limit 4 --model Lance_3B-int4 --out boats
 
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import lance_quant
 from lance_nano import CHECKPOINT
-from lance_quant.cli import plan, script
+from lance_quant.cli import download, plan, script
 from lance_quant.cli.jobs import TELLERS, Job, jobs_of
 from lance_quant.errors import require_whole
 from lance_quant.kernels.choices import KERNEL_CHOICES
@@ -35,6 +36,7 @@ from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.progress import progress
 from lance_quant.lance.settings import GREEDY, MAX_NEW_TOKENS, OFFLOADS, RESOLUTIONS, SEED, Sampling, Settings
 from lance_quant.storage.atomic import whole_file
+from lance_quant.storage.hub import HuggingFace
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,6 +82,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for watcher in (edit, animate, edit_video, ask, caption):
         watcher.add_argument("--resolution", choices=RESOLUTIONS,
                              help="preset that a source is brought to; default: the task's, or 112 for the small Lance")
+    got = commands.add_parser("download", help="fetch a model from the Hugging Face hub",
+                              description="Fetch a model from the Hugging Face hub.", allow_abbrev=False)
+    download.add(got)
     planned = commands.add_parser("plan", help="say what memory a request needs, and what to change where it does not "
                                                "fit", description="Peak memory by stage, from headers alone.",
                                   allow_abbrev=False)
@@ -144,6 +149,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.command == "plan":
         script.result(_planned(args))
+        return
+    if args.command == "download":
+        script.result(download.run(args, HuggingFace()))
         return
     if args.command in TELLERS:
         require_whole("max_new_tokens", args.max_new_tokens, 1)
