@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lance_quant.errors import InputError
+from lance_quant.inference.estimate import Estimate, costs_of
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.generation import Denoiser, Step
 from lance_quant.lance.loader import TorchFile
@@ -26,6 +27,10 @@ from lance_quant.storage.tensor_file import TensorFile
 def load_samples(path: Path, settings: Settings, limit: int | None = None) -> list[Question] | list[Prompt]:
     """The task's samples, the first `limit` of them."""
     return samples.load(settings.task, path, settings.fix_quirks)[:limit]
+
+
+def _nothing() -> None:
+    """What is called where nobody wants to know of work."""
 
 
 class Answered(NamedTuple):
@@ -44,15 +49,22 @@ class Drawn(NamedTuple):
 
 
 def answer_all(runtime: Runtime, questions: Sequence[Question], settings: Settings,
-               on_text: Callable[[str], None] | None = None, look_every: int | None = None) -> Iterator[Answered]:
+               on_text: Callable[[str], None] | None = None, look_every: int | None = None,
+               on_work: Callable[[], object] = _nothing) -> Iterator[Answered]:
     """Answer every question; `on_text` gets questions and answers while they come, instead of a bar.
 
     Args:
         look_every: tokens after which the end is looked for; None: as suits the device.
+        on_work: called after every token.
     """
     for question in progress(questions, desc="answer", unit="question", disable=on_text is not None):
         sequence, vit_tokens = runtime.prompt_of(question, settings.resolution)
-        with _shown(runtime, question, settings, on_text) as on_token:
+        with _shown(runtime, question, settings, on_text) as shown:
+
+            def on_token(token: int, shown: Callable[[int], object] = shown) -> None:
+                shown(token)
+                on_work()
+
             answer = runtime.answer(sequence, vit_tokens, settings.max_new_tokens, on_token, settings.token_sampling,
                                      settings.seed, look_every)
         yield Answered(question, answer)
@@ -122,11 +134,11 @@ def require_parts(task: str, paths: LancePaths, decodes: bool = True) -> None:
         TorchFile(paths.vae)
 
 
-def draw_all(runtime: Runtime, prompts: Sequence[Prompt], settings: Settings,
-             keep_trace: bool = False) -> Iterator[Drawn]:
+def draw_all(runtime: Runtime, prompts: Sequence[Prompt], settings: Settings, keep_trace: bool = False,
+             on_work: Callable[[], object] = _nothing) -> Iterator[Drawn]:
     """Sample latents for every prompt, all from the same noise as officially.
 
-    keep_trace: keep every step whose velocity was computed.
+    keep_trace: keep every step whose velocity was computed. on_work: called after each of those.
     """
     for prompt in progress(prompts, desc="draw", unit=settings.spec.makes):
         denoiser = denoiser_of(runtime, prompt, settings)
@@ -135,6 +147,8 @@ def draw_all(runtime: Runtime, prompts: Sequence[Prompt], settings: Settings,
 
             def on_step(step: Step, bar: Any = bar, steps: list[Step] = steps) -> None:
                 bar.update()
+                if step.computed:
+                    on_work()
                 if keep_trace and step.computed:
                     steps.append(step._replace(x=step.x.cpu(), velocity=step.velocity.cpu()))
 
@@ -144,14 +158,21 @@ def draw_all(runtime: Runtime, prompts: Sequence[Prompt], settings: Settings,
 
 def run_watched(runtime: Runtime, samples: Sequence[Question | Prompt], settings: Settings,
                 numbers: Sequence[int], begin: Callable[[int], None]) -> None:
-    """Run a task for what hooks see of it; `begin` gets each sample's number before it runs."""
+    """Run a task for what hooks see of it; `begin` gets each sample's number before it runs.
+
+    How long all of it will take is said after the first steps or tokens, if that is long.
+    """
     done: Iterator[object]
+    wait = torch.cuda.synchronize if runtime.model.device.type == "cuda" else _nothing
+    estimate = Estimate(settings, len(samples), costs_of(settings), wait=wait)
     if settings.spec.makes == "text":  # hooks must see no token behind an end
-        done = answer_all(runtime, cast(Sequence[Question], samples), settings, look_every=1)
+        done = answer_all(runtime, cast(Sequence[Question], samples), settings, look_every=1,
+                          on_work=estimate.step)
     else:
-        done = draw_all(runtime, cast(Sequence[Prompt], samples), settings)
+        done = draw_all(runtime, cast(Sequence[Prompt], samples), settings, on_work=estimate.step)
     for number in numbers:
         begin(number)
+        estimate.begin()
         next(done)
     deque(done, maxlen=0)  # ends the bar
 
