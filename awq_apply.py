@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
 
     conversion_arguments.set_threads(args.threads)
     conversion = Conversion(Int4(args.group_size), args.recipe, args.bits_budget, args.head_bits,
-                            device_of(args.device), args.resume)
+                            device_of(args.device), args.resume, args.with_parts)
     print(convert.run(args.src, args.stats, args.capture, args.out, conversion, args.dry_run))
 
 

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.block_size != codec.group_size:
         raise InputError(f"--block_size {args.block_size}: NVFP4 has blocks of {codec.group_size}")
     conversion = Conversion(codec, args.recipe, head_bits=args.head_bits, device=device_of(args.device),
-                            resume=args.resume)
+                            resume=args.resume, with_parts=args.with_parts)
     print(convert.run(args.src, args.stats, args.capture, args.out, conversion, args.dry_run))
 
 

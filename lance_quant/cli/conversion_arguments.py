@@ -21,6 +21,9 @@ def add_conversion(to: argparse.ArgumentParser) -> None:
                     help="ours searches by second moments; published repeats Reza2kn/lance-quant tensor for tensor")
     to.add_argument("--head_bits", type=int, choices=[8, 16], default=16,
                     help="bits of the output head and the token embedding; published readers know only 16, bfloat16")
+    to.add_argument("--with_parts", action="store_true",
+                    help="also put ViT and VAE, found in or beside the folder of --src, into OUT: hard links where the "
+                         "disk allows, else copies (4.2 GB)")
     to.add_argument("--dry_run", action="store_true", help="read headers only and print what would be written")
     to.add_argument("--threads", type=int, help="CPU threads, which change nothing but the time; default: all cores")
     script.add_device(to, dtype=False)

@@ -263,6 +263,7 @@ class PackedWriter:
     meta: dict[str, Any]
     texts: dict[str, str] = field(default_factory=dict)  # further files by name
     copies: dict[str, Path] = field(default_factory=dict)  # files to copy, by name
+    links: dict[str, Path] = field(default_factory=dict)  # large files to link to, or copy, by path in the folder
 
 
 @contextmanager
@@ -292,6 +293,8 @@ def new_folder(path: Path, codec: Codec, specs: Mapping[str, TensorSpec],
             (folder / name).write_text(text, encoding="utf-8")
         for name, file in writer.copies.items():
             shutil.copyfile(file, folder / name)
+        for name, file in writer.links.items():
+            atomic.link_or_copy(file, folder / name)
         atomic.write_json(folder / codec.meta_file, writer.meta)
     if work is not None:
         work.publish(path)

@@ -331,7 +331,7 @@ def quantize(src: Name, out: Name, format: Literal["int4", "nvfp4"] = "int4", *,
              captures: Sequence[Name] = (), group_size: int | None = None, slim: bool = False,
              recipe: Recipe = Conversion.recipe, bits_budget: float | None = Conversion.bits_budget,
              head_bits: HeadBits = Conversion.head_bits, device: str | torch.device = "auto",
-             resume: bool = Conversion.resume) -> Path:
+             resume: bool = Conversion.resume, with_parts: bool = Conversion.with_parts) -> Path:
     """Pack a float checkpoint into 4 bits (AWQ scaling; GPTQ rounding where there are captures).
 
     Args:
@@ -347,6 +347,7 @@ def quantize(src: Name, out: Name, format: Literal["int4", "nvfp4"] = "int4", *,
         head_bits: of the output head and the token embedding, 8 or 16.
         device: as for Pipeline.load.
         resume: keep finished layers beside `out`, so that the same call goes on after a kill.
+        with_parts: also put ViT and VAE, found in or beside the folder of `src`, into `out`: links or copies.
 
     Returns:
         `out`.
@@ -357,13 +358,13 @@ def quantize(src: Name, out: Name, format: Literal["int4", "nvfp4"] = "int4", *,
     require_one_of("recipe", recipe, get_args(Recipe))
     if head_bits not in get_args(HeadBits):
         raise InputError(f"head_bits {head_bits!r} must be 8 or 16")
-    _require_flags(slim=slim, resume=resume)
+    _require_flags(slim=slim, resume=resume, with_parts=with_parts)
     if bits_budget is not None:
         require_real("bits_budget", bits_budget, 0)
     if isinstance(captures, str | os.PathLike):
         raise InputError(f"captures {captures!r} must be a list of paths: give [{os.fspath(captures)!r}]")
     conversion = Conversion(_codec(format, group_size, slim), recipe, bits_budget, head_bits, device_of(str(device)),
-                            resume)
+                            resume, with_parts)
     made = convert.run(_path("src", src), _path("stats", stats), [_path("captures", one) for one in captures],
                        _path("out", out), conversion, dry_run=False)
     return Path(made)

@@ -27,6 +27,7 @@ class Conversion:
     head_bits: of the output head and the token embedding, 8 (int8.py) or 16
     device: where searches and GPTQ run
     resume: keep finished layers beside the output (storage/resume.py), and go on from those that are there
+    with_parts: also put ViT and VAE into the folder, as hard links where the disk allows, else as copies
     progress: show a bar where stderr is a terminal
 
     Raises:
@@ -39,6 +40,7 @@ class Conversion:
     head_bits: HeadBits = 16
     device: torch.device = CPU
     resume: bool = False
+    with_parts: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:

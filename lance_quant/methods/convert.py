@@ -122,11 +122,13 @@ def quantize_checkpoint(source: Checkpoint, stats: ActStats, out: Path, conversi
     plan.require_fitting(stats, source, shapes)
     if conversion.bits_budget is not None:
         bit_allocation.limit(shapes, conversion.bits_budget)  # refused before a work folder is made
+    parts = model_card.parts_of(source.path, source.specs) if conversion.with_parts else {}
     facts = {**_facts(source, stats, conversion, activations), **conversion.sizes(sensitivity is not None)}
     work = ResumeJob(Path(out), {**facts, "journal": JOURNAL}) if conversion.resume else None
     allocation = bit_allocation.choose(source, shapes, stats, conversion, sensitivity, work)
     specs = plan.plan(source.specs, codec, allocation, conversion.head_bits)
     gaps = _without_statistics(stats, shapes)
+    packed_folder.require_space(Path(out), _copied_bytes(parts, Path(out)) + (file_size(specs) if work is None else 0))
     with packed_folder.new_folder(Path(out), codec, specs, work) as writer:
         layers = _Job(source, stats, conversion, specs, shapes, writer, activations, work, allocation).run()
         report = Report(Path(out), file_size(specs), packed_folder.bits_per_weight(specs, shapes),
@@ -140,9 +142,16 @@ def quantize_checkpoint(source: Checkpoint, stats: ActStats, out: Path, conversi
         writer.texts[quant_report.FILE] = _page(report, stats, conversion, facts, specs)
         writer.copies.update(model_card.beside(source.path))
         complete = all(name in writer.copies for name in model_card.NEEDED)
+        writer.links.update(parts)
         writer.texts[model_card.FILE] = model_card.card(codec.name, facts, report.nbytes, report.bits_per_weight,
-                                                        complete)
+                                                        complete, bool(parts))
     return report
+
+
+def _copied_bytes(parts: Mapping[str, Path], out: Path) -> int:
+    """Bytes of the parts that cannot be linked to, since they lie on another disk than `out` will."""
+    there = next(parent for parent in out.absolute().parents if parent.exists()).stat().st_dev
+    return sum(file.stat().st_size for file in parts.values() if file.resolve().stat().st_dev != there)
 
 
 def _head_table(source: Checkpoint, conversion: Conversion) -> dict[str, Any]:

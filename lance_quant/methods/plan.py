@@ -14,7 +14,7 @@ from lance_quant.errors import InputError
 from lance_quant.formats import int8, layout, packed_folder
 from lance_quant.formats.base import Codec
 from lance_quant.lance.loader import FLOATS
-from lance_quant.methods import bit_allocation
+from lance_quant.methods import bit_allocation, model_card
 from lance_quant.methods.conversion import Allocation, Conversion, HeadBits
 from lance_quant.storage.atomic import size_text
 from lance_quant.storage.tensor_file import Checkpoint, TensorSpec, file_size
@@ -97,8 +97,10 @@ def dry_run(src: Path, conversion: Conversion, stats_path: Path | None = None,
             require_fitting(stats, source, shapes)
             allocation = bit_allocation.choose(source, shapes, stats, conversion, sensitivity)
         specs = plan(source.specs, conversion.codec, allocation, conversion.head_bits)
+        parts = model_card.parts_of(source.path, source.specs) if conversion.with_parts else {}
         bits = packed_folder.bits_per_weight(specs, shapes)
     size, chosen = file_size(specs), f"{_counted(allocation)}\n" if allocation else ""
+    chosen += "".join(f"beside it {name}, {size_text(file.stat().st_size)}\n" for name, file in parts.items())
     return (f"{packed_folder.table(specs)}\n{chosen}{bits:.4f} bits per quantized weight, {size_text(size)}\n"
             f"output_bytes: {size}")
 

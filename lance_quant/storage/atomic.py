@@ -70,6 +70,16 @@ def move_folder(folder: Path, path: Path) -> None:
     os.replace(folder, path)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, as a hard link; on another disk, or where there are no links, copy it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def size_text(count: int) -> str:
     """A number of bytes for a person: 4.31 GB, 2.58 MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
