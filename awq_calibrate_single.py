@@ -33,7 +33,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = script.parser(__doc__)
     task_arguments.add_model(parser)
-    task_arguments.add_task(parser, steps_flag="--num_timesteps", more=(ALL,))
+    task_arguments.add_task(parser, more=(ALL,))
     parser.add_argument("--out", type=Path, required=True, help="statistics file (.pt); must not exist")
     parser.add_argument("--capture", type=Path,
                         help="also store what enters the first layer, for GPTQ (safetensors; must not exist; with "

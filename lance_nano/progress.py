@@ -8,10 +8,13 @@ import random
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lance_quant.errors import InputError
+from lance_quant.storage import torch_file
+from lance_quant.storage.schema import parse
 
 log = logging.getLogger("lance_nano")
 
@@ -74,7 +77,9 @@ def save_state(path: Path, **state: object) -> None:
 
 def load_state(path: Path) -> dict | None:
     """The state a killed run left behind, or None."""
-    return torch.load(path, weights_only=True, map_location="cpu") if path.exists() else None
+    if not path.exists():
+        return None
+    return parse(dict[str, Any], torch_file.load(path, "state file", "remove it to start anew"), f"state file {path}")
 
 
 def require_state(path: Path, what: str) -> dict:

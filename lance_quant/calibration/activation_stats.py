@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import logging
-import pickle
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, JsonValue
 from torch import Tensor, nn
 
 from lance_quant import __version__
 from lance_quant.distributed import Team
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
+from lance_quant.storage import torch_file
 from lance_quant.storage.atomic import whole_file
 from lance_quant.storage.schema import Count, Positive, Schema, parse
 from lance_quant.storage.tensor_file import Checkpoint
@@ -63,9 +64,16 @@ class LinearStats:
         return (self.sum_sq.double() / self.n_tokens).float()
 
 
+_AGAIN = "make it again with awq_calibrate_single.py"
+_ROUNDING = 1e-2  # of stored bfloat16 sums, a hundredth is twice it
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 class _Run(Schema):
     """A calibration run, as far as merging and converting go by it."""
 
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue]  # a description: nothing but what JSON can hold
     run_id: str
     model: str | None = None
     weight: Positive = 1.0
@@ -102,13 +110,14 @@ class ActStats:
         Raises:
             InputError: missing, unreadable, of another format, or with NaN, negative sums or unequal widths.
         """
-        data = _unpickled(Path(path))
-        if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("stats"), dict):
+        data = torch_file.load(path, "statistics file", _AGAIN)
+        if not isinstance(data, dict) or repr(data.get("format")) != repr(FORMAT) or not isinstance(data.get("stats"),
+                                                                                                    dict):
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise InputError(f"{path} is not a statistics file of format {FORMAT} (found: {found})")
         linears = {name: _entry(name, entry, path) for name, entry in data["stats"].items()}
-        facts = parse(_Facts, {key: value for key, value in data.items() if key != "stats"}, f"statistics file {path}",
-                      "make it again with awq_calibrate_single.py")
+        beside = {key: value for key, value in data.items() if key != "stats"}
+        facts = parse(_Facts, beside, f"statistics file {path}", _AGAIN)
         tasks = facts.tasks or [facts.task or Path(path).stem]
         runs = data.get("runs") or [{"run_id": _content_id(linears), "task": " + ".join(tasks)}]
         seen = {name: entry for name, entry in linears.items() if entry.n_tokens}
@@ -146,17 +155,6 @@ class ActStats:
             log.warning("the statistics do not say which model they were measured on; widths and names fit")
 
 
-def _unpickled(path: Path) -> Any:
-    if not path.is_file():
-        raise InputError(f"statistics file not found: {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        # torch's own message advises to load the file unsafely
-        raise InputError(f"{path} is not a statistics file, is damaged, or holds more than tensors and plain values; "
-                         "make it again with awq_calibrate_single.py") from error
-
-
 def _entry(name: str, entry: Any, path: Path) -> LinearStats:
     if not isinstance(entry, dict) or not isinstance(entry.get("sum_abs"), Tensor):
         raise InputError(f"{path}: entry {name} has no sum_abs")
@@ -165,20 +163,23 @@ def _entry(name: str, entry: Any, path: Path) -> LinearStats:
     sum_abs = _checked_sums(entry["sum_abs"], shape, f"{path}: sum_abs of {name}")
     sum_sq, max_abs = (None if entry.get(key) is None else _checked_sums(entry[key], shape, f"{path}: {key} of {name}")
                        for key in ("sum_sq", "max_abs"))
+    if max_abs is not None and n_tokens and bool((max_abs.double() * n_tokens * (1 + _ROUNDING) < sum_abs).any()):
+        raise InputError(f"{path}: max_abs of {name} is below the mean of the same activations; {_AGAIN}")
     return LinearStats(sum_abs, sum_sq, max_abs, n_tokens, n_calls)
 
 
 def _count(value: Any, what: str) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise InputError(f"{what} is {value!r}, not a count")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise InputError(f"{what} is {str(value)[:80]}, not a count")
     return value
 
 
 def _checked_sums(value: Any, shape: torch.Size, what: str) -> Tensor:
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() != 1 or value.shape != shape:
+    if not isinstance(value, Tensor) or value.dtype not in _PLAIN or value.dim() != 1 or value.shape != shape \
+            or value.layout != torch.strided or value.is_meta or not len(value):
         raise InputError(f"{what} is not a float tensor of one dimension and the width of sum_abs")
-    if not torch.isfinite(value).all() or (value < 0).any():
-        raise InputError(f"{what} holds NaN, Inf or a negative number; calibrate again")
+    if not torch.isfinite(value).all() or (value < 0).any() or (value > torch.finfo(torch.float32).max).any():
+        raise InputError(f"{what} holds NaN, Inf, a negative number or one beyond float32; calibrate again")
     return value
 
 

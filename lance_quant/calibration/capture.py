@@ -308,14 +308,22 @@ def load_of(src: Path, paths: Sequence[Path]) -> tuple[LanceConfig, list[Decoder
 
 
 def load_all(paths: Sequence[Path], fingerprint: str) -> tuple[LanceConfig, list[DecoderCall], list[dict[str, Any]]]:
-    """Several captures of one model as one, with distinct row numbers, and a line on each for the meta. See `load`."""
+    """Several captures of one model as one, with distinct row numbers, and a line on each for the meta.
+
+    Raises:
+        InputError: two have the same content, or see `load`.
+    """
     calls: list[DecoderCall] = []
-    facts = []
+    facts: list[dict[str, Any]] = []
     for path in paths:
         config, more = load(path, fingerprint)
         first = 1 + max((row for call in calls for row in call.rows), default=-1)
         calls += [replace(call, rows=tuple(row + first for row in call.rows)) for call in more]
         with Checkpoint(path) as file:
-            facts.append({"fingerprint": file.fingerprint(file.specs), "calls": len(more),
+            fingerprint_of = file.fingerprint(file.specs)
+            if any(fact["fingerprint"] == fingerprint_of for fact in facts):
+                raise InputError(f"capture {path} is given twice, or is a copy of another one: its tokens would count "
+                                 "double; give each once")
+            facts.append({"fingerprint": fingerprint_of, "calls": len(more),
                           "tokens": sum(call.tokens for call in more)})
     return config, calls, facts

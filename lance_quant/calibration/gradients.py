@@ -193,9 +193,11 @@ def layers_of(source: Checkpoint, device: torch.device, calls: Sequence[DecoderC
 
 
 def output_heads_of(source: Checkpoint, config: LanceConfig) -> OutputHeads:
-    """The final norms, and the velocity behind that of latents; on the CPU."""
+    """The final norms, and the velocity behind that of latents, where there is one; on the CPU."""
     norms = {expert: norm_around(source.read(f"language_model.model.norm{suffix}.weight", torch.float32),
                                  config.rms_norm_eps) for expert, suffix in SUFFIX.items()}
+    if layout.understands_only(source.specs):
+        return {"und": norms["und"]}
     return {"und": norms["und"], "gen": nn.Sequential(norms["gen"], _velocity(source))}
 
 

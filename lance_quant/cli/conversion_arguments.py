@@ -6,6 +6,8 @@ from pathlib import Path
 from lance_quant.cli import script
 from lance_quant.errors import InputError
 
+_MOST_THREADS = 4096  # beyond any machine; more would fail in the operating system
+
 
 def add_conversion(to: argparse.ArgumentParser) -> None:
     """Source, statistics, captures, output, recipe, --dry_run, threads and device."""
@@ -39,6 +41,6 @@ def set_threads(count: int | None) -> None:
 
     if count is None:
         return
-    if count < 1:
-        raise InputError(f"--threads {count} is not positive: leave it out to use all cores")
+    if not 1 <= count <= _MOST_THREADS:
+        raise InputError(f"--threads {count} must be from 1 to {_MOST_THREADS}: leave it out to use all cores")
     torch.set_num_threads(count)

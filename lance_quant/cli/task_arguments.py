@@ -47,9 +47,8 @@ def add_model(to: argparse.ArgumentParser, packed: bool = False, required: bool 
                          "on disk only, loaded anew each time")
 
 
-def add_task(to: argparse.ArgumentParser, steps_flag: str = "--validation_num_timesteps",
-             more: Sequence[str] = ()) -> None:
-    """What to run and how; `steps_flag` is the name of the number of denoising steps, `more` what else --task takes."""
+def add_task(to: argparse.ArgumentParser, more: Sequence[str] = ()) -> None:
+    """What to run and how; `more` is what else --task takes."""
     to.add_argument("--task", choices=[*TASKS, *more], required=True, help="what to run")
     to.add_argument("--example_json", type=Path, required=True,
                     help="sample file in an official format: the examples' JSON, or a benchmark's JSON or JSONL")
@@ -64,7 +63,7 @@ def add_task(to: argparse.ArgumentParser, steps_flag: str = "--validation_num_ti
     to.add_argument("--num_frames", type=int,
                     help="frames of what t2v and i2v make, at most 121, floored to 4 k + 1; default: "
                          f"{_DEFAULTS['num_frames']}")
-    to.add_argument(steps_flag, dest="num_timesteps", type=int, default=_DEFAULTS["num_timesteps"],
+    to.add_argument("--num_timesteps", "--validation_num_timesteps", type=int, default=_DEFAULTS["num_timesteps"],
                     help="denoising steps")
     to.add_argument("--validation_timestep_shift", type=float, default=_DEFAULTS["timestep_shift"],
                     help="how far the schedule leans towards noise")

@@ -127,7 +127,8 @@ def _compare_made(pipeline: Runtime, prompt: Prompt, settings: Settings, baselin
     if not theirs["velocity"].flatten(1).any(1).all():
         raise InputError(f"baseline {baseline.folder}: a velocity of sample {prompt.key} is all zeros, which no model "
                          "gives; make it again")
-    errors = step_errors(forced_velocities(pipeline, prompt, settings, theirs["x"], theirs["t"]), theirs["velocity"])
+    forced = forced_velocities(pipeline, prompt, settings, theirs["x"], theirs["t"], baseline.condition(prompt.key))
+    errors = step_errors(forced, theirs["velocity"])
     name = made(prompt, settings)
     source = {} if prompt.visual is None else {"visual": str(prompt.visual)}
     return {"key": prompt.key, "prompt": prompt.text, **source, "file": name, "t": theirs["t"].tolist(),

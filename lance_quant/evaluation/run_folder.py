@@ -33,6 +33,7 @@ from lance_quant.inference.memory import peak_memory, reset_peak_memory
 from lance_quant.inference.request import RunRequest
 from lance_quant.inference.tasks import Answered, Drawn, answer_all, draw_all, force_all
 from lance_quant.kernels.base import CALLS
+from lance_quant.lance.config import LATENT_CHANNELS
 from lance_quant.lance.media.samples import Prompt, Question
 from lance_quant.lance.media.video import read_video, write_video
 from lance_quant.lance.media.vision import open_image
@@ -328,12 +329,23 @@ class Results:
         require_finite(value, f"{self.trace.path}: {name}")
         return value
 
+    def condition(self, key: str) -> Tensor | None:
+        """Latents [t, rows, columns, 48] of a sample's source as that run encoded it; None where it has none, or where
+        encoding it again gives the same (the native runtime draws it from a seed, the official code from a global
+        generator)."""
+        name = f"{key}.condition"
+        return self.read(key, "condition", (None, None, None, LATENT_CHANNELS)) if name in self.trace.specs else None
+
     def require_same(self, request: RunRequest) -> None:
         """Raise InputError unless the folder was made with these settings, samples and dtype, and is complete.
 
         The dtype belongs to it: it rounds the noise, which must be the same bit for bit.
         """
-        _ = self.trace
+        lacking = [sample.key for sample in request.samples if f"{sample.key}.condition" not in self.trace.specs]
+        if self.run.get("backend") == "official" and not self.text and request.settings.spec.takes and lacking:
+            raise InputError(f"baseline {self.folder} does not hold the latents of its sources (first of sample "
+                             f"{lacking[0]}), which the official code draws at random: make it again with "
+                             "run_baseline.py --backend official --save_latents")
         asked = {**request.settings.as_json(), "dtype": str(request.source.dtype).removeprefix("torch.")}
         there = {**self.run["settings"], "dtype": self.run["dtype"]}
         differing = [f"{name} {there.get(name)} there and {value} here" for name, value in asked.items()

@@ -22,7 +22,8 @@ VOCABULARY = ("language_model.model.embed_tokens", "language_model.lm_head")  # 
 IGNORED = "latent_pos_embed.pos_embed"
 
 SUFFIX: dict[Expert, str] = {"und": "", "gen": "_moe_gen"}
-_LAYER = re.compile(rf"^{re.escape(LAYERS)}\.(\d+)\.")
+LATENT_INTERFACE = ("vae2llm.", "llm2vae.", "time_embedder.")  # what generation needs beside the decoder
+_LAYER = re.compile(rf"^{re.escape(LAYERS)}\.(\d{{1,9}})\.")
 
 
 class Group(NamedTuple):
@@ -104,8 +105,8 @@ def num_layers(names: Collection[str]) -> int:
     found = {int(match[1]) for match in map(_LAYER.match, names) if match}
     if not found:
         raise InputError(f"no Lance decoder in this checkpoint: no tensor is named {LAYERS}.N.*")
-    if found != set(range(max(found) + 1)):
-        gap = min(set(range(max(found) + 1)) - found)
+    if max(found) + 1 > len(found):
+        gap = next(number for number in range(len(found) + 1) if number not in found)
         raise InputError(f"decoder layer {gap} is missing from this checkpoint (layers go up to {max(found)})")
     return len(found)
 
@@ -114,13 +115,15 @@ def require_complete(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Check that these are the tensors of a float Lance checkpoint, all of them and no others; return the layer count.
 
     Sizes are taken from a few tensors and every other one must agree with them. A ViT (`vit_model.*`) and the ignored
-    position table may be there or not.
+    position table may be there or not, and a fine-tune for understanding alone may lack LATENT_INTERFACE.
 
     Raises:
         InputError: naming the first five that are missing, unexpected or of a wrong shape.
     """
     count = num_layers(shapes)
     expected = _table(count, shapes)
+    if understands_only(shapes):
+        expected = {name: shape for name, shape in expected.items() if not name.startswith(LATENT_INTERFACE)}
     found = {name for name in shapes if name != IGNORED and not name.startswith(VIT_PREFIX)}
     for word, names in (("missing from", expected.keys() - found), ("unknown in", found - expected.keys())):
         if names:
@@ -130,6 +133,11 @@ def require_complete(shapes: Mapping[str, tuple[int, ...]]) -> int:
     if wrong:
         raise InputError(f"{len(wrong)} tensors have a shape that does not fit the others, first {wrong[:5]}")
     return count
+
+
+def understands_only(names: Collection[str]) -> bool:
+    """Whether a checkpoint has nothing of LATENT_INTERFACE, without which no latents go in or out."""
+    return not any(name.startswith(LATENT_INTERFACE) for name in names)
 
 
 def _table(count: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from lance_quant.calibration.activation_stats import ActStats, Collector
 from lance_quant.distributed import ALONE, Team
 from lance_quant.inference.tasks import run_watched
 from lance_quant.lance.config import LancePaths
-from lance_quant.lance.media.samples import Prompt, Question
+from lance_quant.lance.media.samples import Prompt, Question, content_hash
 from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.settings import Settings
 
@@ -41,4 +41,5 @@ def measure(runtime: Runtime, job: Job, linears: Sequence[str], fingerprint: str
     with team.agreed():
         return collector.stats(settings.task, {
             "model": fingerprint, "seed": settings.seed, "settings": settings.as_json(),
-            "samples": [sample.key for sample in samples], "versions": dict(versions)})
+            "samples": [sample.key for sample in samples], "content": content_hash(samples),
+            "versions": dict(versions)})

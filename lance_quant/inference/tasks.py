@@ -179,9 +179,14 @@ def run_watched(runtime: Runtime, samples: Sequence[Question | Prompt], settings
 
 @torch.no_grad()
 def forced_velocities(runtime: Runtime, prompt: Prompt, settings: Settings, trajectory: Tensor,
-                      times: Tensor) -> Tensor:
-    """Velocities [steps, n, 48] at given points x_t [steps, n, 48] and timesteps [steps], instead of its own path."""
-    denoiser = denoiser_of(runtime, prompt, settings)
+                      times: Tensor, condition: Tensor | None = None) -> Tensor:
+    """Velocities [steps, n, 48] at given points x_t [steps, n, 48] and timesteps [steps], instead of its own path.
+
+    Args:
+        condition: latents [t, rows, columns, 48] of the source as the trajectory's run encoded it; None: encoded here.
+    """
+    with runtime.fed(condition):
+        denoiser = denoiser_of(runtime, prompt, settings)
     pairs = progress(zip(trajectory, times.tolist(), strict=True), desc="forced", unit="step", total=len(times),
                      leave=False)
     return torch.stack([denoiser.velocity(x.to(runtime.model.dtype), t).float().cpu() for x, t in pairs])

@@ -4,6 +4,7 @@ What the official shell script passes as arguments and never writes to a file (q
 latent cell, table of 31 x 64 x 64 latent positions) is part of the model and constant here.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,8 @@ class LancePaths:
 
     @classmethod
     def find(cls, model: Path, vit: Path | None = None, vae: Path | None = None) -> "LancePaths":
-        """Complete the paths: ViT and VAE are in the model folder, or beside it as in the official download.
+        """Complete the paths: ViT and VAE are in the model folder, or beside it as in the official download, beside the
+        folder that a link points to as well.
 
         Parts that a task does not use may be absent; a path that was given must exist.
 
@@ -156,7 +158,9 @@ class LancePaths:
         for given, what in ((vit, "ViT folder"), (vae, "VAE file")):
             if given is not None and not Path(given).exists():
                 raise InputError(f"{what} not found: {given}")
+
         def part(name: str) -> Path:
-            return model / name if (model / name).exists() else model.resolve().parent / name
+            places = [model / name, Path(os.path.abspath(model)).parent / name, model.resolve().parent / name]
+            return next((place for place in places if place.exists()), places[-1])
 
         return cls(model, Path(vit or part(cls.VIT)), Path(vae or part(cls.VAE)))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lance_quant.errors import InputError
 from lance_quant.lance.cache import CacheRow, allocate
 from lance_quant.lance.config import LATENT_CHANNELS
 from lance_quant.lance.mot import Lance, Rope, Streams
@@ -95,6 +96,9 @@ class Denoiser:
 
     @torch.no_grad()
     def __init__(self, model: Lance, sequence: TokenSequence, sampling: Sampling, given: Given = TEXT_ONLY):
+        if not hasattr(model, "vae2llm"):
+            raise InputError("this checkpoint is for understanding alone (it has no vae2llm, llm2vae, time_embedder): "
+                             "take a task that answers, x2t_image or x2t_video, or the whole checkpoint")
         self._model, self._given, self.sampling = model, given, sampling
         self.grid = sequence.visuals[-1].grid
         self._source_cells = 0 if given.source is None else given.source[..., 0].numel()

@@ -5,7 +5,6 @@ read by offsets and converted on the way to their final dtype and device. Packed
 the model is still on meta, so that the float weights they replace never exist.
 """
 
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lance_quant.errors import InputError
-from lance_quant.formats.layout import IGNORED, VIT_PREFIX
+from lance_quant.formats.layout import IGNORED, VIT_PREFIX, understands_only
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance
 from lance_quant.lance.progress import progress
-from lance_quant.storage.tensor_file import Checkpoint, TensorSpec, require_finite
+from lance_quant.storage import torch_file
+from lance_quant.storage.tensor_file import Checkpoint, TensorSpec, require_finite, require_written
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # that weights outside the linears may have
 _TOO_SMALL_FOR_A_BAR = 1 << 28  # bytes; smaller modules load in about a second
@@ -41,13 +41,13 @@ class TorchFile:
     """A `.pth` state dict as a Source; mapped into memory, so that only what is read is loaded."""
 
     def __init__(self, path: Path):
-        if not Path(path).is_file():
-            raise InputError(f"file not found: {path}")
-        try:
-            self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            self.specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
-        except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"{path} is no torch state dict, or is truncated: {error}") from error
+        found = torch_file.load(path, "torch state dict", "download it again", mmap=True)
+        if not isinstance(found, dict) or not all(
+                isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+                and not tensor.is_meta and not tensor.is_quantized for name, tensor in found.items()):
+            raise InputError(f"{path} is no torch state dict: it must map names to plain tensors; download it again")
+        self._tensors: dict[str, Tensor] = found
+        self.specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in found.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
         """A tensor of the shape in `specs`, as `dtype` (None: as stored) on `device`, copied out of the file."""
@@ -70,6 +70,8 @@ def load_lance(source: Checkpoint, config: LanceConfig, device: torch.device, dt
     config.require_fits({name: spec.shape for name, spec in source.specs.items()}, str(source.path))
     with torch.device("meta"):
         model = Lance(config, dtype, device)
+        if understands_only(source.specs):
+            model.drop_latent_interface()
     if prepare is not None:
         prepare(model)
     wanted = {name: name for name in source.specs if name != IGNORED and not name.startswith(VIT_PREFIX)}
@@ -112,6 +114,7 @@ def fill(module: nn.Module, source: Source, names: Mapping[str, str], dtype: tor
     for theirs, ours in progress(todo, desc="load", unit="tensor", disable=size < _TOO_SMALL_FOR_A_BAR):
         tensor = source.read(theirs, dtype, device)
         require_finite(tensor, f"{what}: {theirs}")
+        require_written(tensor, f"{what}: {theirs}")
         owner, _, attribute = ours.rpartition(".")
         _put(module.get_submodule(owner), attribute, tensor)
 

@@ -313,6 +313,10 @@ class Lance(nn.Module):
         self.llm2vae = Linear(config.hidden_size, LATENT_CHANNELS)
         self.latent_pos_embed = LatentPositions(config.hidden_size)
 
+    def drop_latent_interface(self) -> None:
+        """Leave out what a checkpoint for understanding alone lacks (layout.LATENT_INTERFACE)."""
+        del self.time_embedder, self.vae2llm, self.llm2vae
+
     def compute_buffers(self, rotary_rounding: torch.dtype) -> None:
         """Fill every buffer that no checkpoint holds."""
         self.language_model.model.rotary.compute_buffers(rotary_rounding, self.device)

@@ -69,6 +69,7 @@ class Runtime:
         self.model, self.paths, self.fix_quirks = model, paths, fix_quirks
         self.offload, self.vae_tiling = offload, vae_tiling
         self._used: set[str] = set()
+        self._fed: Tensor | None = None
         self.tokenizer = LanceTokenizer(paths.model)
         self._source, self._rotary_rounding = source, rotary_rounding
 
@@ -151,6 +152,8 @@ class Runtime:
         Raises:
             InputError: the frames' bucket is wider or higher than the model's table of positions.
         """
+        if self._fed is not None:
+            return self._fed
         pixels = vision.unit_range(vision.vae_pixels(frames, resolution, self._crops()))
         if max(pixels.shape[2:]) > MAX_LATENT_SIZE * LATENT_STRIDE:
             raise InputError(f"a source of {frames[0].width} x {frames[0].height} becomes {pixels.shape[3]} x "
@@ -159,6 +162,16 @@ class Runtime:
         with self.using("vae") as vae:
             encoded = vae.encode(pixels)
         return encoded.mean if self.fix_quirks else encoded.draw(torch.Generator().manual_seed(_GLOBAL_SEED))
+
+    @contextlib.contextmanager
+    def fed(self, condition: Tensor | None) -> Iterator[None]:
+        """In the block, `encode` gives these latents [t, rows, columns, 48] of a source that another run encoded, whose
+        crop and noise may have been others; None: its own."""
+        self._fed = condition
+        try:
+            yield
+        finally:
+            self._fed = None
 
     def _crops(self) -> torch.Generator | None:
         return None if self.fix_quirks else torch.Generator().manual_seed(_GLOBAL_SEED)

@@ -9,13 +9,14 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
 from lance_quant.errors import InputError
+from lance_quant.storage.schema import read
 
 # System prompts of the generation tasks, word for word (the apostrophes are U+2019); the edits' names what is edited.
 T2I_SYSTEM = ("Describe the image by detailing the color, quantity, text, shape, size, texture, spatial relationships "
@@ -114,7 +115,13 @@ class LanceTokenizer:
         missing = [name for name in self.FILES if not (Path(folder) / name).is_file()]
         if missing:
             raise InputError(f"tokenizer files missing in {folder}: {', '.join(missing)}")
-        self._tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        for name, kind in (("vocab.json", dict[str, int]), ("tokenizer_config.json", dict[str, Any])):
+            read(kind, Path(folder) / name, "tokenizer file", "download it again")
+        try:
+            self._tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # of Rust, of its own type: a bare Exception
+            raise InputError(f"the tokenizer files in {folder} cannot be read ({' '.join(str(error).split())[:200]}); "
+                             "download them again") from error
         self.im_end = self._id("<|im_end|>")
         self.vision_start = self._id("<|vision_start|>")
         self.vision_end = self._id("<|vision_end|>")
@@ -230,6 +237,8 @@ def understanding_sequence(tokenizer: LanceTokenizer, system: str, question: str
     Args:
         grid: merged ViT tokens as (frames, rows, columns).
     """
+    require_no_visual(system, "the system prompt")
+    require_no_visual(question, "the question")
     base = tokenizer.encode(_render(system, _VISUAL + question, ""))[:-1]  # without the closing <|im_end|>
     pads = _pads(base, tokenizer.video_pad, 1)
     ids, visuals = _expand(base, pads[:1], [grid])
@@ -256,6 +265,7 @@ def generation_sequence(tokenizer: LanceTokenizer, system: str, prompt: str, tar
         pieces = [tokenizer.encode(head), tokenizer.encode(prompt, literal=True), tokenizer.encode(tail)]
         base, wanted = sum(pieces, []), pieces[1]
     else:
+        require_no_visual(prompt, "the prompt")
         base = tokenizer.encode(_render(system, shown + prompt, _VISUAL).strip())
         wanted = tokenizer.encode(prompt)
     # The sources come first and the target last, whatever the prompt holds.
@@ -274,6 +284,14 @@ def _pads(base: list[int], pad: int, expected: int) -> list[int]:
     if len(found) < expected:
         raise InputError("the tokenizer does not keep <|video_pad|> whole: is it the one of a Lance checkpoint?")
     return found
+
+
+def require_no_visual(text: str, what: str) -> None:
+    """Raise InputError for a text with the tokens that stand for a picture's place: which of them is the picture would
+    be decided by where they stand, in the official code as well."""
+    for token in ("<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"):
+        if token in text:
+            raise InputError(f"{what} {text[:40]!r} holds {token}, which marks the place of a picture: leave it out")
 
 
 def _find(ids: list[int], wanted: list[int], prompt: str, spans: Sequence[tuple[int, int, int]]) -> int:

@@ -30,6 +30,7 @@ STD = (
     0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
     0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )
+_WIDEST = 4096  # channels; the official widths are 160 and 256
 # (official, diffusers) beginnings and middles of names; "#" stands for a number. Parts that are not listed agree.
 _NAMES = (
     ("encoder.conv1.", "encoder.conv_in."),
@@ -149,9 +150,15 @@ def widths_of(source: TorchFile, path: Path) -> tuple[int, int]:
         InputError: it is another file.
     """
     try:
-        return source.specs["encoder.conv1.weight"].shape[0], source.specs["decoder.head.0.gamma"].shape[0]
+        encoder_width, *_ = source.specs["encoder.conv1.weight"].shape
+        decoder_width, *_ = source.specs["decoder.head.0.gamma"].shape
     except KeyError as error:
         raise InputError(f"{path} is no Wan2.2 VAE: it has no tensor {error}") from error
+    except ValueError:
+        raise InputError(f"{path} is no Wan2.2 VAE: a tensor that gives its width has no dimensions") from None
+    if not all(0 < width <= _WIDEST for width in (encoder_width, decoder_width)):
+        raise InputError(f"{path} is no Wan2.2 VAE: widths {encoder_width} and {decoder_width}, must be 1 to {_WIDEST}")
+    return encoder_width, decoder_width
 
 
 def load_vae(path: Path, device: torch.device, dtype: torch.dtype, tiling: bool = False) -> Vae:

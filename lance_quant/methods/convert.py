@@ -32,7 +32,7 @@ from lance_quant.methods.layer import Activations
 from lance_quant.methods.quantized_group import QuantizedGroup
 from lance_quant.storage.atomic import require_free, size_text
 from lance_quant.storage.resume import ResumeJob
-from lance_quant.storage.tensor_file import Checkpoint, TensorSpec, file_size, require_finite
+from lance_quant.storage.tensor_file import Checkpoint, TensorSpec, file_size, require_finite, require_written
 
 log = logging.getLogger("lance_quant")
 
@@ -301,6 +301,7 @@ def _finite(stored: Tensor, name: str, device: torch.device) -> Tensor:
     """A weight in float32, on `device`."""
     tensor = stored.to(device, torch.float32)
     require_finite(tensor, name)
+    require_written(tensor, name)
     return tensor
 
 

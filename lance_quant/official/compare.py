@@ -21,7 +21,7 @@ from lance_quant.lance import generation
 from lance_quant.lance.media import vision
 from lance_quant.lance.media.samples import Prompt, Question
 from lance_quant.lance.runtime import Runtime
-from lance_quant.lance.settings import Settings
+from lance_quant.lance.settings import RESOLUTIONS, Settings
 from lance_quant.lance.tokens import Grid
 from lance_quant.official.checkout import describe
 from lance_quant.official.process import run
@@ -29,6 +29,7 @@ from lance_quant.official.request import OfficialRequest
 
 _MEANING = {
     "noise": "own x_T from the seed, relative", "vit": "ViT tokens, relative",
+    "random_crop": "source cut at a random offset there: its rows differ",
     "condition_mean": "source's latent mean, relative", "velocity_first": "velocity of the first step, relative",
     "velocity_worst": "velocity of the worst step, relative", "latent": "final latents, relative",
     "pixels_max": "pixels, largest difference of 255", "pixels_mean": "pixels, mean difference of 255",
@@ -44,12 +45,10 @@ _MEANING = {
 class FedRuntime(Runtime):
     """A native runtime that is given condition latents, and keeps what its ViT and VAE made of the source.
 
-    fed: [t, h, w, 48], the next answer of `encode`.
     tokens: [n, hidden], from `look`.
     mean: [48, t, h, w], that `encode` would have drawn around.
     """
 
-    fed: Tensor
     tokens: Tensor
     mean: Tensor
 
@@ -59,11 +58,11 @@ class FedRuntime(Runtime):
         return self.tokens, grid
 
     def encode(self, frames: Sequence[Image.Image], resolution: str) -> Tensor:
-        """The latents that were fed, [frames, rows, columns, 48]; the encoder's own are kept."""
+        """The latents that were fed, [frames, rows, columns, 48]; the mean of its own is kept."""
         pixels = vision.unit_range(vision.vae_pixels(frames, resolution, self._crops()))
         with self.using("vae") as vae:
             self.mean = vae.encode(pixels).mean.permute(3, 0, 1, 2)
-        return self.fed
+        return super().encode(frames, resolution)
 
 
 def compare(request: OfficialRequest, device: torch.device) -> dict[str, Any]:
@@ -110,10 +109,11 @@ def _compare_drawn(native: FedRuntime, prompt: Prompt, settings: Settings,
     """Everything from the source's features to pixels; the native run gets the official x_T and condition latents."""
     steps: list[generation.Step] = []
     dtype = native.model.dtype
-    if "condition" in official or "first" in official:
-        native.fed = official["condition" if "condition" in official else "first"]
-    denoiser = denoiser_of(native, prompt, settings)
-    found = {"noise": relative_error(denoiser.noise(settings.seed).float(), official["x"][0])}
+    with native.fed(official.get("condition", official.get("first"))):
+        denoiser = denoiser_of(native, prompt, settings)
+    found: dict[str, Any] = {} if prompt.visual is None or not _crops_at_random(native, prompt, settings) \
+        else {"random_crop": True}
+    found |= {"noise": relative_error(denoiser.noise(settings.seed).float(), official["x"][0])}
     latent = generation.sample(denoiser, official["x"][0].to(dtype), steps.append).float().cpu()
     if "vit" in official:
         found["vit"] = relative_error(native.tokens.float().cpu(), official["vit"])
@@ -126,6 +126,13 @@ def _compare_drawn(native: FedRuntime, prompt: Prompt, settings: Settings,
     return found | {"velocity_first": errors[0], "velocity_worst": max(errors),
                     "latent": relative_error(latent, official["latent"]), "pixels_max": levels.max().item(),
                     "pixels_mean": levels.double().mean().item()}
+
+
+def _crops_at_random(native: FedRuntime, prompt: Prompt, settings: Settings) -> bool:
+    """Whether the official code cut the source at a random offset, which no recording holds."""
+    assert prompt.visual is not None and settings.spec.takes is not None
+    frame = native.frames(prompt.visual, settings.spec.takes)[0]
+    return any(vision.crops_at_random(*frame.size, base) for base in RESOLUTIONS[settings.resolution])
 
 
 def table(found: Mapping[str, Any]) -> str:

@@ -15,7 +15,10 @@ from lance_quant.evaluation import run_folder
 from lance_quant.inference.request import float_facts
 from lance_quant.inference.tasks import Answered
 from lance_quant.lance.media.samples import Prompt, Question
+from lance_quant.lance.media.video import write_video
+from lance_quant.lance.media.vision import open_image
 from lance_quant.lance.runtime import Answer
+from lance_quant.lance.settings import Settings
 from lance_quant.lance.tokens import LanceTokenizer
 from lance_quant.official.checkout import describe
 from lance_quant.official.process import Finished, run
@@ -46,7 +49,7 @@ def _run_into(request: OfficialRequest, model: Mapping[str, Any], folder: Path, 
         if questions:
             _write_answers(done, questions, folder)
         else:
-            _copy_drawn(done, prompts, folder)
+            _copy_drawn(done, prompts, request.settings, folder)
             write_json(folder / "prompt.json", {run_folder.made(one, request.settings): one.text for one in prompts})
         if keep_trace:
             run_folder.save_traces(folder / (run_folder.LOGITS if questions else run_folder.LATENTS),
@@ -54,10 +57,13 @@ def _run_into(request: OfficialRequest, model: Mapping[str, Any], folder: Path, 
         write_json(folder / "run.json", _run_json(request, model, done.reply))
 
 
-def _copy_drawn(done: Finished, prompts: Sequence[Prompt], folder: Path) -> None:
+def _copy_drawn(done: Finished, prompts: Sequence[Prompt], settings: Settings, folder: Path) -> None:
     for number, prompt in enumerate(prompts):
-        written = next(done.made.glob(f"{number:06d}.*"))  # one frame is a .png there, also of a clip
-        shutil.copyfile(written, (folder / prompt.key).with_suffix(written.suffix))
+        written, out = next(done.made.glob(f"{number:06d}.*")), folder / run_folder.made(prompt, settings)
+        if written.suffix == out.suffix:
+            shutil.copyfile(written, out)
+        else:  # a clip of one frame is a .png there
+            write_video(out, [open_image(written)])
 
 
 def _write_answers(done: Finished, questions: Sequence[Question], folder: Path) -> None:
@@ -73,8 +79,10 @@ def _traces(done: Finished, request: OfficialRequest) -> Iterator[dict[str, Tens
         found = load_file(path)
         if "ids" in found:
             found["logprobs"] = found["logits"][:, :size].log_softmax(-1)
-        names = ("ids", "logprobs") if "ids" in found else ("latent", "x", "velocity", "t")
-        yield {f"{sample.key}.{name}": found[name] for name in names}
+        if "first" in found:  # the fixed frame of i2v
+            found["condition"] = found["first"]
+        names = ("ids", "logprobs") if "ids" in found else ("latent", "x", "velocity", "t", "condition")
+        yield {f"{sample.key}.{name}": found[name] for name in names if name in found}
 
 
 def _run_json(request: OfficialRequest, model: Mapping[str, Any], reply: dict[str, Any]) -> dict[str, Any]:

@@ -124,6 +124,8 @@ def _require_lance(packed: PackedFolder, paths: LancePaths) -> int:
     shapes = {name: spec.shape for name, spec in packed.checkpoint.specs.items() if name not in packed_suffixes}
     shapes |= {f"{name}.weight": linear.shape for name, linear in packed.linears.items()}
     layers = layout.require_complete(shapes)
+    if layout.understands_only(shapes):
+        raise InputError("vllm-omni serves whole checkpoints, and this one is for understanding alone (no vae2llm)")
     config = LanceConfig.load(paths.model / "llm_config.json")
     found = (layers, *shapes["language_model.model.embed_tokens.weight"],
              shapes[f"{layout.linear(0, 'und', 'up_proj')}.weight"][0])

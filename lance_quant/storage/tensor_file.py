@@ -54,6 +54,7 @@ _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 _ROUNDED = (torch.bfloat16, torch.float16)  # in which a finite float32 may become infinite
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors package: no file makes us read 25 GB as JSON
 _MOST_TENSORS = 100_000  # Lance_3B_Video has 1411
+_SMALLEST = 1024  # elements of a matrix that is looked at for zeros
 _PIECE = 1 << 24  # bytes read at once: converting a 1.2 GB table needs 16 MB beside its result
 
 
@@ -342,6 +343,14 @@ def require_finite(tensor: Tensor, what: str) -> None:
     """Raise InputError if a floating-point tensor of any shape holds NaN or Inf: nothing made of it means anything."""
     if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
         raise InputError(f"{what} holds NaN or Inf: the checkpoint is damaged, download it again")
+
+
+def require_written(tensor: Tensor, what: str) -> None:
+    """Raise InputError if a weight of two or more dimensions is all zeros: no training leaves one, but a download into
+    a file of the full size that broke off does."""
+    large = tensor.dim() >= 2 and tensor.numel() >= _SMALLEST
+    if large and not tensor.flatten()[:_SMALLEST].any() and not tensor.any():  # mostly, the first elements say enough
+        raise InputError(f"{what} is all zeros: the file was not downloaded to its end; download it again")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -14,10 +14,12 @@ request with that reference. Files on one line work, and any number of questions
 one {"index": 0, "data": ...} a line, as in GenEVAL.jsonl and DPG.jsonl.
 """
 
+import hashlib
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -93,6 +95,18 @@ def modality_of(path: Path) -> Modality | None:
     entry = next(iter(_entries(path)[0].values()))
     shown = entry.get("element_dtype_array", []) if isinstance(entry, dict) else []
     return next((modality for modality in get_args(Modality) if modality in shown), None)
+
+
+def content_hash(samples: Sequence[Question | Prompt]) -> str:
+    """SHA-256 of what the samples ask and show, wherever their files lie: the same keys may stand for other prompts."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        fields = {name: value for name, value in asdict(sample).items() if name != "visual"}
+        digest.update(json.dumps(fields, sort_keys=True).encode("utf-8", "surrogatepass") + b"\n")
+        if sample.visual is not None:
+            with open(sample.visual, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def open_visual(path: Path, modality: Modality, exif: bool = False) -> Sequence[Image.Image]:

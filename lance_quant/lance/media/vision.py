@@ -157,6 +157,13 @@ def crop_box(width: int, height: int, ratio: float, generator: torch.Generator |
     return (width - wide) // 2, (height - high) // 2, wide, high
 
 
+def crops_at_random(width: int, height: int, base: int) -> bool:
+    """Whether `crop_box` draws the offset of a picture in its bucket, and has a choice."""
+    high, wide = bucket(width, height, base)
+    boxes = [crop_box(width, height, wide / high, torch.Generator().manual_seed(seed)) for seed in range(8)]
+    return len(set(boxes)) > 1
+
+
 def fit(image: Image.Image, base: int, multiple: int, generator: torch.Generator | None = None) -> Tensor:
     """Crop and resize to the picture's bucket, then centre-crop to a multiple: uint8 [3, height, width]."""
     high, wide = bucket(*image.size, base)
