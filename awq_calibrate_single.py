@@ -17,6 +17,7 @@ Next    awq_merge_stats.py --inputs calib/x2t_image.pt calib/t2i.pt --out calib/
 """
 
 import argparse
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     from lance_quant.inference.tasks import load_samples
     from lance_quant.storage.tensor_file import Checkpoint
 
-    with distributed.joined(args.device) as team:
+    with distributed.joined(args.device) as team, contextlib.ExitStack() as outputs:
         with team.agreed():
             jobs = []
             for task, file in _sample_files(args.task, args.example_json).items():
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
                 captured = _capture_path(args.capture, task if args.task == ALL else None)
                 jobs.append(Job(settings, load_samples(file, settings, args.limit), paths, captured))
             for path in filter(None, [args.out, *(job.capture for job in jobs)]):
-                team.require_free(path)
+                outputs.enter_context(team.reserved(path))
             with Checkpoint(args.model_path) as source:
                 shapes = {name: spec.shape for name, spec in source.specs.items()}
                 linears, fingerprint = layout.linears(layout.require_complete(shapes)), model_fingerprint(source)

@@ -15,7 +15,7 @@ from pathlib import Path
 from lance_quant.cli import script
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
-from lance_quant.storage.atomic import require_free
+from lance_quant.storage.output_place import require_free
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -39,6 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="keep every step's x_t and velocity, or every answer token's log-probabilities "
                              "(t2i at 768: 27 MB a picture; t2v at 640, 49 frames: 240 MB a clip; x2t: 0.6 MB a "
                              "token)")
+    task_arguments.add_resume(parser)
     return parser.parse_args(argv)
 
 
@@ -47,8 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from lance_quant import distributed  # late, as torch takes seconds to import: --help does not wait for it
     from lance_quant.cli import requests
-    from lance_quant.evaluation.evaluate import open_baseline, require_kernel, run_model
+    from lance_quant.evaluation.evaluate import job_of, open_baseline, require_kernel, run_model
     from lance_quant.evaluation.run_folder import describe
+    from lance_quant.evaluation.sample_store import require_resumable, run_work
     from lance_quant.inference.request import PackedMode
 
     if args.backend == "official":
@@ -69,11 +71,13 @@ def main(argv: list[str] | None = None) -> None:
             request = requests.request_of(args, team)
             packed, fingerprint = open_baseline(args.model_path, how)
             team.require_free(args.save_path_gen)
+            require_resumable(args.save_path_gen, args.resume, team)
             if packed is not None:
                 require_kernel(request, [packed], how)
         team.require_same(model=fingerprint, samples=[describe(sample) for sample in request.samples])
-        with team.folder(args.save_path_gen) as folder:
-            run_model(request, packed, how, folder, args.save_latents, team)
+        job = job_of(request, {} if packed is None else {"": packed}, fingerprint, how, args.save_latents)
+        with run_work(args.save_path_gen, job, args.resume, team) as work:
+            run_model(request, packed, how, work.folder, args.save_latents, work.store("run"), team)
         if team.leads:
             print(args.save_path_gen)
 

@@ -36,6 +36,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                              "or where there is none compare with the first packed folder")
     parser.add_argument("--save_path_gen", type=Path, required=True, help="results folder; must not exist")
     parser.add_argument("--save_latents", action="store_true", help="keep the traces that were compared")
+    task_arguments.add_resume(parser)
     return parser.parse_args(argv)
 
 
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     from lance_quant.cli import requests
     from lance_quant.evaluation import evaluate, report
     from lance_quant.evaluation.run_folder import describe, drop_traces
+    from lance_quant.evaluation.sample_store import require_resumable, run_work
     from lance_quant.inference.request import PackedMode
     from lance_quant.storage.atomic import write_json
 
@@ -56,18 +58,22 @@ def main(argv: list[str] | None = None) -> None:
             request = requests.request_of(args, team)
             packed, reference = evaluate.open_folders(args.awq_dir, args.model_path, args.baseline)
             team.require_free(args.save_path_gen)
+            require_resumable(args.save_path_gen, args.resume, team)
             evaluate.require_comparable(request, packed, args.baseline, reference and reference[1])
             everyone = [*packed.values(), *([reference[1]] if reference else [])]
             evaluate.require_kernel(request, everyone, how)
         team.require_same(models=[one.meta for one in everyone],
                           samples=[describe(sample) for sample in request.samples])
-        with team.folder(args.save_path_gen) as folder:
-            sections = evaluate.evaluate(request, packed, how, args.baseline, folder, team, reference)
+        run = {**packed, **({} if reference is None else dict([reference]))}
+        job = evaluate.job_of(request, run, evaluate.baseline_fingerprint(request, args.baseline, reference), how,
+                              args.save_latents)
+        with run_work(args.save_path_gen, job, args.resume, team) as work:
+            sections = evaluate.evaluate(request, packed, how, args.baseline, work, team, reference)
             if team.leads:
-                write_json(folder / "comparison.json", sections)
-                report.write(folder, sections)
+                write_json(work.folder / "comparison.json", sections)
+                report.write(work.folder, sections)
                 if not args.save_latents:
-                    drop_traces(folder)
+                    drop_traces(work.folder)
         if team.leads:
             script.log.info("%s", report.summary_table(sections))
             print(args.save_path_gen / "report.html")

@@ -47,7 +47,8 @@ from lance_quant import __version__
 from lance_quant.cli import script
 from lance_quant.errors import InputError
 from lance_quant.formats.packed_folder import require_space
-from lance_quant.storage.atomic import read_json, require_free, whole_folder, write_json
+from lance_quant.storage.atomic import read_json, whole_folder, write_json
+from lance_quant.storage.output_place import require_free
 from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size
 
 log = logging.getLogger("lance_quant")

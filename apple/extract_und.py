@@ -39,7 +39,8 @@ from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance, RMSNorm
 from lance_quant.lance.tokens import LanceTokenizer
 from lance_quant.lance.understanding import MAX_NEW_TOKENS
-from lance_quant.storage.atomic import read_json, require_free, whole_folder, write_json
+from lance_quant.storage.atomic import read_json, whole_folder, write_json
+from lance_quant.storage.output_place import require_free
 from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size, require_finite
 
 log = logging.getLogger("lance_quant")

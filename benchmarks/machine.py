@@ -53,7 +53,8 @@ from lance_quant.evaluation.run_folder import device_name, versions
 from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.lance.config import LanceConfig
 from lance_quant.storage import html
-from lance_quant.storage.atomic import require_free, whole_folder, write_json
+from lance_quant.storage.atomic import whole_folder, write_json
+from lance_quant.storage.output_place import require_free
 
 FORMAT = "lance-quant-machine/1"
 

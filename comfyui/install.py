@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lance_quant.errors import InputError
 from lance_quant.storage import atomic
+from lance_quant.storage.output_place import require_free
 
 from .toolkit import NANO, NEEDED, PACK
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     target = args.out or _target(args.comfyui_path)
     if args.update and (target.is_symlink() or (target / "table.py").is_file()):
         _remove(target)
-    atomic.require_free(target)
+    require_free(target)
     if args.link:
         _link(target)
     else:

@@ -28,7 +28,7 @@ from lance_nano.evaluate import RESOLUTION
 from lance_nano.scenes import SIZE
 from lance_quant.cli import script
 from lance_quant.evaluation import report
-from lance_quant.storage.atomic import require_free
+from lance_quant.storage.output_place import require_free
 
 TASKS = ("x2t_image", "t2i")
 COLUMNS, GAP, LABEL, LINE = 6, 8, 122, 15  # pictures a row; between them, left of them and per line of text, in pixels

@@ -12,7 +12,6 @@ whatever the model runs on: NCCL would cost GPU memory, and forbid two processes
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lance_quant.errors import InputError
-from lance_quant.storage.atomic import require_free, whole_folder
+from lance_quant.storage.output_place import require_free, reserved
 
 log = logging.getLogger("lance_quant")
 
@@ -140,15 +139,9 @@ class Team:
         if self.leads:
             require_free(path)
 
-    @contextlib.contextmanager
-    def folder(self, path: Path) -> Iterator[Path]:
-        """Where this process writes: on the leader as atomic.whole_folder says, elsewhere a folder that is removed."""
-        if self.leads:
-            with whole_folder(path) as folder:
-                yield folder
-        else:
-            with tempfile.TemporaryDirectory(prefix="lance-quant-") as folder:
-                yield Path(folder)
+    def reserved(self, path: Path) -> contextlib.AbstractContextManager[None]:
+        """As output_place.reserved; only the leader writes outputs."""
+        return reserved(path) if self.leads else contextlib.nullcontext()
 
 
 ALONE = Team(0, 1)

@@ -187,7 +187,7 @@ def test_a_file_that_is_no_statistics_or_runs_code_is_refused(tmp_path):
     stats().save(tmp_path / "short.pt")
     (tmp_path / "short.pt").write_bytes((tmp_path / "short.pt").read_bytes()[:300])
     for name in ("evil", "text", "empty", "short"):
-        with pytest.raises(InputError, match="not a statistics file"):
+        with pytest.raises(InputError, match="is no statistics file"):
             ActStats.load(tmp_path / f"{name}.pt")
     with pytest.raises(InputError, match="not found"):
         ActStats.load(tmp_path / "absent.pt")

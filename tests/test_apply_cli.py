@@ -75,9 +75,9 @@ def test_each_mistake_is_one_line_and_leaves_no_output(tmp_path, capsys, stage):
         (["--src", tmp_path / "absent"], "not found"), (["--src", tmp_path / "empty"], "expected one of"),
         (["--src", tmp_path / "cut.safetensors"], "truncated"), (["--src", tmp_path / "text.pt"], "not a safetensors"),
         (["--stats", tmp_path / "absent"], "not found"), (["--stats", tmp_path / "nan.pt"], "NaN"),
-        (["--stats", tmp_path / "text.pt"], "not a statistics file"), (["--out", GOLDENS], "never overwritten"),
+        (["--stats", tmp_path / "text.pt"], "is no statistics file"), (["--out", GOLDENS], "never overwritten"),
         (["--device", "tpu:x"], "no torch device"), (["--device", "cuda:99"], "CUDA devices"),
-        (["--threads", "0"], "not positive"),
+        (["--threads", "0"], "must be from 1 to 4096"),
     ):
         assert message in fails(capsys, stage, [*good, *flags]), flags
     assert "--stats and --out are needed" in fails(capsys, stage, ["--src", MODEL])

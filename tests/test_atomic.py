@@ -5,6 +5,7 @@ import pytest
 
 from lance_quant.errors import InputError
 from lance_quant.storage import atomic
+from lance_quant.storage.output_place import require_free
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -30,7 +31,7 @@ def test_nothing_is_overwritten_except_an_empty_folder(tmp_path):
     (tmp_path / "full" / "file").write_text("mine")
     for taken in (tmp_path / "full", tmp_path / "full" / "file"):
         with pytest.raises(InputError, match="never overwritten"):
-            atomic.require_free(taken)
+            require_free(taken)
     (tmp_path / "empty").mkdir()
     with atomic.whole_folder(tmp_path / "empty") as folder:
         (folder / "file").write_text("new")

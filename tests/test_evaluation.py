@@ -22,6 +22,7 @@ from lance_quant.distributed import ALONE
 from lance_quant.errors import InputError
 from lance_quant.evaluation.compare import compare_run
 from lance_quant.evaluation.run_folder import Results, RunRecord
+from lance_quant.evaluation.sample_store import SampleStore
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.inference import memory
 from lance_quant.inference.memory import peak_memory, reset_peak_memory
@@ -102,7 +103,9 @@ def test_the_float_model_is_at_no_distance_from_itself(work, tmp_path):
         args = run_baseline.parse_args([*task, "--save_path_gen", "none"])
         request = requests.request_of(args, ALONE)
         folder = work / f"b_{name}"
-        for row in compare_run(request.source.load(), request, Results(folder), folder):
+        runtime = request.source.load()
+        store = SampleStore(tmp_path / name)
+        for row in compare_run(lambda runtime=runtime: runtime, request, Results(folder), folder, store):
             if parts:
                 assert row["velocity_errors"] == [0.0] * parts and row["latent_error"] == 0.0
                 assert row["psnr"] == math.inf

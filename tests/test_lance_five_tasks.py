@@ -256,7 +256,7 @@ def test_whole_requests_differ_from_the_recording_by_their_source_noise_only(pip
 def test_an_instruction_that_is_found_inside_a_visual_is_refused_unless_quirks_are_fixed(pipeline):
     sources = [(VIT, (1, 2, 2)), (CONDITION, (1, 2, 2))]
     how = (pipeline.tokenizer, EDIT_SYSTEM.format("image"), "<|vision_end|>", (1, 2, 2), sources)
-    with pytest.raises(InputError, match="--fix_quirks"):
+    with pytest.raises(InputError, match="marks the place of a picture"):
         generation_sequence(*how)
     assert len(generation_sequence(*how, fix_quirks=True).splits) == 7
 

@@ -107,7 +107,7 @@ def test_parts_that_a_task_does_not_need_may_be_absent(model_folder):
     pipeline = load(model_folder)
     with pytest.raises(InputError, match="ViT configuration not found"):
         _ = pipeline.vit
-    with pytest.raises(InputError, match=r"file not found: .*Wan2\.2_VAE\.pth"):
+    with pytest.raises(InputError, match=r"torch state dict not found: .*Wan2\.2_VAE\.pth"):
         _ = pipeline.vae
 
 

@@ -106,8 +106,8 @@ def test_special_tokens_in_a_prompt_are_text_when_quirks_are_fixed(pipeline):
     assert ids[False].count(im_end) == ids[True].count(im_end) + 1
 
 
-def test_a_visual_pad_in_a_prompt_does_not_move_the_target(pipeline):
-    packed = generation_sequence(pipeline.tokenizer, T2I_SYSTEM, "a <|video_pad|> b", GRID)
+def test_a_visual_pad_in_a_prompt_that_is_taken_literally_does_not_move_the_target(pipeline):
+    packed = generation_sequence(pipeline.tokenizer, T2I_SYSTEM, "a <|video_pad|> b", GRID, fix_quirks=True)
     (start, end), = [bounds for bounds, split in zip(packed.bounds(), packed.splits, strict=True)
                      if split.content == TARGET]
     assert (packed.ids[start], packed.ids[end - 1]) == (pipeline.tokenizer.vision_start, pipeline.tokenizer.vision_end)

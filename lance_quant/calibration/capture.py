@@ -32,7 +32,8 @@ from lance_quant.formats.layout import SUFFIX
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import Lance, Streams
-from lance_quant.storage.atomic import parse_json, require_free, whole_file
+from lance_quant.storage.atomic import parse_json, whole_file
+from lance_quant.storage.output_place import require_free
 from lance_quant.storage.schema import Count, Schema, parse
 from lance_quant.storage.tensor_file import Checkpoint, TensorFile, require_finite, write_tensors
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lance_quant.errors import InputError, require_whole
 from lance_quant.lance.settings import Modality
-from lance_quant.storage.atomic import require_free
+from lance_quant.storage.output_place import require_free
 
 TELLERS = ("ask", "caption")  # commands that make text
 _TASKS = {"draw": "t2i", "edit": "image_edit", "edit-video": "video_edit"}

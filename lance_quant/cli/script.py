@@ -27,7 +27,10 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's `main` and end the process: 0 done, 2 the user's mistake, 130 interrupted."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill cleans up as an interrupt does
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):  # a polite kill, a closed terminal (POSIX), Ctrl-Break (Windows)
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)  # cleans up as an interrupt does
     try:
         main()
     except InputError as error:

@@ -47,6 +47,13 @@ def add_model(to: argparse.ArgumentParser, packed: bool = False, required: bool 
                          "on disk only, loaded anew each time")
 
 
+def add_resume(to: argparse.ArgumentParser) -> None:
+    """--resume of the scripts that run samples."""
+    to.add_argument("--resume", action="store_true",
+                    help="go on with an unfinished run of the same command, whose finished samples are in "
+                         "SAVE_PATH_GEN.work; begin one where there is none")
+
+
 def add_task(to: argparse.ArgumentParser, more: Sequence[str] = ()) -> None:
     """What to run and how; `more` is what else --task takes."""
     to.add_argument("--task", choices=[*TASKS, *more], required=True, help="what to run")

@@ -4,7 +4,7 @@ The numbers that run_quant_eval.py reports, as plain data: comparison.json is a 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
@@ -24,6 +24,7 @@ from lance_quant.evaluation.metrics import (
     weighted_mean,
 )
 from lance_quant.evaluation.run_folder import Results, made, open_made, read_run
+from lance_quant.evaluation.sample_store import SampleStore
 from lance_quant.inference.request import RunRequest
 from lance_quant.inference.tasks import forced_velocities
 from lance_quant.lance.media.samples import Prompt, Question
@@ -74,6 +75,7 @@ METRICS: dict[str, tuple[Metric, ...]] = {
                               "How close the pixels of all frames are (peak signal-to-noise ratio). From about "
                               "40 dB on nobody sees a difference; below 30 dB look at the clips.")),
 }
+COMPARED = "compared"  # part of a finished sample, see SampleStore
 EQUAL = "equal"  # in place of an infinite PSNR, since JSON has no infinity
 
 
@@ -82,18 +84,31 @@ def metrics_of(task: str) -> tuple[Metric, ...]:
     return METRICS[TASKS[task].makes]
 
 
-def compare_run(runtime: Runtime, request: RunRequest, baseline: Results, folder: Path,
-                team: Team = ALONE) -> list[dict[str, Any]]:
+def compare_run(runtime: Callable[[], Runtime], request: RunRequest, baseline: Results, folder: Path,
+                store: SampleStore, team: Team = ALONE) -> list[dict[str, Any]]:
     """Per sample, the distance of a finished run in `folder` from `baseline`, in the keys of METRICS and more.
 
     Runs the quantized model once more, on the baseline's own tokens and points x_t. Of a team, each process compares
     its share of the samples, and the leader gets all of it.
+
+    Args:
+        runtime: gives the loaded model; called only if a sample is still to be compared.
+        store: what is found goes there sample by sample, and is taken from there if it is there already.
     """
+    numbers = team.share(range(len(request.samples)))
     with Results(folder) as run:
-        own = [_compare_answer(runtime, sample, request.settings, baseline, run) if isinstance(sample, Question) else
-               _compare_made(runtime, sample, request.settings, baseline, run)
-               for sample in progress(team.share(request.samples), desc="compare", unit="sample")]
-    return list(team.collect(own, len(request.samples)))
+        for number in progress(numbers, desc="compare", unit="sample"):
+            if not store.has(number, COMPARED):
+                store.put(number, COMPARED, _compare_one(runtime(), request.samples[number], request.settings, baseline,
+                                                         run))
+    return list(team.collect([store.values(number, COMPARED) for number in numbers], len(request.samples)))
+
+
+def _compare_one(runtime: Runtime, sample: Question | Prompt, settings: Settings, baseline: Results,
+                 run: Results) -> dict[str, Any]:
+    if isinstance(sample, Question):
+        return _compare_answer(runtime, sample, settings, baseline, run)
+    return _compare_made(runtime, sample, settings, baseline, run)
 
 
 def _compare_answer(pipeline: Runtime, question: Question, settings: Settings, baseline: Results,

@@ -6,8 +6,11 @@ reference that the others are compared with, and a single one is only run.
 One model is loaded at a time. What can be refused is refused by the `require` functions, before any is loaded.
 """
 
+import functools
+import hashlib
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,13 @@ from lance_quant.distributed import ALONE, Team
 from lance_quant.errors import InputError
 from lance_quant.evaluation import report
 from lance_quant.evaluation.compare import Section, compare_run, outputs, run_entry, section
-from lance_quant.evaluation.run_folder import Results, RunRecord, require_source, run_task
+from lance_quant.evaluation.run_folder import Results, RunRecord, describe, require_source, run_task
+from lance_quant.evaluation.sample_store import RunWork, SampleStore
 from lance_quant.formats.packed_folder import PackedFolder, is_packed
 from lance_quant.inference.memory_plan import How, fit_line
 from lance_quant.inference.request import PackedMode, RunRequest, float_facts, has_float, packed_facts
 from lance_quant.kernels import quantized_linear
+from lance_quant.lance.media.samples import content_hash
 from lance_quant.lance.runtime import Runtime
 
 log = logging.getLogger("lance_quant")
@@ -86,6 +91,17 @@ def require_comparable(request: RunRequest, packed: Mapping[str, PackedFolder], 
         require_source(one, fingerprint, what)
 
 
+def baseline_fingerprint(request: RunRequest, baseline: Path | None,
+                         reference: tuple[str, PackedFolder] | None) -> str | None:
+    """Of what the packed folders are compared with: the run.json of a baseline, or the float weights; None where a
+    packed folder is the reference."""
+    if reference is not None:
+        return None
+    if baseline is None:
+        return str(float_facts(request.source.paths.model)["fingerprint"])
+    return hashlib.sha256((baseline / "run.json").read_bytes()).hexdigest()
+
+
 def require_kernel(request: RunRequest, packed: Sequence[PackedFolder], how: PackedMode) -> None:
     """Raise InputError if the kernel cannot run the packed folders on the request's device."""
     if how.mode == "cached":
@@ -97,23 +113,23 @@ def require_kernel(request: RunRequest, packed: Sequence[PackedFolder], how: Pac
 
 
 def evaluate(request: RunRequest, packed: Mapping[str, PackedFolder], how: PackedMode, baseline: Path | None,
-             folder: Path, team: Team = ALONE, reference: tuple[str, PackedFolder] | None = None) -> list[Section]:
+             work: RunWork, team: Team = ALONE, reference: tuple[str, PackedFolder] | None = None) -> list[Section]:
     """Run and compare every packed folder, after the float model where there is no baseline.
 
     Args:
         packed: by name; may be empty where there is a reference.
         baseline: its results folder.
         reference: name and weights of what stands for the float model; None: the baseline, or the float model itself.
-        folder: an existing, empty one; gets a results folder per model.
+        work: its folder gets a results folder per model; what an earlier run finished is there.
 
     Returns:
         The report's sections, complete on the leader of the team.
     """
     name, weights = reference or ("baseline", None)
+    folder = work.folder
     if baseline is None:
         baseline = folder / name
-        baseline.mkdir()
-        run_model(request, weights, how, baseline, True, team)
+        run_model(request, weights, how, baseline, True, work.store(name), team)
         if weights is not None and team.leads:
             report.adopt_quant_report(weights.path, baseline)
     with Results(baseline) as results:
@@ -122,8 +138,7 @@ def evaluate(request: RunRequest, packed: Mapping[str, PackedFolder], how: Packe
             found["reference"] = name
             found["outputs"] = outputs(request.samples, results, request.settings) if team.leads else []
         for name, one in packed.items():
-            (folder / name).mkdir()
-            compared = _compare(request, one, how, results, folder / name, team)
+            compared = _compare(request, one, how, results, folder / name, work.store(name), team)
             if team.leads:
                 report.adopt_quant_report(one.path, folder / name)
                 found["runs"].append(run_entry(name, request.settings.task, compared, folder))
@@ -131,26 +146,36 @@ def evaluate(request: RunRequest, packed: Mapping[str, PackedFolder], how: Packe
 
 
 def _compare(request: RunRequest, packed: PackedFolder, how: PackedMode, baseline: Results, folder: Path,
-             team: Team) -> list[dict[str, Any]]:
+             store: SampleStore, team: Team) -> list[dict[str, Any]]:
     """Run one packed folder and compare it; the model is gone when this returns, before the next one is loaded."""
     keep_trace = request.settings.spec.makes != "text"  # of answers, only the baseline's trace is read
-    runtime = run_model(request, packed, how, folder, keep_trace, team)
-    return compare_run(runtime, request, baseline, folder, team)
+    runtime = run_model(request, packed, how, folder, keep_trace, store, team)
+    return compare_run(runtime, request, baseline, folder, store, team)
 
 
 def run_model(request: RunRequest, packed: PackedFolder | None, how: PackedMode, folder: Path, keep_trace: bool,
-              team: Team = ALONE) -> Runtime:
-    """Run a model into an existing, empty results folder.
+              store: SampleStore, team: Team = ALONE) -> Callable[[], Runtime]:
+    """Run a model into a results folder, unless an earlier run has finished it.
 
     Args:
         packed: its weights; None: the float weights of the request's model folder.
         how: packed weights are computed with.
+        folder: made if it is not there.
         keep_trace: also write what other runs are compared with.
+        store: of its samples.
 
     Returns:
-        The loaded model.
+        What gives the loaded model.
     """
     source = request.source
+
+    @functools.cache
+    def loaded() -> Runtime:
+        return source.load_to_run() if packed is None else source.load_packed(packed, how)
+
+    folder.mkdir(exist_ok=True)
+    if (folder / "run.json").is_file():
+        return loaded
     facts = float_facts(source.paths.model) if packed is None else packed_facts(packed)
     record = RunRecord(source.device, source.dtype, facts, request.arguments)
     if team.leads:
@@ -159,6 +184,22 @@ def run_model(request: RunRequest, packed: PackedFolder | None, how: PackedMode,
         log.info("%s", fit_line(source.paths, None if packed is None else packed.path, request.settings, needs,
                                 source.device))
     with record.stage("load"):
-        runtime = source.load_to_run() if packed is None else source.load_packed(packed, how)
-    run_task(runtime, request, record, folder, keep_trace, team)
-    return runtime
+        loaded()
+    run_task(loaded(), request, record, folder, keep_trace, store, team)
+    return loaded
+
+
+def job_of(request: RunRequest, packed: Mapping[str, PackedFolder], fingerprint: str | None, how: PackedMode,
+           keep_trace: bool) -> dict[str, Any]:
+    """What decides the results of a run, in plain values: an unfinished run goes on only as the same one.
+
+    Args:
+        packed: folders that are run, by name.
+        fingerprint: of the float weights that are run, or of the baseline's.
+    """
+    weights = {name: hashlib.sha256(json.dumps(one.meta, sort_keys=True).encode()).hexdigest()
+               for name, one in packed.items()}
+    return {"settings": request.settings.as_json(), "samples": [describe(sample) for sample in request.samples],
+            "content": content_hash(request.samples), "model": fingerprint, "packed": weights,
+            "device": request.source.device.type, "dtype": str(request.source.dtype).removeprefix("torch."),
+            "how": [how.mode, how.kernel], "save_latents": keep_trace}

@@ -11,9 +11,10 @@
 import contextlib
 import functools
 import logging
+import os
 import platform
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -28,17 +29,17 @@ from torch import Tensor
 from lance_quant import __version__
 from lance_quant.distributed import ALONE, Team
 from lance_quant.errors import InputError
+from lance_quant.evaluation.sample_store import SampleStore
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.inference.memory import peak_memory, reset_peak_memory
 from lance_quant.inference.request import RunRequest
-from lance_quant.inference.tasks import Answered, Drawn, answer_all, draw_all, force_all
+from lance_quant.inference.tasks import Answered, Drawn, answer_all, draw_all, force_one
 from lance_quant.kernels.base import CALLS
 from lance_quant.lance.config import LATENT_CHANNELS
 from lance_quant.lance.media.samples import Prompt, Question
 from lance_quant.lance.media.video import read_video, write_video
 from lance_quant.lance.media.vision import open_image
-from lance_quant.lance.progress import progress
-from lance_quant.lance.runtime import Runtime
+from lance_quant.lance.runtime import Answer, Runtime
 from lance_quant.lance.settings import TASKS, Settings
 from lance_quant.storage.atomic import read_json, write_json
 from lance_quant.storage.schema import Count, Positive, Schema, parse, read
@@ -48,6 +49,7 @@ log = logging.getLogger("lance_quant")
 
 FORMAT = 1
 LATENTS, LOGITS = "latents.safetensors", "logits.safetensors"
+DONE, LATENT, TRACE = "done", "latent", "trace"  # parts of a finished sample, see SampleStore
 
 
 @dataclass
@@ -63,17 +65,19 @@ class RunRecord:
     kernels_before: Counter[str] = field(default_factory=CALLS.counts)
     compiled: dict[str, float] | None = None  # seconds of warming up each compiled step; None: nothing was compiled
     processes: int = 1
+    resumed: int = 0  # samples that an earlier run had finished: `seconds` are of the others
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measure the block's wall time and peak memory as those of a stage."""
+        """Measure the block's wall time and peak memory as those of a stage, which may have several blocks."""
         reset_peak_memory(self.device)
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = time.perf_counter() - start
-            self.peaks[name] = peak_memory(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            peaks = peak_memory(self.device)
+            self.peaks[name] = _highest([self.peaks[name], peaks]) if name in self.peaks else peaks
 
     def pool(self, team: Team) -> None:
         """Take the highest peaks among the processes of a team for one's own. The leader's times hold its waiting."""
@@ -90,6 +94,7 @@ class RunRecord:
             "model": self.model,
             "device": device_name(self.device),
             "processes": self.processes,
+            **({"resumed": self.resumed} if self.resumed else {}),
             "dtype": str(self.dtype).removeprefix("torch."),
             "kernels": CALLS.since(self.kernels_before),  # of packed linears: path -> calls
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
@@ -140,48 +145,99 @@ def _highest(peaks: Iterable[Mapping[str, int | None]]) -> dict[str, int | None]
 
 
 def run_task(runtime: Runtime, request: RunRequest, record: RunRecord, folder: Path, keep_trace: bool,
-             team: Team = ALONE) -> None:
-    """Run a task over its samples and write the results folder (an existing, empty one).
+             store: SampleStore, team: Team = ALONE) -> None:
+    """Run a task over its samples and write the results folder (an existing one), sample by sample.
 
     Args:
         record: of this run; what is measured here is added to it.
         keep_trace: also write every step, or every answer token's log-probabilities.
+        store: what an earlier run finished, and where this one puts what it finishes.
         team: shares the samples; its leader's folder gets everything, the others' what they made themselves.
     """
-    if request.settings.spec.makes == "text":
-        _run_questions(runtime, request, record, folder, keep_trace, team)
+    numbers = team.share(range(len(request.samples)))
+    record.resumed = sum(store.has(number, DONE) for number in numbers)
+    answers = request.settings.spec.makes == "text"
+    for name in ("run", "decode") if not answers else ("run", "trace") if keep_trace else ("run",):
+        with record.stage(name):  # also of a process that has no sample left
+            pass
+    if answers:
+        _run_questions(runtime, request, record, folder, keep_trace, store, team)
     else:
-        _run_prompts(runtime, request, record, folder, keep_trace, team)
+        _run_prompts(runtime, request, record, folder, keep_trace, store, team)
     record.pool(team)
     record.compiled = runtime.model.steps.seconds
     write_json(folder / "run.json", record.as_json(request.settings, request.samples))
 
 
 def _run_questions(runtime: Runtime, request: RunRequest, record: RunRecord, folder: Path, keep_trace: bool,
-                   team: Team) -> None:
+                   store: SampleStore, team: Team) -> None:
     settings, questions = request.settings, [one for one in request.samples if isinstance(one, Question)]
-    with record.stage("run"):
-        answered = list(answer_all(runtime, list(team.share(questions)), settings, request.on_text))
-        write_answers(team.collect(answered, len(questions)), folder)
+    numbers = team.share(range(len(questions)))
+    todo = [number for number in numbers if not store.has(number, DONE)]
+    answers = answer_all(runtime, [questions[number] for number in todo], settings, request.on_text)
+    for number in todo:
+        with record.stage("run"):
+            one = next(answers)
+        if keep_trace:
+            with record.stage("trace"):
+                store.put(number, TRACE, _answer_trace(one, force_one(runtime, one, settings)))
+        store.put(number, DONE, {"ids": one.answer.ids, "raw": one.answer.raw})
+    deque(answers, maxlen=0)  # ends the bar
+    own = [Answered(questions[number], Answer(**store.values(number, DONE))) for number in numbers]
+    write_answers(team.collect(own, len(questions)), folder)
     if keep_trace:
-        with record.stage("trace"):
-            traces = list(_answer_traces(answered, force_all(runtime, answered, settings)))
-            save_traces(folder / LOGITS, team.collect(traces, len(questions)))
+        _merge_traces(store, folder / LOGITS, len(questions), team)
 
 
 def _run_prompts(runtime: Runtime, request: RunRequest, record: RunRecord, folder: Path, keep_trace: bool,
-                 team: Team) -> None:
+                 store: SampleStore, team: Team) -> None:
+    """Draw each sample and turn it into pixels at once; where the VAE is on the disk while it is not used (--offload
+    vae_vit), after all of them, since it would be loaded as often."""
     settings, prompts = request.settings, [one for one in request.samples if isinstance(one, Prompt)]
-    own = list(team.share(prompts))
-    with record.stage("run"):
-        drawn = list(draw_all(runtime, own, settings, keep_trace))
-        write_json(folder / "prompt.json", {made(prompt, settings): prompt.text for prompt in prompts})
-        if keep_trace:
-            save_traces(folder / LATENTS, team.collect(map(_trace, drawn), len(prompts)))
-    with record.stage("decode"), runtime.using("vae"):
-        for one in progress(drawn, desc="decode", unit=settings.spec.makes):
-            _write_frames(runtime.decode_frames(one.latent), folder / made(one.prompt, settings))
-        team.bring(folder, [made(prompt, settings) for prompt in own], len(prompts))
+    numbers = team.share(range(len(prompts)))
+    todo = [number for number in numbers if not store.has(number, LATENT)]
+    drawn = draw_all(runtime, [prompts[number] for number in todo], settings, keep_trace)
+    for number in numbers:
+        if number in todo:
+            with record.stage("run"):
+                one = next(drawn)
+            if keep_trace:
+                store.put(number, TRACE, _trace(one))
+            store.put(number, LATENT, {"latent": one.latent.cpu()})
+        if runtime.offload != "vae_vit":
+            _decode(runtime, number, prompts[number], request, record, folder, store)
+    deque(drawn, maxlen=0)  # ends the bar
+    with runtime.using("vae") if runtime.offload == "vae_vit" else contextlib.nullcontext():
+        for number in numbers:
+            _decode(runtime, number, prompts[number], request, record, folder, store)
+    write_json(folder / "prompt.json", {made(prompt, settings): prompt.text for prompt in prompts})
+    team.bring(folder, [made(prompts[number], settings) for number in numbers], len(prompts))
+    if keep_trace:
+        _merge_traces(store, folder / LATENTS, len(prompts), team)
+
+
+def _decode(runtime: Runtime, number: int, prompt: Prompt, request: RunRequest, record: RunRecord, folder: Path,
+            store: SampleStore) -> None:
+    if store.has(number, DONE):
+        return
+    path = folder / made(prompt, request.settings)
+    with record.stage("decode"):
+        latent = store.tensors(number, LATENT)["latent"].to(runtime.model.device)
+        partial = path.with_name(f".{path.name}")
+        _write_frames(runtime.decode_frames(latent), partial, path.suffix)
+        os.replace(partial, path)
+    store.put(number, DONE, {"file": path.name})
+
+
+def _merge_traces(store: SampleStore, path: Path, total: int, team: Team) -> None:
+    """The file of all samples' traces, on the leader; of a team, those of the others are brought first."""
+    if team.size > 1:
+        own = (store.tensors(number, TRACE) for number in team.share(range(total)))
+        for number, trace in zip(range(total) if team.leads else team.share(range(total)), team.collect(own, total),
+                                 strict=True):
+            if not store.has(number, TRACE):
+                store.put(number, TRACE, trace)
+    store.merge(path, range(total) if team.leads else team.share(range(total)), TRACE)
 
 
 def save_traces(path: Path, traces: Iterable[Mapping[str, Tensor]]) -> None:
@@ -199,11 +255,11 @@ def open_made(path: Path) -> Sequence[Image.Image]:
     return read_video(path, every=True) if path.suffix == ".mp4" else [open_image(path)]
 
 
-def _write_frames(frames: list[Image.Image], path: Path) -> None:
-    if path.suffix == ".mp4":
+def _write_frames(frames: list[Image.Image], path: Path, suffix: str) -> None:
+    if suffix == ".mp4":
         write_video(path, frames)
     else:
-        frames[0].save(path)
+        frames[0].save(path, "PNG")
 
 
 def write_answers(answered: Iterable[Answered], folder: Path) -> None:
@@ -220,9 +276,8 @@ def write_answers(answered: Iterable[Answered], folder: Path) -> None:
     write_json(folder / "prompt.json", raw)
 
 
-def _answer_traces(answered: list[Answered], logprobs: Iterable[Tensor]) -> Iterator[dict[str, Tensor]]:
-    for (question, answer), forced in zip(answered, logprobs, strict=True):
-        yield {f"{question.key}.ids": torch.tensor(answer.ids), f"{question.key}.logprobs": forced}
+def _answer_trace(one: Answered, logprobs: Tensor) -> dict[str, Tensor]:
+    return {f"{one.question.key}.ids": torch.tensor(one.answer.ids), f"{one.question.key}.logprobs": logprobs}
 
 
 def _trace(drawn: Drawn) -> dict[str, Tensor]:

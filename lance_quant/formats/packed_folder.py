@@ -33,6 +33,7 @@ from lance_quant.formats.int4 import Int4
 from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.weights import PackedWeight
 from lance_quant.storage import atomic
+from lance_quant.storage.output_place import require_free
 from lance_quant.storage.resume import ResumeJob
 from lance_quant.storage.schema import Schema, Shape, Size, parse
 from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size
@@ -281,7 +282,7 @@ def new_folder(path: Path, codec: Codec, specs: Mapping[str, TensorSpec],
     Raises:
         InputError: `path` exists, or its disk has less free space than the file needs.
     """
-    atomic.require_free(path)
+    require_free(path)
     done = [] if work is None else [name for layer in work.layers for name in layer["tensors"]]
     if not done:
         require_space(path, file_size(specs))

@@ -70,10 +70,10 @@ def answer_all(runtime: Runtime, questions: Sequence[Question], settings: Settin
         yield Answered(question, answer)
 
 
-def force_all(runtime: Runtime, answered: list[Answered], settings: Settings) -> Iterator[Tensor]:
-    """Log-probabilities float32 [answer tokens, tokenizer size], on the CPU, of every finished answer's tokens."""
-    for question, answer in progress(answered, desc="trace", unit="answer"):
-        yield runtime.forced_logprobs(*runtime.prompt_of(question, settings.resolution), answer.ids).cpu()
+def force_one(runtime: Runtime, answered: Answered, settings: Settings) -> Tensor:
+    """Log-probabilities float32 [answer tokens, tokenizer size], on the CPU, of a finished answer's tokens."""
+    question, answer = answered
+    return runtime.forced_logprobs(*runtime.prompt_of(question, settings.resolution), answer.ids).cpu()
 
 
 @contextlib.contextmanager

@@ -30,7 +30,8 @@ from lance_quant.methods.bars import bar
 from lance_quant.methods.conversion import Allocation, Conversion
 from lance_quant.methods.layer import Activations
 from lance_quant.methods.quantized_group import QuantizedGroup
-from lance_quant.storage.atomic import require_free, size_text
+from lance_quant.storage.atomic import size_text
+from lance_quant.storage.output_place import reserved
 from lance_quant.storage.resume import ResumeJob
 from lance_quant.storage.tensor_file import Checkpoint, TensorSpec, file_size, require_finite, require_written
 
@@ -361,9 +362,8 @@ def convert(src: Path, stats_path: Path, out: Path, conversion: Conversion, acti
     Raises:
         InputError: as quantize_checkpoint; also a file that is missing or malformed.
     """
-    require_free(Path(out))
-    stats = ActStats.load(stats_path)
-    with Checkpoint(src) as source:
+    with reserved(Path(out)), Checkpoint(src) as source:
+        stats = ActStats.load(stats_path)
         report = quantize_checkpoint(source, stats, out, conversion, activations, sensitivity)
     log.info("%s", report)
     return report

@@ -39,6 +39,7 @@ from lance_quant.methods import model_card
 from lance_quant.serving import weight_layouts
 from lance_quant.serving.omni_names import Folder, Parts
 from lance_quant.storage import atomic
+from lance_quant.storage.output_place import require_free
 from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size, require_finite
 
 log = logging.getLogger("lance_quant")
@@ -229,7 +230,7 @@ def export(src: Path, paths: LancePaths, out: Path, folder: Folder | None = None
     Raises:
         InputError: see plan_of; also `out` exists, its disk is too small, or a block scale cannot be stored exactly.
     """
-    atomic.require_free(out)
+    require_free(out)
     with PackedFolder(src) as packed:
         plan = plan_of(packed, paths, folder)
         copies = plan.copied if parts == "copy" else {}

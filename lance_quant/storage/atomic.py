@@ -13,18 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lance_quant.errors import InputError
-
-
-def require_free(path: Path) -> None:
-    """Raise InputError unless `path` can be created: absent, or an empty folder."""
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists() or path.is_symlink():
-        raise InputError(f"{path} exists already and is never overwritten: remove it or choose another output path")
+from lance_quant.storage.output_place import beside, reserved
 
 
 def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial-{os.getpid()}")
+    return beside(path, f"partial-{os.getpid()}")
 
 
 @contextlib.contextmanager
@@ -32,16 +25,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; rename it to `path` when the block ends well, remove it otherwise.
 
     Raises:
-        InputError: `path` exists already.
+        InputError: `path` exists already, cannot be made, or another run is making it.
     """
-    require_free(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with reserved(path):
+        partial = _partial(path)
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -49,18 +41,16 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder; rename it to `path` when the block ends well, remove it otherwise.
 
     Raises:
-        InputError: `path` exists already and is not an empty folder.
+        InputError: `path` exists already and is not an empty folder, cannot be made, or another run is making it.
     """
-    require_free(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        move_folder(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with reserved(path):
+        partial = _partial(path)
+        partial.mkdir()
+        try:
+            yield partial
+            move_folder(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def move_folder(folder: Path, path: Path) -> None:

@@ -346,8 +346,8 @@ def require_finite(tensor: Tensor, what: str) -> None:
 
 
 def require_written(tensor: Tensor, what: str) -> None:
-    """Raise InputError if a weight of two or more dimensions is all zeros: no training leaves one, but a download into
-    a file of the full size that broke off does."""
+    """Raise InputError if a weight is all zeros, whatever its shape from two dimensions on: no training leaves one, but
+    a download into a file of the full size that broke off does."""
     large = tensor.dim() >= 2 and tensor.numel() >= _SMALLEST
     if large and not tensor.flatten()[:_SMALLEST].any() and not tensor.any():  # mostly, the first elements say enough
         raise InputError(f"{what} is all zeros: the file was not downloaded to its end; download it again")
