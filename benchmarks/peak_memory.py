@@ -69,6 +69,7 @@ TASKS = ("x2t", "t2i")
 _LOOKED, _MERGED = (1, 48, 48), (1, 24, 24)  # patches and tokens of a picture of 672 x 672
 _TEXT = (20, 44)  # tokens around the picture of an ordinary question
 _ANSWER = 4
+_OFFLOADS = [offload for offload in OFFLOADS if offload != "layers"]  # which needs a model that is loaded from files
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what runs")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bfloat16", "int4", "nvfp4_slim"],
                         help="of the linears; packed ones compute in --dtype")
-    parser.add_argument("--offload", nargs="+", choices=OFFLOADS, default=list(OFFLOADS),
+    parser.add_argument("--offload", nargs="+", choices=_OFFLOADS, default=list(_OFFLOADS),
                         help="as for run_baseline.py; of effect on x2t, whose ViT runs before the model")
     parser.add_argument("--head_bits", type=int, choices=[8, 16], default=16,
                         help="of output head and embedding; 16: the compute dtype")
@@ -142,7 +143,7 @@ class Stages:
         reset_peak_memory(self.device)
         yield
         found = peak_memory(self.device)
-        self.peaks[name] = found.get("cuda", found["host"])
+        self.peaks[name] = found.get("cuda", found["host"]) or 0
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -88,6 +88,9 @@ def test_lance_3b_from_its_header_alone(real):
     how = How(BF16, False)
     weights = memory_plan.language_bytes(files, how)
     assert weights.total == pytest.approx(2 * (real_keys.SOURCE_BYTES["Lance_3B"] / 4 - 4096 * 2048), rel=1e-4)
+    # of the published INT4 file, embedding and head are 1.245 GB, and the position table, which is not loaded, 16.8 MB
+    four_bits = memory_plan.language_bytes(files, How(BF16, False, four_bits=True)).total
+    assert four_bits == pytest.approx(4_307_195_656 - 2 * 4096 * 2048, rel=1e-4)
     found = memory_plan.plan(files, Settings("t2i"), how, 0)
     # docs/memory.md: denoising takes 12.97 and decoding 15.48, without the VAE in the former. Its prompts are of other
     # lengths: a token's cache is 37 kB a row, so 300 tokens are 0.02 GB.
@@ -101,7 +104,8 @@ def test_every_choice_that_is_named_brings_a_peak_down(real):
     settings = Settings("image_edit", resolution="image_512res")
     plain = memory_plan.plan(files, settings, how, 0)
     single = {names[0]: changed for names, changed in memory_plan.choices(how, files) if len(names) == 1}
-    assert set(single) == {"--sequential_guidance", "--offload cpu", "--vae_tiling", "a 4-bit folder (awq_apply.py)"}
+    assert set(single) == {"--sequential_guidance", "--offload cpu", "--offload layers", "--vae_tiling",
+                           "a 4-bit folder (awq_apply.py)"}
     for name, changed in single.items():
         stages = memory_plan.plan(files, settings, changed, 0).stages
         assert any(stages[stage] < need for stage, need in plain.stages.items()), name
@@ -120,6 +124,12 @@ def test_what_is_named_fits_and_nothing_less_does(real, capsys):
     assert "a 4-bit folder (awq_apply.py)" in out and "which fits" in out
     assert "Not there, and planned as the official ones: ViT, VAE." in out
     assert max(map(len, out.splitlines()[2:10])) <= 80
+    command.main(["plan", "--model", str(model), "--memory", "4GB"])
+    out = capsys.readouterr().out
+    names = "--vae_tiling and --offload layers and a 4-bit folder (awq_apply.py)"
+    assert f"With {names}: 3.53 GB (decode), which fits" in out
+    command.main(["plan", "--model", str(model), "--memory", "8GB", "--offload", "layers"])
+    assert "GPU of 8GB, bfloat16: fits" in capsys.readouterr().out
     command.main(["plan", "--model", str(model), "--memory", "1GiB", "--task", "x2t_image"])
     assert "no option here brings it down far enough" in capsys.readouterr().out
 

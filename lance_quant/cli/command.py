@@ -116,7 +116,9 @@ def _add_load(to: argparse.ArgumentParser) -> None:
                                                                                  "(docs/kernels.md)")
     load.add_argument("--mode", choices=["ondemand", "cached"], default="ondemand",
                       help="of packed linears: compute on the packed bytes, or unpack them once")
-    load.add_argument("--offload", choices=OFFLOADS, default="none", help="where ViT and VAE are while not in use")
+    load.add_argument("--offload", choices=OFFLOADS, default="none",
+                      help="where ViT and VAE are while not in use; layers: the language model's layers stream from "
+                           "host memory, too (docs/memory.md)")
     load.add_argument("--vae_tiling", action="store_true", help="decode large frames in tiles: less memory")
     load.add_argument("--fix_quirks", action="store_true", help="repair the official code's bugs (docs/runtime.md)")
     load.add_argument("--compile", action="store_true", help="compile the steps that recur")

@@ -44,7 +44,8 @@ def add_model(to: argparse.ArgumentParser, packed: bool = False, required: bool 
     script.add_device(to)
     to.add_argument("--offload", choices=OFFLOADS, default="none",
                     help="where ViT and VAE are while not in use: none, on the device; cpu, in host memory; vae_vit, "
-                         "on disk only, loaded anew each time")
+                         "on disk only, loaded anew each time; layers, in host memory, from where the language model's "
+                         "layers stream to the GPU one ahead, too: where nothing else fits")
 
 
 def add_resume(to: argparse.ArgumentParser) -> None:

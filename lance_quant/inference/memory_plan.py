@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lance_quant.formats import int8, layout
 from lance_quant.formats.packed_folder import PackedFolder, is_packed
+from lance_quant.inference.layer_offload import SLOTS
 from lance_quant.inference.live_bytes import Alive, Unpacking, counted
 from lance_quant.inference.memory import free_memory, process_memory
 from lance_quant.kernels.choices import Mode
@@ -74,6 +75,11 @@ class Weights:
     def total(self) -> int:
         """All of it."""
         return sum(self.layers) + self.vocabulary + self.rest
+
+    def resident(self, offload: Offload) -> int:
+        """What is on the device that computes: of streamed layers as many as there are slots."""
+        kept = sum(self.layers) if offload != "layers" else SLOTS * max(self.layers)
+        return kept + self.vocabulary + self.rest
 
 
 @dataclass(frozen=True)
@@ -160,11 +166,13 @@ def language_bytes(files: Files, how: How) -> Weights:
     """What the language model takes once it is loaded, to the byte."""
     layers, vocabulary = [0] * files.config.num_hidden_layers, 0
     size, rest = how.dtype.itemsize, _buffer_bytes(files.config, how.dtype)
+    packable = {f"{name}.weight" for name in layout.linears(len(layers))} if how.four_bits else set()
     for name, spec in files.specs.items():
         if name == layout.IGNORED or name.startswith(layout.VIT_PREFIX):
             continue
         if name.startswith(f"{layout.LAYERS}."):
-            layers[int(name.removeprefix(f"{layout.LAYERS}.").split(".")[0])] += _kept_bytes(name, spec, how)
+            layer = int(name.removeprefix(f"{layout.LAYERS}.").split(".")[0])
+            layers[layer] += _count(spec) * 35 // 64 if name in packable else _kept_bytes(name, spec, how)  # 4.375 bits
         elif name.rpartition(".")[0] in layout.VOCABULARY:
             vocabulary += _kept_bytes(name, spec, how)
         else:
@@ -187,8 +195,6 @@ def _kept_bytes(name: str, spec: TensorSpec, how: How) -> int:
         return spec.nbytes + 4 * spec.shape[0]  # the global scale, a float32 per row
     if last in ("qweight", "scales", "zeros", "scales_bf16", "codes_int8", "row_scales"):
         return spec.nbytes
-    if how.four_bits and name.removesuffix(".weight").endswith(layout.KINDS):
-        return _count(spec) * 35 // 64  # 4.375 bits
     return _count(spec) * size
 
 
@@ -258,15 +264,16 @@ def plan(files: Files, settings: Settings, how: How, process: int, frames: int =
     if key not in files.known:
         files.known[key] = _activations(files, settings, run, frames)
     needs = files.known[key]
-    layer = max(weights.layers)
-    # Merging copies a group of linears at a time: of the largest, gate and up, at most two thirds of an expert.
-    stages = {"load": process + weights.total + layer // 3}
+    model = weights.resident(how.offload)
+    # Merging copies a group of linears at a time: of the largest, gate and up, at most two thirds of an expert. Layers
+    # that are streamed are merged in host memory.
+    stages = {"load": process + model + (0 if how.offload == "layers" else max(weights.layers) // 3)}
     for name, need in needs.items():
         used = {"look": "ViT", "encode": "VAE", "decode": "VAE"}.get(name)
         extra = parts[used] if used is not None and not kept else 0
-        stages[name] = process + weights.total + kept + extra + need
+        stages[name] = process + model + kept + extra + need
     assert spec.makes == "text" or "decode" in stages
-    return Plan(stages, process + weights.total + kept)
+    return Plan(stages, process + model + kept)
 
 
 def describe(settings: Settings, shown: int = LONGEST_SOURCE) -> str:
@@ -448,12 +455,14 @@ def vit_activations(sizes: Mapping[str, int], looked: Grid, dtype: torch.dtype) 
 
 
 def choices(how: How, files: Files) -> Iterator[tuple[tuple[str, ...], How]]:
-    """Ways to need less, the fewest changes first: what to say on the command line, and what it makes of `how`."""
+    """Ways to need less, the fewest changes first, streamed layers, which cost most time, last: what to say on the
+    command line, and what it makes of `how`."""
     offered: dict[str, dict[str, Any]] = {"--sequential_guidance": {"batch_guidance": False},
                                           "--offload vae_vit": {"offload": "vae_vit"},
                                           "--vae_tiling": {"vae_tiling": True}}
     if not how.on_cpu:
         offered["--offload cpu"] = {"offload": "cpu"}
+        offered["--offload layers"] = {"offload": "layers"}
         del offered["--offload vae_vit"]
     if how.on_cpu and how.dtype == torch.float32:
         offered["--dtype bfloat16"] = {"dtype": torch.bfloat16}
@@ -465,11 +474,13 @@ def choices(how: How, files: Files) -> Iterator[tuple[tuple[str, ...], How]]:
         offered["--head_bits 8 (when quantizing)"] = {"head_bits": 8}
     kept = {name: fields for name, fields in offered.items()
             if any(getattr(how, field) != value for field, value in fields.items())}
-    for count in range(1, len(kept) + 1):
-        for names in itertools.combinations(kept, count):
-            changed = dict[str, Any]()
-            for name in names:
-                changed |= kept[name]
-            if changed.get("head_bits") == 8 and not (files.is_packed or changed.get("four_bits")):
-                continue
-            yield names, dataclasses.replace(how, **changed)
+    combined = [names for count in range(1, len(kept) + 1) for names in itertools.combinations(kept, count)]
+    for names in sorted(combined, key=lambda names: "--offload layers" in names):
+        if {"--offload cpu", "--offload layers"} <= set(names):
+            continue
+        changed = dict[str, Any]()
+        for name in names:
+            changed |= kept[name]
+        if changed.get("head_bits") == 8 and not (files.is_packed or changed.get("four_bits")):
+            continue
+        yield names, dataclasses.replace(how, **changed)

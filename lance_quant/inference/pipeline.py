@@ -128,7 +128,7 @@ class Pipeline:
             kernel: what computes packed linears in mode ondemand; auto takes what suits the machine.
             compile: compile the steps that recur, which takes up to minutes at the first request.
             offload: where ViT and VAE are while not in use: "none", on the device; "cpu", in host memory; "vae_vit",
-                on disk.
+                on disk; "layers": as "cpu", and the language model's layers stream from host memory to a GPU.
             vae_tiling: let the VAE go through large frames in tiles: less memory, not quite the same pixels.
             fix_quirks: repair the official code's bugs instead of reproducing them.
 

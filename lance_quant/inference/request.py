@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from lance_quant.calibration.activation_stats import model_fingerprint
+from lance_quant.errors import InputError
 from lance_quant.formats.packed_folder import PackedFolder
+from lance_quant.inference.layer_offload import stream_layers
 from lance_quant.kernels.choices import KernelChoice, Mode
 from lance_quant.kernels.quantized_linear import swap_linears
 from lance_quant.lance.compiled import compile_steps
@@ -21,6 +23,8 @@ from lance_quant.lance.mot import Lance
 from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.settings import Offload, Settings
 from lance_quant.storage.tensor_file import Checkpoint, file_size
+
+STREAMS_TO = ("cuda",)  # kinds of devices that layers can be streamed to
 
 
 class PackedMode(NamedTuple):
@@ -34,8 +38,12 @@ class PackedMode(NamedTuple):
 class ModelSource:
     """Where a model's parts lie, and how it is loaded.
 
-    dtype: of the computation. offload, fix_quirks, vae_tiling: as in runtime.Runtime. compiled: its steps are compiled
-    (`load_to_run`).
+    dtype: of the computation. offload, fix_quirks, vae_tiling: as in runtime.Runtime; offload "layers" loads into host
+        memory and streams the decoder's layers from there (layer_offload.py).
+    compiled: its steps are compiled (`load_to_run`).
+
+    Raises:
+        InputError: layers are to be streamed to what is no GPU, or to be compiled.
     """
 
     paths: LancePaths
@@ -46,6 +54,21 @@ class ModelSource:
     vae_tiling: bool = False
     compiled: bool = False
 
+    def __post_init__(self) -> None:
+        if self.offload != "layers":
+            return
+        if self.device.type not in STREAMS_TO:
+            raise InputError("offload layers keeps weights in host memory and computes on a CUDA GPU; on "
+                             f"{self.device} they are in host memory anyway: leave it out")
+        if self.compiled:
+            raise InputError("offload layers and compile do not go together: a compiled step expects weights that stay "
+                             "where they are; leave one of them out")
+
+    @property
+    def weights_device(self) -> torch.device:
+        """Where weights are loaded to."""
+        return torch.device("cpu") if self.offload == "layers" else self.device
+
     def load(self, checkpoint: Path | None = None, prepare: Callable[[Lance], object] | None = None,
              merged: bool = False) -> Runtime:
         """The model, from `checkpoint` or the float weights; arguments as for Runtime.load.
@@ -53,8 +76,12 @@ class ModelSource:
         Raises:
             InputError: a file is missing or does not fit the configuration.
         """
-        return Runtime.load(self.paths, self.device, self.dtype, checkpoint, prepare, fix_quirks=self.fix_quirks,
-                            offload=self.offload, vae_tiling=self.vae_tiling, merged=merged)
+        runtime = Runtime.load(self.paths, self.weights_device, self.dtype, checkpoint, prepare,
+                               fix_quirks=self.fix_quirks, offload=self.offload, vae_tiling=self.vae_tiling,
+                               merged=merged)
+        if self.offload == "layers":
+            stream_layers(runtime.model, self.device)
+        return runtime
 
     def load_to_run(self, checkpoint: Path | None = None,
                     prepare: Callable[[Lance], object] | None = None) -> Runtime:
@@ -71,7 +98,7 @@ class ModelSource:
             InputError: they do not fit the configuration, or the kernel cannot run them here.
         """
         return self.load_to_run(packed.checkpoint.path, lambda lance: swap_linears(
-            lance, packed, self.dtype, self.device, how.mode, how.kernel))
+            lance, packed, self.dtype, self.weights_device, how.mode, how.kernel, self.device))
 
 
 @dataclass(frozen=True)

@@ -357,7 +357,8 @@ class Int8Embedding(_Int8Rows):
 
 
 def swap_linears(model: nn.Module, folder: PackedFolder | Path, dtype: torch.dtype, device: torch.device | str,
-                 mode: Mode = "ondemand", kernel: KernelChoice = "auto") -> list[str]:
+                 mode: Mode = "ondemand", kernel: KernelChoice = "auto",
+                 runs_on: torch.device | None = None) -> list[str]:
     """Replace exactly the linears that a packed folder lists, and an 8-bit head and embedding (formats/int8.py), and
     fill them from its file.
 
@@ -368,6 +369,7 @@ def swap_linears(model: nn.Module, folder: PackedFolder | Path, dtype: torch.dty
         device: where their buffers go, one layer at a time.
         mode: see the module docstring.
         kernel: what computes in mode ondemand, see dispatch.py.
+        runs_on: where they will compute, if that is elsewhere than `device`.
 
     Returns:
         Names of the replaced modules.
@@ -378,14 +380,14 @@ def swap_linears(model: nn.Module, folder: PackedFolder | Path, dtype: torch.dty
     """
     if not isinstance(folder, PackedFolder):
         with PackedFolder(folder) as opened:
-            return swap_linears(model, opened, dtype, device, mode, kernel)
+            return swap_linears(model, opened, dtype, device, mode, kernel, runs_on)
     modules = dict(model.named_modules())
     wrong = [text for name in folder.linears if (text := _misfit(name, modules.get(name), folder))]
     if wrong:
         raise InputError(f"{folder.path} does not fit this model in {len(wrong)} linears, first: "
                          f"{'; '.join(wrong[:5])}")
     if mode == "ondemand":
-        require_kernel(folder, dtype, torch.device(device), kernel)
+        require_kernel(folder, dtype, runs_on or torch.device(device), kernel)
     head = swap_int8_head(model, folder, dtype, device, mode, kernel)
     for name in folder.linears:
         parent, _, child = name.rpartition(".")

@@ -60,7 +60,8 @@ class Runtime:
     fix_quirks: False reproduces the official code's quirks on purpose; True takes the repaired variant of those that
         are mere bugs (docs/runtime.md, Quirks).
     offload: where ViT and VAE are while they are not used. "none": on the device, once they were needed; "cpu": in
-        host memory; "vae_vit": nowhere, they are loaded anew.
+        host memory; "vae_vit": nowhere, they are loaded anew; "layers": as "cpu", for a language model whose layers
+        wait there, too (inference/layer_offload.py).
     vae_tiling: let the VAE go through large frames in overlapping tiles (vae.load_vae).
     """
 
@@ -111,7 +112,7 @@ class Runtime:
 
     @property
     def _home(self) -> torch.device:
-        return torch.device("cpu") if self.offload == "cpu" else self.model.device
+        return torch.device("cpu") if self.offload in ("cpu", "layers") else self.model.device
 
     @overload
     def using(self, name: Literal["vit"]) -> contextlib.AbstractContextManager["Vit"]: ...

@@ -16,7 +16,7 @@ MOST_STEPS, MOST_TOKENS = 10_000, 32_768  # that a request may ask for: all memo
 Modality = Literal["image", "video"]
 Renorm = Literal["global", "channel", "none"]
 Solver = Literal["euler", "ab2"]
-Offload = Literal["none", "vae_vit", "cpu"]
+Offload = Literal["none", "vae_vit", "cpu", "layers"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 DTYPE_NAMES = ("float32", "bfloat16")  # of the computation
 # Preset -> side of the square with the bucket's area: for the ViT, for the VAE.
