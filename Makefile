@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint wheel clean
+.PHONY: help demo app test lint wheel clean
 
 help:            ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read name what; do printf '  make %-8s %s\n' "$$name" "$$what"; done
@@ -20,6 +20,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(BIN)/pip install -q -r requirements-dev.txt
 	touch $@
 
+$(VENV)/.installed-serve: $(VENV)/.installed requirements-serve.txt
+	$(BIN)/pip install -q -r requirements-serve.txt
+	touch $@
+
 demo: $(VENV)/.installed      ## every stage on lance-nano, then a table, demo_out/report.html and side_by_side.png
 	rm -rf demo_out
 	$(BIN)/python examples/demo.py --out demo_out
@@ -30,6 +34,9 @@ test: $(VENV)/.installed-dev lint      ## lint and the test suite
 lint: $(VENV)/.installed-dev      ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+app: $(VENV)/.installed-serve      ## the web page and the API on lance-nano, http://127.0.0.1:8000
+	$(BIN)/python serve.py
 
 wheel: $(VENV)/.installed-dev      ## dist/*.whl, after its test
 	$(BIN)/python -m pytest tests/test_packaging.py

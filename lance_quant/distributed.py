@@ -135,7 +135,7 @@ class Team:
                                      "machines the same files")
 
     def require_free(self, path: Path) -> None:
-        """As atomic.require_free; only the leader writes outputs."""
+        """As output_place.require_free; only the leader writes outputs."""
         if self.leads:
             require_free(path)
 

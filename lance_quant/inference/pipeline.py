@@ -101,10 +101,12 @@ class Pipeline:
     fields of `Sampling` by name: num_timesteps, cfg_scale, ...
 
     runtime: the parts underneath, for what has no method here.
+    prompt_tokens: of the last question that was answered, its picture's or clip's tokens included.
     """
 
     def __init__(self, runtime: Runtime):
         self.runtime = runtime
+        self.prompt_tokens = 0
         self._lock, self._owner = threading.Lock(), 0
         self._stopping = threading.Event()
         self._complete: set[str] = set()  # tasks whose ViT and VAE were seen
@@ -299,6 +301,7 @@ class Pipeline:
 
             tokens, grid = self.runtime.look(frames, settings.resolution)
             sequence = understanding_sequence(self.runtime.tokenizer, system, question, grid)
+            self.prompt_tokens = len(sequence.ids)
             return self.runtime.answer(sequence, tokens, settings.max_new_tokens, on_token, settings.token_sampling,
                                        settings.seed).text
 
