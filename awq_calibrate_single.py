@@ -4,15 +4,17 @@
     python awq_calibrate_single.py --task x2t_image --model_path downloads/Lance_3B \\
         --example_json questions.json --out calib/x2t_image.pt
     python awq_calibrate_single.py --task t2i --model_path downloads/Lance_3B \\
-        --example_json prompts.json --out calib/t2i.pt
+        --example_json prompts.json --limit 8 --out calib/t2i.pt
     python awq_calibrate_single.py --task all --model_path downloads/Lance_3B \\
-        --example_json examples/samples --out calib/all.pt
+        --example_json examples/samples --limit 4 --out calib/all.pt
 
 Reads   MODEL_PATH; the ViT for x2t and the edits; the VAE's encoder for i2v and the edits: nothing is decoded
 Writes  OUT: per linear sum |x|, sum x^2 and max |x| of every input channel, token and call counts (published format)
 Needs   what run_baseline.py needs. t2i covers every timestep and both guidance branches; x2t_image alone leaves the
         generation expert without data, so run both; --task all runs every task that the folder given as
-        --example_json has a TASK.json for, and merges them (a token is a token: videos weigh most)
+        --example_json has a TASK.json for, and merges them (a token is a token: videos weigh most).
+        A picture takes the better part of an hour on a CPU core: after the first steps the whole is estimated, and
+        --limit takes the first samples only (docs/durations.md)
 Next    awq_merge_stats.py --inputs calib/x2t_image.pt calib/t2i.pt --out calib/all.pt; after --task all awq_apply.py
 """
 

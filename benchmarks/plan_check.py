@@ -49,6 +49,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=1, help="decoder layers, of 36")
     parser.add_argument("--height", type=int, default=256, help="of the picture that t2i makes")
     parser.add_argument("--width", type=int, default=256, help="of the picture that t2i makes")
+    parser.add_argument("--no_decode", action="store_true", help="leave the VAE out, which takes minutes")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of packed linears")
     parser.add_argument("--vae_tiling", action="store_true", help="as for run_baseline.py")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     return parser.parse_args(argv)
@@ -61,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     base = in_child(process)
     print(f"{device_name(torch.device('cpu'))}; GB, planned / measured; {base / 1e9:.2f} before a model is there")
     for case in peak_memory.cases_of(argparse.Namespace(
-            **vars(args), offload=["none"], head_bits=16, sequential_guidance=False, vae=True, device="cpu",
-            dtype="float32")):
+            **vars(args), offload=["none"], head_bits=16, sequential_guidance=False, vae=not args.no_decode,
+            device="cpu")):
         config = real_config(args.layers)
         measured = in_child(peak_memory.measure, case, config, args.threads)["peak"]
         found = planned(case, config, base)

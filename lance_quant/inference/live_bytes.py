@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from lance_quant.formats.base import Codec
 from lance_quant.formats.weights import PackedWeight
+from lance_quant.kernels.cpu import BLOCK, gemm_dtype
 from lance_quant.kernels.triton_w4a16 import TILE_ROWS
 
 
@@ -92,15 +93,22 @@ def unpacking(x: Tensor, n_out: int, n_in: int) -> Tensor:
 
 
 class Unpacking(nn.Module):
-    """A linear without a weight, which allocates as a packed one does: on CUDA the unpacked weight as well, on a CPU a
-    block of it that is too small to count."""
+    """A linear without a weight, which allocates as a packed one does: on CUDA the unpacked weight as well; on a CPU
+    (kernels/cpu.py) inputs and outputs in what the GEMM computes in, and the outputs of a block of weights."""
 
-    def __init__(self, n_in: int, n_out: int, whole: bool):
+    def __init__(self, n_in: int, n_out: int, on_cpu: bool):
         super().__init__()
-        self.n_in, self.n_out, self.whole = n_in, n_out, whole
+        self.n_in, self.n_out, self.on_cpu = n_in, n_out, on_cpu
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         flat = x.reshape(-1, self.n_in)
-        out = unpacking(flat, self.n_out, self.n_in) if self.whole else flat.new_empty(len(flat), self.n_out)
+        out = self._blockwise(flat) if self.on_cpu else unpacking(flat, self.n_out, self.n_in)
         return out.view(*x.shape[:-1], self.n_out)
+
+    def _blockwise(self, x: Tensor) -> Tensor:
+        dtype = gemm_dtype(x.dtype)
+        wide, y = x.to(dtype), x.new_empty(len(x), self.n_out, dtype=dtype)
+        part = wide.new_empty(len(x), min(self.n_out, BLOCK // self.n_in))
+        del part
+        return y.to(x.dtype)

@@ -46,7 +46,7 @@ COLUMNS = 64  # that packed_linear.c takes at a time
 DOT_ROWS = {torch.bfloat16: 18, torch.float32: 32}
 # 8 bits: the head of Lance_3B takes 350 and 380 ms for 32 rows in float32, 690 and 650 for 64.
 INT8_DOT_ROWS = {torch.bfloat16: 12, torch.float32: 32}
-_BLOCK = 1 << 21  # weights that are unpacked at a time
+BLOCK = 1 << 21  # weights that are unpacked at a time
 _INT8_BLOCK = 1 << 20  # likewise; 4 MB of floats stay in the cache between the passes of `_int8_gemm`
 
 
@@ -162,7 +162,7 @@ def gemm(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     dtype = gemm_dtype(x.dtype)
     CALLS.add(f"native dequantize + {str(dtype).removeprefix('torch.')} GEMM")
     wide, y = x.to(dtype), x.new_empty(x.shape[0], weight.n_out, dtype=dtype)
-    step = max(1, _BLOCK // weight.n_in)
+    step = max(1, BLOCK // weight.n_in)
     for begin in range(0, weight.n_out, step):
         end = min(begin + step, weight.n_out)
         block = scratch((end - begin) * weight.n_in, dtype).view(end - begin, weight.n_in)
@@ -215,10 +215,10 @@ _kept = threading.local()
 
 
 def scratch(size: int, dtype: torch.dtype) -> Tensor:
-    """The thread's buffer [size], which all layers share; grown when a layer's rows exceed _BLOCK."""
+    """The thread's buffer [size], which all layers share; grown when a layer's rows exceed BLOCK."""
     held = getattr(_kept, "bytes", None)
     if held is None or held.numel() < size * 4:
-        held = _kept.bytes = torch.empty(max(size, _BLOCK) * 4, dtype=torch.uint8, device="cpu")
+        held = _kept.bytes = torch.empty(max(size, BLOCK) * 4, dtype=torch.uint8, device="cpu")
     return held.view(dtype)[:size]
 
 
