@@ -39,6 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="keep every step's x_t and velocity, or every answer token's log-probabilities "
                              "(t2i at 768: 27 MB a picture; t2v at 640, 49 frames: 240 MB a clip; x2t: 0.6 MB a "
                              "token)")
+    task_arguments.add_lora(parser)
     task_arguments.add_resume(parser)
     return parser.parse_args(argv)
 

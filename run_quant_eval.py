@@ -36,6 +36,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                              "or where there is none compare with the first packed folder")
     parser.add_argument("--save_path_gen", type=Path, required=True, help="results folder; must not exist")
     parser.add_argument("--save_latents", action="store_true", help="keep the traces that were compared")
+    task_arguments.add_lora(parser)
     task_arguments.add_resume(parser)
     return parser.parse_args(argv)
 

@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 
 from lance_quant.cli import script
+from lance_quant.cli.task_arguments import add_lora
 from lance_quant.errors import InputError
 from lance_quant.kernels.choices import KERNEL_CHOICES
 from lance_quant.lance.settings import OFFLOADS
@@ -45,6 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vae_tiling", action="store_true", help="decode large frames in tiles: less memory")
     parser.add_argument("--fix_quirks", action="store_true", help="repair the official code's bugs (docs/runtime.md)")
     parser.add_argument("--compile", action="store_true", help="compile the steps that recur")
+    add_lora(parser)
     script.add_device(parser)
     return parser.parse_args(argv)
 
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     listener = server.listen(args.host, args.port)
     loaded = loading.load(args.model_path, args.awq_dir, vit=args.vit_path, vae=args.vae_path, device=args.device,
                           dtype=args.dtype, mode=args.mode, kernel=args.kernel, compile=args.compile,
-                          offload=args.offload, vae_tiling=args.vae_tiling, fix_quirks=args.fix_quirks)
+                          offload=args.offload, vae_tiling=args.vae_tiling, fix_quirks=args.fix_quirks, lora=args.lora)
     hosts = [*_LOCAL, "[::1]"] if args.host in _LOCAL else None
     with server.application(loaded, limits, key, hosts, page=not args.no_page) as app:
         server.announce(listener, loaded, not args.no_page)

@@ -18,9 +18,7 @@ without reading and writing. `disk` reads the whole checkpoint and writes as man
 
 import argparse
 import json
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +39,7 @@ from lance_quant.formats import layout
 from lance_quant.formats.base import Codec
 from lance_quant.formats.int4 import Int4
 from lance_quant.formats.nvfp4 import E2M1_MAX, MAGNITUDES, Nvfp4
+from lance_quant.inference.memory import peak_memory
 from lance_quant.methods import convert, plan, published
 from lance_quant.storage.tensor_file import Checkpoint, file_size
 
@@ -133,8 +132,8 @@ def on_threads(function: Callable[..., dict[str, float]], threads: int, *args: A
     """What `function` returns with so many threads, and this process's `peak_rss` in bytes."""
     torch.set_num_threads(threads)
     result = function(*args)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {**result, "peak_rss": peak}
+    peak = peak_memory(torch.device("cpu"))["host"]
+    return {**result, "peak_rss": float("nan") if peak is None else peak}
 
 
 def measure(name: str, source: Path, work: Path, layers: int, threads: int) -> dict[str, Any]:

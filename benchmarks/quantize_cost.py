@@ -20,7 +20,6 @@ these figures.
 
 import argparse
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -44,6 +43,7 @@ from lance_quant.formats.int4 import Int4
 from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.weights import Weights
 from lance_quant.inference.device import device_of
+from lance_quant.inference.memory import peak_memory
 from lance_quant.lance.config import LATENT_CHANNELS, LanceConfig
 from lance_quant.lance.linear import Linear
 from lance_quant.lance.mot import DecoderLayer, RMSNorm
@@ -159,9 +159,9 @@ def measure(method: str, format_: str, where: str, tokens: int, shrink: int) -> 
         for group, done in groups:
             print(f"{method:<14} {group.name:<22} {done.seconds:7.1f} s", file=sys.stderr, flush=True)
     _wait(device)
+    peak = peak_memory(torch.device("cpu"))["host"]
     found = {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - cpu, "layer_bytes": layer_bytes,
-             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-             * (1 if sys.platform == "darwin" else 1024)}
+             "peak_bytes": float("nan") if peak is None else peak}
     if layer_inputs is not None:
         found["inputs_seconds"] = layer_inputs.seconds
         found["relevance_seconds"] = layer_inputs.relevance_seconds
@@ -173,8 +173,7 @@ def measure(method: str, format_: str, where: str, tokens: int, shrink: int) -> 
 
 def cpu_seconds() -> float:
     """That this process has used so far."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    return time.process_time()
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

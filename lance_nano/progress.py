@@ -22,6 +22,7 @@ log = logging.getLogger("lance_nano")
 def start_logging() -> None:
     """Log to stderr with the time of day; call it once in every process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)  # script.run has set the root to warnings
 
 
 def generator_for(seed: int, *parts: int) -> random.Random:

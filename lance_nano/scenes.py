@@ -223,6 +223,8 @@ def _draw(pen: ImageDraw.ImageDraw, thing: Thing, scale: int) -> None:
         pen.rectangle((x - half, y - half, x + half, y + half), fill=fill)
     elif thing.name == "triangle":
         pen.polygon([(x, y - r), (x - r, y + 0.9 * r), (x + r, y + 0.9 * r)], fill=fill)
+    elif thing.name == "ring":  # of train_lora.py; none of SHAPES
+        pen.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=round(r / 2))
     else:
         arm = 0.36 * r
         pen.rectangle((x - r, y - arm, x + r, y + arm), fill=fill)

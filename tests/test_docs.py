@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", RO
 STARTED = [path for folder in (".", "apple", "benchmarks", "examples", "lance_nano")
            for path in (ROOT / folder).glob("*.py")]
 SCRIPTS = ["awq_calibrate_single", "awq_merge_stats", "awq_apply", "nvfp4_apply", "run_baseline", "run_quant_eval",
-           "export_vllm", "serve"]
+           "export_vllm", "merge_lora", "serve"]
 FOLDERS = "apple|benchmarks|comfyui|docs|examples|lance_nano|lance_quant|plugins|tests"
 MOST_BYTES, MOST_WORDS = 10_000, 80  # of the README; of one of its paragraphs
 by_page = {"ids": lambda path: str(path.relative_to(ROOT))}

@@ -25,7 +25,7 @@ LINES = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
 STAGES = {"lance-quant-calibrate": "awq_calibrate_single", "lance-quant-merge": "awq_merge_stats",
           "lance-quant-int4": "awq_apply", "lance-quant-nvfp4": "nvfp4_apply", "lance-quant-baseline": "run_baseline",
           "lance-quant-eval": "run_quant_eval", "lance-quant-vllm": "export_vllm",
-          "lance-quant-serve": "serve"}
+          "lance-quant-serve": "serve", "lance-quant-merge-lora": "merge_lora"}
 PACKAGES = ("lance_quant", "lance_nano")
 
 

@@ -30,6 +30,7 @@ import lance_quant
 from lance_nano import CHECKPOINT
 from lance_quant.cli import download, plan, script
 from lance_quant.cli.jobs import TELLERS, Job, jobs_of
+from lance_quant.cli.task_arguments import add_lora
 from lance_quant.errors import require_whole
 from lance_quant.kernels.choices import KERNEL_CHOICES
 from lance_quant.lance.config import LanceConfig
@@ -101,6 +102,7 @@ def _command(commands: Any, name: str, what: str) -> argparse.ArgumentParser:
                                                           "(docs/formats.md)")
     made.add_argument("--limit", type=int, help="take only this many of its samples")
     _add_load(made)
+    add_lora(made)
     return made
 
 
@@ -194,7 +196,7 @@ def _loaded(args: argparse.Namespace, first: Job) -> "Pipeline":
     return lance_quant.Pipeline.load(
         model, packed=args.packed if args.model is not None else None, vit=args.vit_path, vae=args.vae_path,
         device=args.device, dtype=args.dtype, mode=args.mode, kernel=args.kernel, compile=args.compile,
-        offload=args.offload, vae_tiling=args.vae_tiling, fix_quirks=args.fix_quirks)
+        offload=args.offload, vae_tiling=args.vae_tiling, fix_quirks=args.fix_quirks, lora=args.lora)
 
 
 def _fit_line(args: argparse.Namespace, job: Job) -> str:

@@ -7,6 +7,7 @@ from lance_quant.cli import script
 from lance_quant.cli.task_arguments import settings_of
 from lance_quant.distributed import Team
 from lance_quant.errors import InputError
+from lance_quant.formats import lora_file
 from lance_quant.formats.packed_folder import is_packed
 from lance_quant.inference.device import device_of, dtype_of
 from lance_quant.inference.request import ModelSource, RunRequest
@@ -43,7 +44,8 @@ def source_of(args: argparse.Namespace, paths: LancePaths) -> ModelSource:
     """How the flags want a model loaded; scripts without --compile never compile."""
     device = device_of(args.device)
     return ModelSource(paths, device, dtype_of(args.dtype, device), args.offload, args.fix_quirks,
-                       args.vae_tiling, getattr(args, "compile", False))
+                       args.vae_tiling, getattr(args, "compile", False),
+                       tuple(map(lora_file.parse, getattr(args, "lora", ()))))
 
 
 def stream_of(args: argparse.Namespace, team: Team) -> Callable[[str], None] | None:

@@ -25,6 +25,9 @@ _USER_ERRNO = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIS
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's `main` and end the process: 0 done, 2 the user's mistake, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console that lacks a character of a file's name is no failure
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
     for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):  # a polite kill, a closed terminal (POSIX), Ctrl-Break (Windows)

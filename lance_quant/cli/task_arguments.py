@@ -48,6 +48,13 @@ def add_model(to: argparse.ArgumentParser, packed: bool = False, required: bool 
                          "layers stream to the GPU one ahead, too: where nothing else fits")
 
 
+def add_lora(to: argparse.ArgumentParser) -> None:
+    """--lora of everything that runs a model."""
+    to.add_argument("--lora", action="append", metavar="FILE[:STRENGTH]", default=[],
+                    help="LoRA file or PEFT folder, also on packed models: FILE, FILE:0.8, or per expert "
+                         "FILE:und=0.8,gen=0.5; may be given several times (docs/lora.md)")
+
+
 def add_resume(to: argparse.ArgumentParser) -> None:
     """--resume of the scripts that run samples."""
     to.add_argument("--resume", action="store_true",

@@ -177,6 +177,8 @@ def run_model(request: RunRequest, packed: PackedFolder | None, how: PackedMode,
     if (folder / "run.json").is_file():
         return loaded
     facts = float_facts(source.paths.model) if packed is None else packed_facts(packed)
+    if source.loras:
+        facts["loras"] = [use.as_json() for use in source.loras]
     record = RunRecord(source.device, source.dtype, facts, request.arguments)
     if team.leads:
         needs = How(source.dtype, source.device.type == "cpu", how.mode, source.offload,
@@ -202,4 +204,5 @@ def job_of(request: RunRequest, packed: Mapping[str, PackedFolder], fingerprint:
     return {"settings": request.settings.as_json(), "samples": [describe(sample) for sample in request.samples],
             "content": content_hash(request.samples), "model": fingerprint, "packed": weights,
             "device": request.source.device.type, "dtype": str(request.source.dtype).removeprefix("torch."),
-            "how": [how.mode, how.kernel], "save_latents": keep_trace}
+            "how": [how.mode, how.kernel], "save_latents": keep_trace,
+            "loras": [use.as_json() for use in request.source.loras]}

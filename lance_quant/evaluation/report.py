@@ -14,7 +14,7 @@ from lance_quant.evaluation.compare import EQUAL, Metric, RunEntry, Section, bas
 from lance_quant.evaluation.verdict import verdict
 from lance_quant.lance.settings import TASKS
 from lance_quant.methods import quant_report
-from lance_quant.storage.atomic import size_text
+from lance_quant.storage.atomic import size_text, write_text
 
 _WIDTH = 80  # of a terminal
 
@@ -22,8 +22,8 @@ _WIDTH = 80  # of a terminal
 def write(folder: Path, sections: Iterable[Section]) -> None:
     """Write report.md and report.html into `folder`, to which the sections' folders are relative."""
     sections = list(sections)
-    (folder / "report.md").write_text(markdown(sections), encoding="utf-8")
-    (folder / "report.html").write_text(report_page.page(sections, folder), encoding="utf-8")
+    write_text(folder / "report.md", markdown(sections))
+    write_text(folder / "report.html", report_page.page(sections, folder))
 
 
 def adopt_quant_report(packed: Path, folder: Path) -> None:
@@ -32,7 +32,7 @@ def adopt_quant_report(packed: Path, folder: Path) -> None:
     if page.is_file():
         text = quant_report.linked(page.read_text(encoding="utf-8"), "../report.html",
                                    "What becomes of answers, pictures and clips: the comparison with the baseline")
-        (folder / quant_report.FILE).write_text(text, encoding="utf-8")
+        write_text(folder / quant_report.FILE, text)
 
 
 def markdown(sections: Sequence[Section]) -> str:

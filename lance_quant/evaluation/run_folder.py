@@ -132,7 +132,7 @@ def device_name(device: torch.device) -> str:
 def _processor() -> str:
     """The CPU's name; Linux has it in /proc only."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

@@ -36,7 +36,7 @@ from lance_quant.storage import atomic
 from lance_quant.storage.output_place import require_free
 from lance_quant.storage.resume import ResumeJob
 from lance_quant.storage.schema import Schema, Shape, Size, parse
-from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size
+from lance_quant.storage.tensor_file import Checkpoint, TensorFileWriter, TensorSpec, file_size, write_tensors
 
 SUFFIXES = ("qweight", "scales", "zeros", "scales_bf16", "scales_fp8", "scales_e4m3")
 KEPT = "kept_bf16"  # the meta's table of linears that a budget left in bfloat16
@@ -264,6 +264,7 @@ class PackedWriter:
     meta: dict[str, Any]
     texts: dict[str, str] = field(default_factory=dict)  # further files by name
     copies: dict[str, Path] = field(default_factory=dict)  # files to copy, by name
+    tensor_files: dict[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)  # small ones, by file name
     links: dict[str, Path] = field(default_factory=dict)  # large files to link to, or copy, by path in the folder
 
 
@@ -291,7 +292,9 @@ def new_folder(path: Path, codec: Codec, specs: Mapping[str, TensorSpec],
             writer = PackedWriter(tensors, {})
             yield writer
         for name, text in writer.texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            atomic.write_text(folder / name, text)
+        for name, small in writer.tensor_files.items():
+            write_tensors(folder / name, small)
         for name, file in writer.copies.items():
             shutil.copyfile(file, folder / name)
         for name, file in writer.links.items():

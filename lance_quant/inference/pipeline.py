@@ -22,8 +22,10 @@ import torch
 from PIL import Image
 
 from lance_quant.errors import InputError, require_one_of, require_real, require_whole
+from lance_quant.formats import lora_file
 from lance_quant.formats.base import Codec
 from lance_quant.formats.int4 import Int4
+from lance_quant.formats.lora_file import LoraUse
 from lance_quant.formats.nvfp4 import Nvfp4
 from lance_quant.formats.packed_folder import PackedFolder, is_packed
 from lance_quant.inference.device import device_of, dtype_of
@@ -115,7 +117,8 @@ class Pipeline:
     def load(cls, model: Name, *, packed: Name | None = None, vit: Name | None = None, vae: Name | None = None,
              device: str | torch.device = "auto", dtype: str | torch.dtype = "auto", mode: Mode = "ondemand",
              kernel: KernelChoice = "auto", compile: bool = False, offload: Offload = "none",
-             vae_tiling: bool = Settings.vae_tiling, fix_quirks: bool = Settings.fix_quirks) -> "Pipeline":
+             vae_tiling: bool = Settings.vae_tiling, fix_quirks: bool = Settings.fix_quirks,
+             lora: Sequence[str | LoraUse] = ()) -> "Pipeline":
         """Load a model from its folders; ViT and VAE follow when a request first needs them.
 
         Args:
@@ -133,6 +136,8 @@ class Pipeline:
                 on disk; "layers": as "cpu", and the language model's layers stream from host memory to a GPU.
             vae_tiling: let the VAE go through large frames in tiles: less memory, not quite the same pixels.
             fix_quirks: repair the official code's bugs instead of reproducing them.
+            lora: LoRAs to put on the model, float or packed: "FILE", "FILE:0.8" or "FILE:und=0.8,gen=0.5"
+                (docs/lora.md).
 
         Raises:
             InputError: a folder is none of these, or the arguments do not go together.
@@ -144,7 +149,7 @@ class Pipeline:
         paths, weights = located(model, packed, vit, vae)
         on = device_of(str(device))
         computed = dtype_of(str(dtype).removeprefix("torch."), on)
-        source = ModelSource(paths, on, computed, offload, fix_quirks, vae_tiling, compile)
+        source = ModelSource(paths, on, computed, offload, fix_quirks, vae_tiling, compile, _loras(lora))
         if weights is None and (mode, kernel) != ("ondemand", "auto"):
             raise InputError(f"mode {mode!r} and kernel {kernel!r} are for packed weights, and {model} has none")
         if weights is None:
@@ -382,6 +387,12 @@ def _codec(format: str, group_size: int | None, slim: bool) -> Codec:
     if format == "nvfp4":
         return Nvfp4(slim)
     return Int4() if group_size is None else Int4(require_whole("group_size", group_size, 1))
+
+
+def _loras(given: Sequence[str | LoraUse]) -> tuple[LoraUse, ...]:
+    if isinstance(given, str | os.PathLike) or not all(isinstance(one, str | os.PathLike | LoraUse) for one in given):
+        raise InputError(f"lora {given!r} must be a list of files, as [\"style.safetensors:0.8\"]")
+    return tuple(one if isinstance(one, LoraUse) else lora_file.parse(os.fspath(one)) for one in given)
 
 
 def _text(name: str, text: str) -> str:

@@ -3,17 +3,21 @@
 Scripts make them from their flags, once; everything below reads these and no flags.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from lance_quant.calibration.activation_stats import model_fingerprint
 from lance_quant.errors import InputError
+from lance_quant.formats.lora_file import LoraUse
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.inference.layer_offload import stream_layers
+from lance_quant.inference.lora import attach, scales_of
 from lance_quant.kernels.choices import KernelChoice, Mode
 from lance_quant.kernels.quantized_linear import swap_linears
 from lance_quant.lance.compiled import compile_steps
@@ -23,6 +27,8 @@ from lance_quant.lance.mot import Lance
 from lance_quant.lance.runtime import Runtime
 from lance_quant.lance.settings import Offload, Settings
 from lance_quant.storage.tensor_file import Checkpoint, file_size
+
+log = logging.getLogger("lance_quant")
 
 STREAMS_TO = ("cuda",)  # kinds of devices that layers can be streamed to
 
@@ -41,6 +47,7 @@ class ModelSource:
     dtype: of the computation. offload, fix_quirks, vae_tiling: as in runtime.Runtime; offload "layers" loads into host
         memory and streams the decoder's layers from there (layer_offload.py).
     compiled: its steps are compiled (`load_to_run`).
+    loras: put on what is loaded to run (lora.py).
 
     Raises:
         InputError: layers are to be streamed to what is no GPU, or to be compiled.
@@ -53,6 +60,7 @@ class ModelSource:
     fix_quirks: bool = False
     vae_tiling: bool = False
     compiled: bool = False
+    loras: tuple[LoraUse, ...] = ()
 
     def __post_init__(self) -> None:
         if self.offload != "layers":
@@ -70,8 +78,9 @@ class ModelSource:
         return torch.device("cpu") if self.offload == "layers" else self.device
 
     def load(self, checkpoint: Path | None = None, prepare: Callable[[Lance], object] | None = None,
-             merged: bool = False) -> Runtime:
-        """The model, from `checkpoint` or the float weights; arguments as for Runtime.load.
+             merged: bool = False, scales: Mapping[str, Tensor] | None = None) -> Runtime:
+        """The model, from `checkpoint` or the float weights; arguments as for Runtime.load, scales [in] or [out]
+        as for lora.attach.
 
         Raises:
             InputError: a file is missing or does not fit the configuration.
@@ -79,14 +88,20 @@ class ModelSource:
         runtime = Runtime.load(self.paths, self.weights_device, self.dtype, checkpoint, prepare,
                                fix_quirks=self.fix_quirks, offload=self.offload, vae_tiling=self.vae_tiling,
                                merged=merged)
+        if self.loras:
+            log.info("LoRA on %d linears", attach(runtime.model, self.loras, scales))
         if self.offload == "layers":
             stream_layers(runtime.model, self.device)
         return runtime
 
-    def load_to_run(self, checkpoint: Path | None = None,
-                    prepare: Callable[[Lance], object] | None = None) -> Runtime:
-        """As `load`, made fast: projections merged, steps compiled if so asked. No linear can be watched in it."""
-        runtime = self.load(checkpoint, prepare, merged=True)
+    def load_to_run(self, checkpoint: Path | None = None, prepare: Callable[[Lance], object] | None = None,
+                    scales: Mapping[str, Tensor] | None = None) -> Runtime:
+        """As `load`, made fast: projections merged, steps compiled if so asked. No linear can be watched in it.
+
+        Args:
+            scales: [in] or [out], see lora.attach.
+        """
+        runtime = self.load(checkpoint, prepare, merged=True, scales=scales)
         if self.compiled:
             compile_steps(runtime.model)
         return runtime
@@ -97,8 +112,9 @@ class ModelSource:
         Raises:
             InputError: they do not fit the configuration, or the kernel cannot run them here.
         """
+        scales = scales_of(packed, self.paths.model) if self.loras else None
         return self.load_to_run(packed.checkpoint.path, lambda lance: swap_linears(
-            lance, packed, self.dtype, self.weights_device, how.mode, how.kernel, self.device))
+            lance, packed, self.dtype, self.weights_device, how.mode, how.kernel, self.device), scales)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lance_quant.calibration.activation_stats import ActStats, model_fingerprint
 from lance_quant.calibration.layer_inputs import layer_inputs_of
 from lance_quant.cpu.threads import block_threads, block_threads_on
 from lance_quant.errors import InputError
-from lance_quant.formats import int8, layout, packed_folder
+from lance_quant.formats import channel_scales, int8, layout, packed_folder
 from lance_quant.formats.base import Scaling
 from lance_quant.formats.weights import Weights
 from lance_quant.methods import bit_allocation, layer, model_card, plan, published, quant_report
@@ -33,11 +33,19 @@ from lance_quant.methods.quantized_group import QuantizedGroup
 from lance_quant.storage.atomic import size_text
 from lance_quant.storage.output_place import reserved
 from lance_quant.storage.resume import ResumeJob
-from lance_quant.storage.tensor_file import Checkpoint, TensorSpec, file_size, require_finite, require_written
+from lance_quant.storage.tensor_file import (
+    Checkpoint,
+    TensorFile,
+    TensorSpec,
+    file_size,
+    require_finite,
+    require_written,
+    write_tensors,
+)
 
 log = logging.getLogger("lance_quant")
 
-JOURNAL = 2  # version of LayerRecord in the journal of a resumed job
+JOURNAL = 3  # version of LayerRecord in the journal of a resumed job
 
 
 @dataclass
@@ -131,7 +139,9 @@ def quantize_checkpoint(source: Checkpoint, stats: ActStats, out: Path, conversi
     gaps = _without_statistics(stats, shapes)
     packed_folder.require_space(Path(out), _copied_bytes(parts, Path(out)) + (file_size(specs) if work is None else 0))
     with packed_folder.new_folder(Path(out), codec, specs, work) as writer:
-        layers = _Job(source, stats, conversion, specs, shapes, writer, activations, work, allocation).run()
+        job = _Job(source, stats, conversion, specs, shapes, writer, activations, work, allocation)
+        layers = job.run()
+        writer.tensor_files[channel_scales.FILE] = job.scales
         report = Report(Path(out), file_size(specs), packed_folder.bits_per_weight(specs, shapes),
                         _merged([done.entries for done in layers]), _merged([done.seconds for done in layers]),
                         _merged([done.scaling for done in layers]), gaps)
@@ -141,12 +151,18 @@ def quantize_checkpoint(source: Checkpoint, stats: ActStats, out: Path, conversi
                             "without_statistics": gaps, **({packed_folder.KEPT: kept} if kept else {}),
                             **_head_table(source, conversion), "per_weight": packed})
         writer.texts[quant_report.FILE] = _page(report, stats, conversion, facts, specs)
-        writer.copies.update(model_card.beside(source.path))
-        complete = all(name in writer.copies for name in model_card.NEEDED)
         writer.links.update(parts)
-        writer.texts[model_card.FILE] = model_card.card(codec.name, facts, report.nbytes, report.bits_per_weight,
-                                                        complete, bool(parts))
+        _add_card(writer, source, report, codec.name, facts)
     return report
+
+
+def _add_card(writer: packed_folder.PackedWriter, source: Checkpoint, report: Report, codec: str,
+              facts: Mapping[str, Any]) -> None:
+    """Configuration, tokenizer and model card, with which a packed folder is a model."""
+    writer.copies.update(model_card.beside(source.path))
+    complete = all(name in writer.copies for name in model_card.NEEDED)
+    writer.texts[model_card.FILE] = model_card.card(codec, facts, report.nbytes, report.bits_per_weight, complete,
+                                                    bool(writer.links))
 
 
 def _copied_bytes(parts: Mapping[str, Path], out: Path) -> int:
@@ -203,6 +219,7 @@ class _Job:
     activations: Activations | None
     work: ResumeJob | None
     allocation: Allocation
+    scales: dict[str, Tensor] = field(default_factory=dict)  # moved, as channel_scales.py names them
 
     def run(self) -> list[LayerRecord]:
         """Convert the layers that an earlier run has not finished; the records of all, in order."""
@@ -224,6 +241,9 @@ class _Job:
     def _finished(self) -> list[LayerRecord]:
         """What an earlier run has done, behind which the layer inputs go on; tokens are weighed where there is none."""
         records = [] if self.work is None else [LayerRecord(**record) for record in self.work.layers]
+        for index in range(len(records)):
+            with TensorFile(self._scales_file(index)) as file:
+                self.scales.update({name: file.read(name) for name in file.specs})
         if self.activations is not None:
             if self.work is not None and records:
                 self.activations.load(self.work.state_file(len(records)))
@@ -253,9 +273,11 @@ class _Job:
             disk: one thread, in which tensors are written; all of them are when this returns.
         """
         weights = {name: _finite(stored.pop(name), name, self.conversion.device) for name in list(stored)}
+        norms = {name: weight.clone() for name, weight in weights.items() if weight.dim() == 1}
+        moved: dict[str, Tensor] = {}
         writing: list[Future[None]] = []
         record = LayerRecord()
-        for group, done in self._quantized(index, weights):
+        for group, done in self._quantized(index, weights, moved):
             tensors = {f"{name}.{suffix}": tensor for name, linear in zip(group.linears, done.linears, strict=True)
                        for suffix, tensor in linear.tensors.items()}
             writing.append(disk.submit(self._write, tensors))
@@ -267,13 +289,26 @@ class _Job:
         record.tensors += rest
         for written in writing:
             written.result()
+        self._move(index, {**channel_scales.norm_columns(norms, weights, index), **moved})
         return record
 
-    def _quantized(self, index: int, weights: Weights) -> Iterator[tuple[layout.Group, QuantizedGroup]]:
+    def _move(self, index: int, moved: Mapping[str, Tensor]) -> None:
+        """Note the scales of a layer; of a job that may be resumed, on the disk."""
+        kept = {name: scale.float().cpu().clone() for name, scale in moved.items()}
+        self.scales.update(kept)
+        if self.work is not None and kept:
+            write_tensors(self._scales_file(index), kept)
+
+    def _scales_file(self, index: int) -> Path:
+        assert self.work is not None
+        return self.work.root / f"scales-{index}.safetensors"
+
+    def _quantized(self, index: int, weights: Weights,
+                   moved: dict[str, Tensor]) -> Iterator[tuple[layout.Group, QuantizedGroup]]:
         codec = self.conversion.codec
         if self.conversion.recipe == "published":
             return published.quantize_layer(index, weights, self.stats, codec)
-        return layer.quantize_layer(index, weights, self.stats, codec, self.activations, self.allocation)
+        return layer.quantize_layer(index, weights, self.stats, codec, self.activations, self.allocation, moved)
 
     def _note(self, record: LayerRecord, group: layout.Group, done: QuantizedGroup) -> None:
         names = [f"{name}.weight" for name in group.linears]

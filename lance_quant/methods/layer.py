@@ -90,6 +90,7 @@ class _LayerState:
     codec: TensorCodec
     allocation: Mapping[str, TensorCodec | None] = field(default_factory=dict)
     scaled: dict[str, _Scaled] = field(default_factory=dict)
+    moved: dict[str, Tensor] = field(default_factory=dict)
 
     def weight(self, linear: str) -> Tensor:
         return self.weights[f"{linear}.weight"]
@@ -107,8 +108,8 @@ class _LayerState:
 
 
 def quantize_layer(index: int, weights: Weights, stats: ActStats, codec: TensorCodec,
-                   activations: Activations | None = None, allocation: Mapping[str, TensorCodec | None] | None = None
-                   ) -> Iterator[tuple[layout.Group, QuantizedGroup]]:
+                   activations: Activations | None = None, allocation: Mapping[str, TensorCodec | None] | None = None,
+                   moved: dict[str, Tensor] | None = None) -> Iterator[tuple[layout.Group, QuantizedGroup]]:
     """Quantize one layer; yields its eight groups (four where one expert is alone) as they are finished.
 
     Args:
@@ -119,11 +120,12 @@ def quantize_layer(index: int, weights: Weights, stats: ActStats, codec: TensorC
         codec: the format.
         activations: inputs for GPTQ; None rounds to the nearest level.
         allocation: linears that are rounded to another format than `codec`, with which scales are searched.
+        moved: gets the scales [in] or [out] between two linears, as formats/channel_scales.py names them.
 
     Raises:
         InputError: the head geometry of the layer does not fit.
     """
-    state = _LayerState(index, weights, stats, codec, allocation or {})
+    state = _LayerState(index, weights, stats, codec, allocation or {}, moved={} if moved is None else moved)
     _scale(state)
     current = dict(weights)
     if activations is not None:
@@ -177,6 +179,7 @@ def _scale_values(state: _LayerState) -> None:
         expert, name = group.expert, names[group.expert]
         fuse.divide_rows(state.weight(name), state.weights.get(f"{name}.bias"), found.candidate.s)
         fuse.multiply_columns(o[expert], found.columns)
+        state.moved |= {f"{name}.row": found.candidate.s, f"{group.linears[0]}.column": found.columns}
         state.scaled[group.name] = _Scaled(wmax[expert], known[expert] / found.columns**2, found.candidate,
                                            (before[expert],)) if expert in known else _unscaled(state, group)
 
@@ -200,6 +203,7 @@ def _scale_up(state: _LayerState, group: layout.Group) -> None:
     up = layout.linear(state.index, group.expert, "up_proj")
     fuse.divide_rows(state.weight(up), state.weights.get(f"{up}.bias"), found.candidate.s)
     fuse.multiply_columns(down, found.columns)
+    state.moved |= {f"{up}.row": found.candidate.s, f"{group.linears[0]}.column": found.columns}
     state.scaled[group.name] = _Scaled(found.wmax[0], m2 / found.columns**2, found.candidate, found.before)
 
 

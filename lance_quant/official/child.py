@@ -23,7 +23,6 @@ import importlib.util
 import json
 import os
 import platform
-import resource
 import sys
 import time
 import types
@@ -279,10 +278,19 @@ def run(request: dict[str, Any], inference: types.ModuleType, device: str) -> di
     set_vae(request["vae"])
     inference.main()
     marks["run"] = time.perf_counter() - started - marks["load"]
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)}
+    peak = {"host": _host_peak()}
     if device == "cuda":
         peak["cuda"] = torch.cuda.max_memory_allocated()
     return {"seconds": marks, "peak": peak, "samples": recorder.count}
+
+
+def _host_peak() -> int | None:
+    """Bytes; None on Windows, which has no `resource`."""
+    if importlib.util.find_spec("resource") is None:
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> int:

@@ -116,4 +116,15 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value`, paths as text, as indented UTF-8 JSON (inside a block of `whole_file` or `whole_folder`)."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=os.fspath) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=os.fspath) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as UTF-8. Names of files that the system's locale could not decode become what they are on the disk,
+    or, where that is no UTF-8, escapes."""
+    data = text.encode("utf-8", "surrogateescape")
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        data = text.encode("utf-8", "backslashreplace")
+    path.write_bytes(data)

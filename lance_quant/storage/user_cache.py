@@ -10,6 +10,6 @@ def user_cache() -> Path | None:
     It may be read-only."""
     with contextlib.suppress(OSError, RuntimeError):  # a file in its place; a user without a home
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lance-quant"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder
     return None
