@@ -103,8 +103,8 @@ def write(out: Path, preset: Preset, layers: int | None = None, video: bool = Fa
     with whole_folder(out) as folder:
         model = folder / "Lance_3B"
         model.mkdir()
-        write_tokenizer(model)
-        config = write_config(model, preset, layers or preset.layers)
+        video_token = write_tokenizer(model)
+        config = write_config(model, preset, layers or preset.layers, video_token)
         vit = vit_tower(preset)
         write_vit(folder / "Qwen2.5-VL-ViT", preset, vit, seed)
         write_vae(folder / "Wan2.2_VAE.pth", seed)
@@ -112,8 +112,9 @@ def write(out: Path, preset: Preset, layers: int | None = None, video: bool = Fa
         write_stats(folder / "stats.pt", model, config, seed)
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE in Qwen2's files, learned from the templates; ids of the specials follow the vocabulary."""
+def write_tokenizer(folder: Path) -> int:
+    """A byte-level BPE in Qwen2's files, learned from the templates; ids of the specials follow the vocabulary. Returns
+    the id of <|video_pad|>."""
     learner = ByteLevelBPETokenizer()
     text = [f"<|im_start|>system\n{T2I_SYSTEM}", "user\n", "assistant\n", "Look at the image carefully and answer."]
     learner.train_from_iterator(text * 3, vocab_size=600, min_frequency=2, show_progress=False)
@@ -125,9 +126,10 @@ def write_tokenizer(folder: Path) -> None:
         "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None, "model_max_length": 131072,
         "added_tokens_decoder": {str(first + index): {"content": token, **flags}
                                  for index, token in enumerate(_SPECIALS)}})
+    return first + _SPECIALS.index("<|video_pad|>")
 
 
-def write_config(folder: Path, preset: Preset, layers: int) -> LanceConfig:
+def write_config(folder: Path, preset: Preset, layers: int, video_token: int) -> LanceConfig:
     """llm_config.json with the keys of the official one."""
     write_json(folder / "llm_config.json", {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
@@ -135,7 +137,7 @@ def write_config(folder: Path, preset: Preset, layers: int) -> LanceConfig:
         "num_key_value_heads": preset.kv_heads, "intermediate_size": preset.intermediate,
         "vocab_size": preset.vocabulary, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
         "rope_scaling": {"type": "mrope", "mrope_section": list(preset.mrope)}, "tie_word_embeddings": True,
-        "vision_config": preset.vit})
+        "video_token_id": video_token, "vision_config": preset.vit})
     return LanceConfig.load(folder / "llm_config.json")
 
 

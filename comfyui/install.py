@@ -22,6 +22,7 @@ from .toolkit import NANO, NEEDED, PACK
 
 NAME = "lance-quant"
 _DEVELOPMENT = ("build.py", "chinese.py", "install.py", "runtime", "__pycache__")
+MARK = ".installed-by-lance-quant"
 _PARTS = ("lance_quant", "quantized_linear.py", str(Path(NANO).parent), "LICENSE")  # the checkpoint with its neighbours
 
 
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out and args.link:
         raise InputError("--out assembles files, --link makes none: give one of them")
     target = args.out or _target(args.comfyui_path)
-    if args.update and (target.is_symlink() or (target / "table.py").is_file()):
+    if args.update and _is_ours(target):
         _remove(target)
     require_free(target)
     if args.link:
@@ -56,8 +57,18 @@ def main(argv: list[str] | None = None) -> None:
     print(f"If ComfyUI's Python lacks one of them: python -m pip install {packages}", file=sys.stderr)
 
 
+def _is_ours(target: Path) -> bool:
+    """Whether a folder is an installation of this pack, which --update may replace: a link to it, or marked as one (or,
+    of installations from before the mark, with this pack's runtime in it). Nothing else is ever removed."""
+    if target.is_symlink():  # only the link goes
+        return True
+    runtime = target / "runtime" / "lance_quant" / "__init__.py"
+    return (target / MARK).is_file() or ((target / "table.py").is_file() and runtime.is_file())
+
+
 def assemble(folder: Path) -> None:
     """Copy the pack, and the runtime beneath it, into a folder."""
+    (folder / MARK).write_text("python -m comfyui.install --update replaces this folder.\n", encoding="utf-8")
     root = PACK.parent
     ignored = shutil.ignore_patterns("__pycache__", ".*")
     for entry in PACK.iterdir():
@@ -102,4 +113,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as mistake:
-        sys.exit(f"error: {mistake}")
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

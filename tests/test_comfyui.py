@@ -662,9 +662,14 @@ def test_installing_never_overwrites_unless_told_to(comfyui_folder):
         install.main(["--comfyui_path", str(comfyui_folder)])
     install.main(["--comfyui_path", str(comfyui_folder), "--update"])
     assert not target.is_symlink() and PACK.is_dir()
-    (target / "table.py").unlink()
+    install.main(["--comfyui_path", str(comfyui_folder), "--update"])
+    shutil.rmtree(target)
+    for name in ("table.py", "runtime/mine.txt"):  # somebody else's folder, which happens to have a file of that name
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text("mine", encoding="utf-8")
     with pytest.raises(InputError, match="exists already"):
         install.main(["--comfyui_path", str(comfyui_folder), "--update"])
+    assert (target / "table.py").read_text("utf-8") == "mine"
     with pytest.raises(InputError, match="has no custom_nodes"):
         install.main(["--comfyui_path", str(target)])
 
