@@ -48,6 +48,8 @@ INPUTS = {
                "native_w4a8：用于 CPU，激活值也舍入到 8 位，出图更快，精度略低。"
                "nvfp4_w4a4：用于 Blackwell GPU 上的 NVFP4，激活值也舍入到 4 位，会损失质量；"
                "在其他设备上为缓慢的模拟。"),
+    "loras": ("LoRA 文件", "models/loras 中的 LoRA 文件，每行一个：文件名、文件名:0.8，或按专家 文件名:und=0.5,gen=1。"
+              "也可用于 4 位权重。"),
     "model": ("模型", "来自 Lance 模型加载器。"),
     "prompt": ("提示词", "要生成什么。"),
     "size": ("尺寸", "宽 x 高。auto 为官方尺寸；lance-nano 为 112x112。"),

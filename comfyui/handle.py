@@ -36,6 +36,7 @@ class Spec:
     offload: str
     vae_tiling: bool
     kernel: str
+    loras: tuple[str, ...] = ()
 
 
 class LanceModel:
@@ -167,12 +168,31 @@ def _load(spec: Spec) -> "Runtime":
         prepare = _packed(choice.found.folder, dtype, rest, spec, progress.step)
     try:
         model = load_lance(source, LanceConfig.load(paths.model / "llm_config.json"), rest, dtype, dtype, prepare)
+        _put_loras(model, spec)
     except BaseException:
         source.close()
         raise
     progress.reach(len(source.specs))
     source.on_read = host.raise_if_cancelled  # a ViT inside the checkpoint is read later, without a bar
     return Runtime(model, source, paths, dtype, fix_quirks=True, vae_tiling=spec.vae_tiling)
+
+
+def _put_loras(model: "torch.nn.Module", spec: Spec) -> None:
+    """The loader's LoRAs, on float or packed weights."""
+    if not spec.loras:
+        return
+    from dataclasses import replace
+
+    from lance_quant.formats.lora_file import parse
+    from lance_quant.formats.packed_folder import PackedFolder
+    from lance_quant.inference.lora import attach, scales_of
+
+    uses = [replace(use, path=host.lora_file(use.path)) for use in map(parse, spec.loras)]
+    scales = None
+    if spec.choice.found.precision != "bf16":
+        with PackedFolder(spec.choice.found.folder) as packed:
+            scales = scales_of(packed, spec.choice.config)
+    host.log.info("Lance: LoRA on %d linears", attach(model, uses, scales))
 
 
 def _watched(weights: Path) -> "Checkpoint":

@@ -35,6 +35,16 @@ def roots() -> list[Path]:
     return [Path(path) for path in folder_paths.get_folder_paths(FOLDER)]
 
 
+def lora_file(name: Path) -> Path:
+    """A file of ComfyUI's `loras` folders by its name there; anything else is a path."""
+    try:
+        import folder_paths
+    except ImportError:
+        return name
+    found = folder_paths.get_full_path("loras", str(name))
+    return name if found is None else Path(found)
+
+
 def source_places() -> list[tuple[str, Path]]:
     """Where a ComfyUI's user puts a checkout of the official source: (what the folder is called, folder)."""
     try:

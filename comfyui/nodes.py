@@ -6,6 +6,7 @@ Pictures are ComfyUI's IMAGE: float32 [n, height, width, 3] in 0..1 on the CPU. 
 import functools
 import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from . import host, models, toolkit
@@ -30,12 +31,14 @@ _BLACKWELL = 10  # compute capability from which GPUs multiply NVFP4
 
 
 def load_model(flavor: str, precision: str, checkpoint: str, device: str, mode: str,
-               keep_loaded: bool, offload: str, vae_tiling: bool, kernel: str) -> tuple[LanceModel, str]:
+               keep_loaded: bool, offload: str, vae_tiling: bool, kernel: str,
+               loras: str = "") -> tuple[LanceModel, str]:
     """Lance Model Loader."""
     toolkit.require()
     choice = models.choose(flavor, precision, checkpoint, _is_blackwell(device))
-    stamp = model_fingerprint(flavor, precision, checkpoint, device)
-    model = handle_of(Spec(choice, stamp, device, mode, keep_loaded, offload, vae_tiling, kernel))
+    stamp = model_fingerprint(flavor, precision, checkpoint, device, loras=loras)
+    lines = tuple(line.strip() for line in loras.splitlines() if line.strip())
+    model = handle_of(Spec(choice, stamp, device, mode, keep_loaded, offload, vae_tiling, kernel, lines))
     missing = [name for name, part in (("ViT", choice.vit), ("VAE", choice.vae)) if part is None]
     info = "\n".join([f"{choice.found.label}: {choice.found.flavor}, {choice.found.precision}",
                       f"weights {choice.found.weights}", f"why: {choice.reason}",
@@ -64,14 +67,25 @@ def validate_model(flavor: str | None = None, precision: str | None = None,
     return True
 
 
-def model_fingerprint(flavor: str, precision: str, checkpoint: str, device: str = "auto", **_: object) -> str:
+def model_fingerprint(flavor: str, precision: str, checkpoint: str, device: str = "auto", loras: str = "",
+                      **_: object) -> str:
     """Changes when the loader would load something else: another file, or the same path with new content."""
     try:
         weights = models.choose(flavor, precision, checkpoint, _is_blackwell(device)).found.weights
         stat = weights.stat()
     except (PackError, OSError) as error:
         return str(error)
-    return f"{weights} {stat.st_size} {stat.st_mtime_ns}"
+    return " ".join([f"{weights} {stat.st_size} {stat.st_mtime_ns}", *map(_lora_stamp, loras.splitlines())])
+
+
+def _lora_stamp(line: str) -> str:
+    """Changes with a line of the loader's LoRAs, and with its file."""
+    for text in (line.strip(), line.rpartition(":")[0].strip()):
+        file = host.lora_file(Path(text)) if text else None
+        if file is not None and file.is_file():
+            stat = file.stat()
+            return f"{line.strip()} {stat.st_size} {stat.st_mtime_ns}"
+    return line.strip()
 
 
 def _is_blackwell(device: str) -> bool:

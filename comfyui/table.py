@@ -178,7 +178,10 @@ NODES = (
                 "exact. nvfp4_w4a4: for NVFP4 on Blackwell GPUs, rounds activations to 4 bits as well, which costs "
                 "quality; simulated slowly elsewhere.", "auto",
                 choices=("auto", "reference", "native", "triton", "comfy_kitchen", "native_w4a8", "nvfp4_w4a4"),
-                advanced=True)),
+                advanced=True),
+          Input("loras", "STRING", "LoRA files from models/loras, one a line: NAME, NAME:0.8, or per expert "
+                "NAME:und=0.5,gen=1. They go on 4-bit weights as well.", "", multiline=True, advanced=True,
+                optional=True)),
          (Output("model", "LANCE_MODEL", "For all other Lance nodes."),
           Output("info", "STRING", "What was loaded, from where, and why that.")),
          "Checkpoints are recognised by what is in a folder, whatever its name: `awq_meta.json` is INT4, "

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import GOLDENS
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from comfyui import build, classes, handle, host, install, models, nodes, table, toolkit
 from comfyui.toolkit import PackError
@@ -30,7 +31,7 @@ ANSWER = "max_new_tokens temperature top_p seed"
 SAMPLING = "steps cfg seed timestep_shift cfg_start cfg_end low_memory solver reuse cfg_renorm"
 # Saved workflows hold these names, and widget values in this order: only ever add at an end.
 FROZEN = {
-    "LanceKitModelLoader": "flavor precision checkpoint device mode keep_loaded offload vae_tiling kernel",
+    "LanceKitModelLoader": "flavor precision checkpoint device mode keep_loaded offload vae_tiling kernel loras",
     "LanceKitTextToImage": f"model prompt size width height batch {SAMPLING}",
     "LanceKitTextToVideo": f"model prompt size width height frames fps {SAMPLING}",
     "LanceKitImageToVideo": f"model image prompt resolution frames fps {SAMPLING}",
@@ -84,7 +85,9 @@ class Comfy:
 
         made = {
             "folder_paths": {"models_dir": str(self.root), "base_path": str(self.root / "ComfyUI"),
-                             "get_folder_paths": lambda name: [str(self.root / name)]},
+                             "get_folder_paths": lambda name: [str(self.root / name)],
+                             "get_full_path": lambda name, file: str(self.root / name / file)
+                             if (self.root / name / file).is_file() else None},
             "comfy": {}, "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
             "comfy.utils": {"ProgressBar": ProgressBar},
             "comfy.model_management": {
@@ -696,3 +699,40 @@ def test_pictures_keep_their_levels():
     (picture,) = nodes._pictures(image)
     assert isinstance(picture, Image.Image)
     torch.testing.assert_close(nodes._image(picture)[None], image, rtol=0, atol=0)
+
+
+def lora_of(path: Path) -> Path:
+    """A LoRA of one linear of the golden model, large enough to change every picture."""
+    name = "language_model.model.layers.0.self_attn.o_proj_moe_gen"
+    out, width = load_file(GOLDENS / "checkpoint" / "Lance_3B" / "model.safetensors")[f"{name}.weight"].shape
+    draw_of = torch.Generator().manual_seed(0)
+    save_file({f"diffusion_model.{name}.lora_A.weight": torch.randn(2, width, generator=draw_of),
+               f"diffusion_model.{name}.lora_B.weight": torch.randn(out, 2, generator=draw_of)}, path)
+    return path
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_loras_go_on_float_and_packed_models(comfy, tiny, tmp_path, packed):
+    where = {}
+    if packed:
+        shutil.copytree(GOLDENS / "published" / "int4_g64", comfy.root / "lance" / "packed")
+        where = {"checkpoint": "packed"}
+    plain, _ = load(**where)
+    file = lora_of(tmp_path / "style.safetensors")
+    changed, _ = load(**where, loras=f"\n{file}:0.5\n")
+    none, _ = load(**where, loras=f"{file}:gen=0")
+    assert plain is not changed and not torch.equal(draw(plain), draw(changed))
+    assert torch.equal(draw(plain), draw(none))
+
+
+def test_the_loaders_fingerprint_covers_the_loras(comfy, tiny, tmp_path):
+    file = lora_of(tmp_path / "style.safetensors")
+    before = nodes.model_fingerprint("auto", "auto", "auto", loras=f"{file}:0.5")
+    assert before != nodes.model_fingerprint("auto", "auto", "auto", loras=f"{file}:0.6")
+    file.write_bytes(file.read_bytes() + b" ")
+    assert before != nodes.model_fingerprint("auto", "auto", "auto", loras=f"{file}:0.5")
+
+
+def test_a_lora_that_is_not_there_is_named(comfy, tiny):
+    with pytest.raises(ValueError, match="LoRA not found: nowhere.safetensors"):
+        load(loras="nowhere.safetensors:0.5")

@@ -112,7 +112,7 @@ def test_all_stages_run_without_what_posix_has_and_give_the_same_bytes(tmp_path)
     ]
     stage("run_baseline", *draw, "--save_latents", "--save_path_gen", named / "draw")
     awq_apply.main(["--src", str(model), "--stats", str(stats), "--out", str(tmp_path / "here"), "--device", "cpu"])
-    for name in ("awq_state_dict.safetensors", "awq_meta.json", "channel_scales.safetensors"):
+    for name in ("awq_state_dict.safetensors", "awq_meta.json", "channel_scales.sft"):
         assert (tmp_path / "here" / name).read_bytes() == (named / "int4" / name).read_bytes(), name
     assert (named / "eval" / "report.html").is_file() and (named / "draw" / "000000.png").is_file()
 

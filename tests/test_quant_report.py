@@ -47,7 +47,7 @@ def test_the_folder_opens_with_the_page_in_it(folder):
         assert len(opened.linears) == 42
     parts = {"llm_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "README.md"}
     written = {path.name for path in folder[0].iterdir()} - parts
-    assert sorted(Path(name).suffix for name in written) == [".html", ".json", ".safetensors", ".safetensors"]
+    assert sorted(Path(name).suffix for name in written) == [".html", ".json", ".safetensors", ".sft"]
 
 
 def test_the_numbers_are_those_of_the_meta(folder):

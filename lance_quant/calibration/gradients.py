@@ -46,7 +46,8 @@ class _GraphRow:
         self._past: tuple[Tensor, Tensor] | None = None
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """See CacheRow; for the one layer that a row serves here."""
+        """Keep a call's keys and values, and give all that the row has, [heads, entries, width] each, of the one layer
+        that a row serves here."""
         end = self.length + keys.shape[1]
         if self._past is not None:
             keys, values = (torch.cat([past[:, :self.length], new], 1)
@@ -57,7 +58,7 @@ class _GraphRow:
 
 
 class Gradients:
-    """See the module docstring.
+    """Gradients at the inputs of every linear, layer by layer from the last one back.
 
     Args:
         config: sizes of the model.

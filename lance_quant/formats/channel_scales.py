@@ -1,4 +1,4 @@
-"""channel_scales.safetensors: what a conversion moved between linears, beside a packed folder's own files.
+"""channel_scales.sft: what a conversion moved between linears, beside a packed folder's own files.
 
 AWQ divides the channels between two linears by scales and multiplies the weights behind them, so a packed linear reads
 other inputs and gives other outputs than the float one of its name. Whatever is to go beside a packed linear and was
@@ -8,7 +8,8 @@ made for the float one (a LoRA) needs these, float32:
                                          and down_proj
     LINEAR.row                    [out]  packed output = float output / row, of v_proj and up_proj
 
-What is not listed was not moved. The packed file and its meta are the same with and without this file.
+What is not listed was not moved. The packed file and its meta are the same with and without this file. It is a
+safetensors file under another ending, so that a packed folder has one file of weights.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.storage.tensor_file import TensorFile, require_finite
 
-FILE = "channel_scales.safetensors"
+FILE = "channel_scales.sft"
 
 
 def load(folder: Path) -> dict[str, Tensor] | None:
