@@ -10,17 +10,16 @@ Letters in shapes: b batch, t token, s token attended to, h hidden, d head width
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from lance_quant.errors import InputError
-from lance_quant.lance.config import LanceConfig
+from lance_quant.lance.config import DecoderSizes, LanceConfig
 from lance_quant.lance.mot import MLP, RMSNorm
 from lance_quant.storage.atomic import read_json
-from lance_quant.storage.schema import Positive, Schema, Size, parse, read
+from lance_quant.storage.schema import Positive, Schema, parse, read
 from lance_quant.storage.tensor_file import Checkpoint
 
 MAKE = "make the folder with apple/extract_und.py"
@@ -28,17 +27,10 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, [t, d]
 Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # the call's keys and values -> all keys and values
 
 
-class _Fields(Schema):
+class _Fields(DecoderSizes):
     """config.json of a folder made by extract_und.py."""
 
     model_type: Literal["glm4_moe", "qwen2"]
-    hidden_size: Size
-    num_hidden_layers: Size
-    num_attention_heads: Size
-    num_key_value_heads: Size
-    intermediate_size: Size
-    vocab_size: Size
-    rms_norm_eps: Annotated[float, Field(gt=0, lt=1)]
     rope_theta: Positive
     use_qk_norm: bool = False
     tie_word_embeddings: bool

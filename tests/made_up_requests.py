@@ -13,6 +13,12 @@ SRC = GOLDENS / "checkpoint" / "Lance_3B"
 TASKS = ("t2i", "x2t_image")
 LAYERS, REQUESTS = 3, 4
 
+# Flags of the scripts: one request of the golden inputs, as small as it can be.
+SMALL_QUESTION = ["--task", "x2t_image", "--example_json", str(GOLDENS / "inputs" / "x2t_image.json"), "--limit", "1",
+                  "--resolution", "image_112res"]
+SMALL_PICTURE = ["--task", "t2i", "--example_json", str(GOLDENS / "inputs" / "t2i.json"), "--limit", "1",
+                 "--video_height", "48", "--video_width", "48", "--num_timesteps", "2"]
+
 
 def rand(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU, GOLDENS
+from made_up_requests import SMALL_PICTURE, SMALL_QUESTION
 from safetensors.torch import load_file, save_file
 
 import awq_apply
@@ -28,34 +29,8 @@ SRC = GOLDENS / "checkpoint" / "Lance_3B"
 STATS = torch.load(GOLDENS / "published" / "act_stats.pt")
 NAME = next(iter(STATS["stats"]))
 VAE = torch.load(GOLDENS / "checkpoint" / "Wan2.2_VAE.pth")
-X2T = [
-    "--task",
-    "x2t_image",
-    "--example_json",
-    str(GOLDENS / "inputs" / "x2t_image.json"),
-    "--limit",
-    "1",
-    "--resolution",
-    "image_112res",
-    "--device",
-    "cpu",
-]
-T2I = [
-    "--task",
-    "t2i",
-    "--example_json",
-    str(GOLDENS / "inputs" / "t2i.json"),
-    "--limit",
-    "1",
-    "--video_height",
-    "48",
-    "--video_width",
-    "48",
-    "--num_timesteps",
-    "2",
-    "--device",
-    "cpu",
-]
+X2T = [*SMALL_QUESTION, "--device", "cpu"]
+T2I = [*SMALL_PICTURE, "--device", "cpu"]
 
 
 def one_line(error):
@@ -327,50 +302,13 @@ def test_a_fine_tune_for_understanding_alone_answers_and_is_packed(understands, 
         run_baseline.main([*flags, "--save_path_gen", str(tmp_path / name)])
     answers = [json.loads((tmp_path / name / "result.json").read_text())[0]["answer"] for name in ("whole", "alone")]
     assert answers[0] == answers[1]
-    awq_calibrate_single.main(
-        [
-            "--model_path",
-            str(understands),
-            *X2T,
-            "--max_new_tokens",
-            "4",
-            "--out",
-            str(tmp_path / "s.pt"),
-            "--capture",
-            str(tmp_path / "c.safetensors"),
-        ]
-    )
-    awq_apply.main(
-        [
-            "--src",
-            str(understands),
-            "--stats",
-            str(tmp_path / "s.pt"),
-            "--out",
-            str(tmp_path / "int4"),
-            "--capture",
-            str(tmp_path / "c.safetensors"),
-            "--device",
-            "cpu",
-        ]
-    )
+    stats, capture = str(tmp_path / "s.pt"), str(tmp_path / "c.safetensors")
+    awq_calibrate_single.main([*alone, "--out", stats, "--capture", capture])
+    pack = ["--src", str(understands), "--stats", stats, "--device", "cpu", "--capture", capture]
+    awq_apply.main([*pack, "--out", str(tmp_path / "int4")])
     assert (tmp_path / "int4" / "awq_state_dict.safetensors").is_file()
     with pytest.raises(InputError, match="is given twice"):
-        awq_apply.main(
-            [
-                "--src",
-                str(understands),
-                "--stats",
-                str(tmp_path / "s.pt"),
-                "--out",
-                str(tmp_path / "twice"),
-                "--capture",
-                str(tmp_path / "c.safetensors"),
-                str(tmp_path / "c.safetensors"),
-                "--device",
-                "cpu",
-            ]
-        )
+        awq_apply.main([*pack, capture, "--out", str(tmp_path / "twice")])
 
 
 def test_a_task_that_needs_what_is_missing_says_so(understands, tmp_path):

@@ -182,10 +182,8 @@ def test_a_killed_run_leaves_no_half_file_and_goes_on_to_the_same(tmp_path, whol
     assert contents(tmp_path / "out") == contents(whole / name)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_closed_terminal_ends_a_run_as_an_interrupt_does(tmp_path, ended):
-    if not hasattr(signal, "SIGHUP"):
-        pytest.skip("Windows has no SIGHUP")
-
     def main(_):
         with atomic.whole_folder(tmp_path / "out") as folder:
             (folder / "x").write_text("half")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GOLDENS
+from made_up_requests import SMALL_PICTURE, SMALL_QUESTION
 
 ROOT = Path(__file__).parent.parent
 SHIM = """
@@ -60,22 +61,7 @@ def test_all_stages_run_without_what_posix_has_and_give_the_same_bytes(tmp_path)
     model, stats = GOLDENS / "checkpoint" / "Lance_3B", GOLDENS / "published" / "act_stats.pt"
     named = tmp_path / "Größe 1"
     named.mkdir()
-    task = [
-        "--task",
-        "x2t_image",
-        "--model_path",
-        model,
-        "--example_json",
-        GOLDENS / "inputs" / "x2t_image.json",
-        "--limit",
-        "1",
-        "--resolution",
-        "image_112res",
-        "--device",
-        "cpu",
-        "--max_new_tokens",
-        "2",
-    ]
+    task = [*SMALL_QUESTION, "--model_path", model, "--device", "cpu", "--max_new_tokens", "2"]
     stage("awq_calibrate_single", *task, "--out", named / "s.pt", "--capture", named / "c.safetensors")
     stage("awq_merge_stats", "--inputs", named / "s.pt", "--out", named / "all.pt")
     stage("awq_apply", "--src", model, "--stats", stats, "--out", named / "int4", "--resume", "--device", "cpu")
@@ -92,24 +78,7 @@ def test_all_stages_run_without_what_posix_has_and_give_the_same_bytes(tmp_path)
         "cpu",
     )
     stage("run_quant_eval", *task, "--awq_dir", named / "int4", named / "nvfp4", "--save_path_gen", named / "eval")
-    draw = [
-        "--task",
-        "t2i",
-        "--model_path",
-        model,
-        "--example_json",
-        GOLDENS / "inputs" / "t2i.json",
-        "--limit",
-        "1",
-        "--video_height",
-        "48",
-        "--video_width",
-        "48",
-        "--num_timesteps",
-        "2",
-        "--device",
-        "cpu",
-    ]
+    draw = [*SMALL_PICTURE, "--model_path", model, "--device", "cpu"]
     stage("run_baseline", *draw, "--save_latents", "--save_path_gen", named / "draw")
     awq_apply.main(["--src", str(model), "--stats", str(stats), "--out", str(tmp_path / "here"), "--device", "cpu"])
     for name in ("awq_state_dict.safetensors", "awq_meta.json", "channel_scales.sft"):

@@ -550,8 +550,6 @@ def test_openais_client_chats_streams_draws_edits_and_lists(openai_client, tmp_p
 
 def test_openais_client_makes_a_clip(openai_client):
     _, client, _ = openai_client
-    if not hasattr(client, "videos"):
-        pytest.skip("this version of openai has no videos")
     job = client.videos.create(model="nano", prompt="a ball", extra_body={"num_frames": 5, "num_inference_steps": 2})
     for _ in range(600):
         job = client.videos.retrieve(job.id)

@@ -111,9 +111,7 @@ def run_work(out: Path, job: Mapping[str, Any], resume: bool, team: Team) -> Ite
             yield RunWork(Path(folder) / "out", Path(folder) / "samples")
         return
     with reserved(out):
-        root = out.with_name(f"{out.name}.work")
-        if root.exists() and not resume:
-            raise InputError(f"{root} holds an unfinished run: add --resume to go on with it, or remove it")
+        root = _unfinished(out, resume)
         kept = ResumeJob(out, job)
         work = RunWork(kept.folder, root / "samples")
         if before := work.finished():
@@ -134,8 +132,15 @@ def require_resumable(out: Path, resume: bool, team: Team) -> None:
     """Raise InputError if `run_work` would refuse the place, before anything is loaded."""
     if resume and team.size > 1:
         raise InputError(f"--resume goes on in one process, and there are {team.size}: start without torchrun")
+    if team.leads:
+        _unfinished(out, resume)
+
+
+def _unfinished(out: Path, resume: bool) -> Path:
+    """Where an interrupted run to `out` has its samples; InputError if one is there that is not to be resumed."""
     root = out.with_name(f"{out.name}.work")
-    if team.leads and root.exists() and not resume:
+    if root.exists() and not resume:
         raise InputError(f"{root} holds an unfinished run: add --resume to go on with it, or remove it")
+    return root
 
 

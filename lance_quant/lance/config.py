@@ -38,8 +38,8 @@ class _Rope(Schema):
     mrope_section: Annotated[list[Size], Field(min_length=3, max_length=3)] | None = None
 
 
-class _LlmConfig(Schema):
-    """llm_config.json. Rotary fields are flat in the official file; newer exports of the same family nest them."""
+class DecoderSizes(Schema):
+    """What the configuration of every decoder of the Qwen family states, under transformers' names."""
 
     hidden_size: Size
     num_hidden_layers: Size
@@ -48,6 +48,11 @@ class _LlmConfig(Schema):
     intermediate_size: Size
     vocab_size: Size
     rms_norm_eps: Annotated[float, Field(gt=0, lt=1)]
+
+
+class _LlmConfig(DecoderSizes):
+    """llm_config.json. Rotary fields are flat in the official file; newer exports of the same family nest them."""
+
     hidden_act: Literal["silu"] = "silu"
     rope_theta: Positive | None = None
     mrope_section: Annotated[list[Size], Field(min_length=3, max_length=3)] | None = None

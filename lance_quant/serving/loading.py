@@ -19,7 +19,6 @@ from lance_quant.methods.conversion import Conversion
 
 log = logging.getLogger("lance_quant")
 
-_SMALL_WIDTH = 1024  # the hidden size of lance-nano is below every Lance's
 _SMALL_SIZE, _SMALL_PRESET = {"height": 112, "width": 112}, "image_112res"
 
 
@@ -68,7 +67,7 @@ def load(model: Path | None, packed: Sequence[Path], **options: Any) -> Loaded:
     else:
         assert model is not None
         pipelines = {names[0]: Pipeline.load(model, **options)}
-    small = [name for name, one in pipelines.items() if one.runtime.model.config.hidden_size < _SMALL_WIDTH]
+    small = [name for name, one in pipelines.items() if one.runtime.model.config.is_small]
     return Loaded(pipelines, dict.fromkeys(small, _SMALL_SIZE), dict.fromkeys(small, _SMALL_PRESET),
                   {name: _bytes_of(one) for name, one in pipelines.items()})
 

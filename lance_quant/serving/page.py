@@ -148,17 +148,23 @@ def _draw_tab(service: Service, model: gr.Dropdown, kept: gr.State) -> None:
             return pipeline.draw(prompt, seed=int(seed), on_step=on_step, **_size(service, model, side),
                                  **_sampling(steps, guidance))
 
-        started = time.monotonic()
-        for state in follow(service, model, work):
-            if isinstance(state, Image.Image):
-                caption = f"{prompt} · seed {int(seed)} · {int(steps)} steps · guidance {guidance:g} · {model}"
-                yield bar(f"{time.monotonic() - started:.1f} s, seed {int(seed)}"), state, _kept(shown, state, caption)
-            else:
-                yield bar(state), gr.skip(), gr.skip()
+        caption = f"{prompt} · seed {int(seed)} · {int(steps)} steps · guidance {guidance:g} · {model}"
+        yield from _picture_and_gallery(service, model, work, int(seed), caption, shown)
 
     event = go.click(draw, [model, prompt, side, seed, steps, guidance, kept], [told, image, kept],
                      show_progress="hidden", concurrency_limit=None)
     stop.click(lambda: bar("stopped"), None, told, cancels=[event], show_progress="hidden")
+
+
+def _picture_and_gallery(service: Service, model: str, work: Callable[[Pipeline, OnStep], Image.Image], seed: int,
+                         caption: str, shown: list[Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """States of the bar, the picture and the gallery while `work` runs; the picture joins the gallery at its end."""
+    started = time.monotonic()
+    for state in follow(service, model, work):
+        if isinstance(state, Image.Image):
+            yield bar(f"{time.monotonic() - started:.1f} s, seed {seed}"), state, _kept(shown, state, caption)
+        else:
+            yield bar(state), gr.skip(), gr.skip()
 
 
 def _ask_tab(service: Service, model: gr.Dropdown) -> None:
@@ -211,12 +217,8 @@ def _edit_tab(service: Service, model: gr.Dropdown, kept: gr.State) -> None:
             return pipeline.edit(source, instruction, resolution=service.preset(model, ""), seed=int(seed),
                                  on_step=on_step, **_sampling(steps, guidance))
 
-        for state in follow(service, model, work):
-            if isinstance(state, Image.Image):
-                caption = f"{instruction} · seed {int(seed)} · {int(steps)} steps · {model}"
-                yield bar(f"seed {int(seed)}"), state, _kept(shown, state, caption)
-            else:
-                yield bar(state), gr.skip(), gr.skip()
+        caption = f"{instruction} · seed {int(seed)} · {int(steps)} steps · guidance {guidance:g} · {model}"
+        yield from _picture_and_gallery(service, model, work, int(seed), caption, shown)
 
     event = go.click(edit, [model, source, instruction, seed, steps, guidance, kept], [told, made, kept],
                      show_progress="hidden", concurrency_limit=None)

@@ -77,13 +77,17 @@ def size_text(count: int) -> str:
 
 def read_json(path: Path, what: str) -> Any:
     """Parse a JSON file; `what` names it in the InputError for a missing or malformed one. See parse_json."""
-    try:
-        found = path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        found = False
-    if not found:
+    if not is_file(path):
         raise InputError(f"{what} not found: {path}")
     return parse_json(path.read_bytes(), f"{what} {path}")
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file is there; False for a name that no file can have: too long, or with a zero byte."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def parse_json(data: bytes | bytearray, what: str) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from lance_quant.errors import InputError
+from lance_quant.storage.atomic import is_file
 
 log = logging.getLogger("lance_quant")
 
@@ -108,11 +109,7 @@ def read_video(path: Path, every: bool = False) -> Clip:
     Raises:
         InputError: the file is missing, broken, no video, too short, or one picture.
     """
-    try:
-        found = Path(path).is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        found = False
-    if not found:
+    if not is_file(path):
         raise InputError(f"video not found: {path}")
     total, fps, look = _measure(Path(path))
     if every:

@@ -20,6 +20,7 @@ from torch import Tensor
 from lance_quant.errors import InputError
 from lance_quant.lance.config import LATENT_STRIDE
 from lance_quant.lance.settings import RESOLUTIONS
+from lance_quant.storage.atomic import is_file
 
 # Read of pictures. Not EPS, which runs Ghostscript, nor formats of other things (video, weather, fonts).
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "TGA", "ICO", "PSD",
@@ -39,11 +40,7 @@ def open_image(path: Path, exif: bool = False) -> Image.Image:
         InputError: the file is missing, truncated, of no format in FORMATS, or larger than Pillow's limit of 178
             million pixels (537 MB as RGB).
     """
-    try:
-        found = Path(path).is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        found = False
-    if not found:
+    if not is_file(path):
         raise InputError(f"image not found: {path}")
     try:
         with warnings.catch_warnings():  # from half of the limit on
