@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test lint wheel clean
+.PHONY: help demo app test test_slow lint wheel clean
 
 help:            ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read name what; do printf '  make %-8s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z_]*\):[^#]*## */\1|/p' $(MAKEFILE_LIST) | while IFS='|' read name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,8 +28,14 @@ demo: $(VENV)/.installed      ## every stage on lance-nano, then a table, demo_o
 	rm -rf demo_out
 	$(BIN)/python examples/demo.py --out demo_out
 
-test: $(VENV)/.installed-dev lint      ## lint and the test suite
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile  # a file's tests share what it sets up
+# A file's tests share what it sets up: they stay in one process.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+test: $(VENV)/.installed-dev lint      ## lint and the test suite, 4 minutes on two cores
+	$(PYTEST) -m "not slow"
+
+test_slow: $(VENV)/.installed-dev      ## what `make test` leaves out: stages in processes of their own, 4 minutes more
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-dev      ## ruff and mypy
 	$(BIN)/ruff check .

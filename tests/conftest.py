@@ -16,6 +16,7 @@ from lance_quant.calibration import capture
 from lance_quant.calibration.activation_stats import Collector, model_fingerprint
 from lance_quant.cli import script
 from lance_quant.formats import layout
+from lance_quant.inference import memory_plan
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.media import samples
 from lance_quant.lance.runtime import Runtime
@@ -57,6 +58,20 @@ def ended(capsys) -> Callable[..., tuple[int, str]]:
         return caught.value.code, capsys.readouterr().err
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plans_made_once():
+    """What a request's activations take is counted once for equal models: it is half of a small run's time."""
+    compute, known = memory_plan._activations, {}
+
+    def remembered(files, *request):
+        key = (files.config, repr(files.vit_sizes), files.vae_widths, files.is_packed, len(files.tokenizer), request)
+        return known[key] if key in known else known.setdefault(key, compute(files, *request))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_plan, "_activations", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -232,6 +232,7 @@ def real_config(folder):
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}, "tie_word_embeddings": True}))
 
 
+@pytest.mark.slow
 def test_the_script_runs_by_its_path(tmp_path):
     script = Path(extract_und.__file__)
     done = subprocess.run([sys.executable, str(script), "--src", str(GOLDEN), "--dry_run"], capture_output=True,

@@ -263,6 +263,7 @@ def test_folding_changes_nothing_but_the_rounding(extracted, calibration, name):
 
 
 @pytest.mark.parametrize("captured", [False, True], ids=["statistics", "statistics and captures"])
+@pytest.mark.slow
 def test_calibration_lowers_the_error_at_the_same_size(extracted, exported, calibration, tmp_path, capsys, captured):
     (name, plain), out, (stats, capture) = exported, tmp_path / "fitted", calibration
     export_mlx.main(["--src", str(extracted), "--format", name, "--stats", str(stats), "--out", str(out),

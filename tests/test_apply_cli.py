@@ -126,6 +126,7 @@ def test_help_is_the_docstring_with_every_default(capsys, stage):
     assert caught.value.code == 0 and stage.__doc__.splitlines()[0] in out and "(default: auto)" in out
 
 
+@pytest.mark.slow
 def test_the_scripts_run_as_programs_from_any_folder(tmp_path):
     command = [sys.executable, str(ROOT / "nvfp4_apply.py"), "--src", MODEL, "--stats", STATS, "--out", "out", "--slim"]
     done = subprocess.run([*command, *CPU], cwd=tmp_path, capture_output=True, text=True,

@@ -641,6 +641,7 @@ def comfyui_folder(tmp_path) -> Path:
     return tmp_path / "ComfyUI"
 
 
+@pytest.mark.slow
 def test_an_installed_copy_needs_nothing_of_the_checkout(comfyui_folder, capsys):
     install.main(["--comfyui_path", str(comfyui_folder)])
     target = comfyui_folder / "custom_nodes" / "lance-quant"

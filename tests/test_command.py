@@ -74,6 +74,7 @@ def test_several_pictures_count_the_seed_up_and_each_can_be_drawn_again_alone(la
 
 
 @pytest.mark.parametrize("name", ["int4", "nvfp4"])
+@pytest.mark.slow
 def test_a_packed_folder_alone_draws_edits_animates_and_answers(lance, tmp_path, packed, name):
     model = ["--model", packed / name]
     lance("draw", "a red circle", "--out", "a.png", *model)
@@ -149,6 +150,7 @@ def asked(text, *shown):
             "element_dtype_array": [*("video" if one.endswith(".mp4") else "image" for one in shown), "text"]}
 
 
+@pytest.mark.slow
 def test_a_sample_file_is_many_requests_with_the_results_of_one_each(lance, tmp_path):
     file = samples(tmp_path, "t2i.json", {"1": "a red circle", "2": "a blue square", "3": "two red circles"})
     assert lance("draw", "--example_json", file, "--limit", 2, "--out", "made", *QUICK) == [
@@ -159,6 +161,7 @@ def test_a_sample_file_is_many_requests_with_the_results_of_one_each(lance, tmp_
     assert Image.open(tmp_path / "alone.png").tobytes() == Image.open(tmp_path / "made/000002.png").tobytes()
 
 
+@pytest.mark.slow
 def test_sample_files_of_all_seven_tasks_run(lance, tmp_path):
     lance("draw", "a red circle", "--out", "a.png")
     lance("animate", "it moves", "--out", "a.mp4", *CLIP)

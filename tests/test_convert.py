@@ -168,6 +168,7 @@ def test_a_run_gives_the_same_bytes_twice(tmp_path):
 
 
 @codecs
+@pytest.mark.slow
 def test_the_number_of_threads_changes_nothing(tmp_path, monkeypatch, codec):
     monkeypatch.setattr("lance_quant.formats.blocks._CPU_ROWS", 16)
     monkeypatch.setattr("lance_quant.formats.blocks._CPU_BLOCK", 16 * 64)
@@ -185,6 +186,7 @@ def test_the_number_of_threads_changes_nothing(tmp_path, monkeypatch, codec):
 
 @codecs
 @pytest.mark.skipif(rounding.unavailable() is not None, reason=f"rounding: {rounding.unavailable()}")
+@pytest.mark.slow
 def test_files_do_not_depend_on_a_compiler(tmp_path, monkeypatch, codec):
     run(tmp_path / "with", codec)
     monkeypatch.setattr(rounding, "_library_or_reason", lambda: (None, "there is no C compiler; install gcc"))

@@ -157,6 +157,7 @@ def ran(tmp_path_factory) -> tuple[Path, Path, str]:
     return root / "one", root / "two", started.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_leave_the_files_of_one_and_no_others(ran):
     one, two, _ = ran
     # What one process finished of the run that fails; of two, the first one had nothing finished.
@@ -166,6 +167,7 @@ def test_two_processes_leave_the_files_of_one_and_no_others(ran):
     assert len(names[0]) > 30 and "never" not in names[1]
 
 
+@pytest.mark.slow
 def test_statistics_are_those_of_one_process_up_to_float_addition(ran):
     one, two = (ActStats.load(folder / "stats.pt") for folder in ran[:2])
     assert one.runs == two.runs and one.tasks == two.tasks and one.linears.keys() == two.linears.keys()
@@ -178,11 +180,13 @@ def test_statistics_are_those_of_one_process_up_to_float_addition(ran):
 
 
 @pytest.mark.parametrize("name", ["c_t2i.safetensors", "c_x2t_image.safetensors", "thinned.safetensors"])
+@pytest.mark.slow
 def test_captures_are_those_of_one_process_also_when_they_are_thinned(ran, name):
     one, two, _ = ran
     assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_thinned_capture_keeps_to_its_limit_and_has_steps_of_every_sample(ran):
     with Checkpoint(ran[1] / "thinned.safetensors") as file:
         facts = json.loads(file.read("capture").numpy().tobytes())
@@ -192,6 +196,7 @@ def test_a_thinned_capture_keeps_to_its_limit_and_has_steps_of_every_sample(ran)
     assert len({call["rows"][0] for call in facts["calls"]}) == SAMPLES
 
 
+@pytest.mark.slow
 def test_pictures_answers_and_traces_are_those_of_one_process(ran):
     one, two, _ = ran
     files = [path.relative_to(one) for path in one.rglob("*")
@@ -200,6 +205,7 @@ def test_pictures_answers_and_traces_are_those_of_one_process(ran):
     assert [str(path) for path in files if (one / path).read_bytes() != (two / path).read_bytes()] == []
 
 
+@pytest.mark.slow
 def test_run_json_differs_in_times_and_the_number_of_processes_only(ran):
     one, two = (json.loads((folder / "t2i/run.json").read_text("utf-8")) for folder in ran[:2])
     assert (one.pop("processes"), two.pop("processes")) == (1, 2)
@@ -212,6 +218,7 @@ def test_run_json_differs_in_times_and_the_number_of_processes_only(ran):
 
 
 @pytest.mark.parametrize("name", ["drawn", "answered"])
+@pytest.mark.slow
 def test_comparisons_are_those_of_one_process(ran, name):
     one, two = (json.loads((folder / name / "comparison.json").read_text("utf-8"))[0]["runs"] for folder in ran[:2])
     assert [run["samples"] for run in one] == [run["samples"] for run in two]
@@ -219,6 +226,7 @@ def test_comparisons_are_those_of_one_process(ran, name):
     assert len(one[0]["samples"]) == 3
 
 
+@pytest.mark.slow
 def test_a_mistake_on_one_process_ends_all_with_code_2_and_is_said_once(ran):
     _, two, said = ran
     ends = [json.loads((two.parent / f"ends_{rank}.json").read_text("utf-8")) for rank in range(2)]
@@ -228,12 +236,14 @@ def test_a_mistake_on_one_process_ends_all_with_code_2_and_is_said_once(ran):
     assert said.count("--stream shows one answer after the other") == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_on_its_sample_does_not_leave_the_others_waiting(ran):
     ends = [json.loads((ran[1].parent / f"ends_{rank}.json").read_text("utf-8"))["drawn"] for rank in range(2)]
     assert "this one cannot be drawn" in ends[1]
     assert "another process of this run has ended" in ends[0]
 
 
+@pytest.mark.slow
 def test_notes_come_from_the_first_process_only_and_a_log_has_no_bars(ran):
     assert ran[2].count("expert  linears with data") == 1
     assert re.findall(r"compare:[^\r\n]*\|", ran[2]) == []

@@ -118,6 +118,7 @@ def test_every_python_example_is_python(page):
         ast.parse(block)
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme_draws_a_picture(tmp_path):
     """As it stands, but for where lance-nano is and where the picture goes."""
     (block,) = blocks(ROOT / "README.md", "python")

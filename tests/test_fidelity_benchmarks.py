@@ -134,6 +134,7 @@ def test_answers_run_together_give_what_each_gives_alone():
         assert found.argmax(-1).tolist() == answer
 
 
+@pytest.mark.slow
 def test_nano_methods_are_measured_on_the_float_models_own_tokens(monkeypatch):
     """One question, one caption, two steps: the float model agrees with itself, a packed one is near."""
     monkeypatch.setattr(fidelity_nano, "METHODS", ("published",))
@@ -184,6 +185,7 @@ def test_an_interval_of_equal_ratios_is_that_ratio():
     assert fidelity_nano.ratio_interval(ours, theirs) == pytest.approx([0.3, 0.3], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_rounded_activations_are_measured_beside_rounded_weights_alone(capsys):
     activation_rounding.main(["--n", "1", "--traced", "1", "--steps", "2", "--questions", "1", "--captions", "1",
                               "--methods", "rtn"])

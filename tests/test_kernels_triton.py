@@ -112,6 +112,7 @@ def test_blocks_are_smaller_where_groups_are_wide(rows, group_size, dtype, block
     assert triton_kernels.tile_blocks(rows, group_size, dtype) == blocks
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_gpus_that_are_not_here_and_fits_their_shared_memory(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("compile_triton.py"))], text=True, check=True,

@@ -12,6 +12,7 @@ TWO = Sampling(num_timesteps=2)
 
 
 @pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.slow
 def test_offloading_changes_no_result(paths, pipeline, recorded, offload):
     """An edit needs both parts, and the VAE twice."""
     sample = recorded("image_edit").sample
@@ -47,6 +48,7 @@ def test_a_part_goes_to_the_device_for_a_block_and_back(paths):
     assert places == ["meta", "cpu"]
 
 
+@pytest.mark.slow
 def test_time_goes_in_chunks_that_are_exact(pipeline, recorded):
     """Frames do not depend on those behind them: a clip cut short decodes and encodes to the same beginning."""
     latent = recorded("video_edit").tensors["s0.latent.0.1"]
@@ -55,6 +57,7 @@ def test_time_goes_in_chunks_that_are_exact(pipeline, recorded):
     assert relative(pipeline.vae.encode(whole[:, :1]).mean, pipeline.vae.encode(whole).mean[:1]) < 1e-6
 
 
+@pytest.mark.slow
 def test_tiles_are_off_unless_asked_for_and_keep_sizes(paths, pipeline, recorded):
     """The golden VAE's weights are random: its attention spreads over the frame, 13 % here."""
     latent = recorded("i2v").tensors["s0.latent.0.0"]

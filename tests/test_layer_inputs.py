@@ -149,6 +149,7 @@ def test_what_is_not_kept_is_made_again(captured, monkeypatch, room):
 
 @pytest.mark.parametrize("script, flags", [(awq_apply, ["--group_size", "32"]), (nvfp4_apply, ["--slim"])],
                          ids=["int4", "nvfp4"])
+@pytest.mark.slow
 def test_gptq_on_captured_inputs_is_closer_to_the_float_model(captured, tmp_path, pipelines, script, flags):
     """Through the command line. Judged on a captured request: inputs of random weights and random tokens have no
     structure that would carry over to others (trained ones: benchmarks/fidelity_nano.py)."""
@@ -168,6 +169,7 @@ def test_gptq_on_captured_inputs_is_closer_to_the_float_model(captured, tmp_path
         assert sum(entry["rounding"] == "gptq" for entry in entries) > len(entries) / 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_from_its_stored_states(captured, tmp_path, monkeypatch):
     """The second run ends with the bytes of a run that was not interrupted."""
     common = ["--src", str(SRC), "--stats", str(captured / "t2i.pt"), "--device", "cpu", "--capture",

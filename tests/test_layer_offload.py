@@ -38,6 +38,7 @@ def bytes_of(model):
 
 @pytest.mark.parametrize("mode", ["ondemand", "cached"])
 @pytest.mark.parametrize("name", PACKED)
+@pytest.mark.slow
 def test_results_are_equal_and_two_layers_are_on_the_device(on_cpu, name, mode):
     if name == "float" and mode == "cached":
         return

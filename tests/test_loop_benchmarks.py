@@ -146,6 +146,7 @@ def test_each_case_of_memory_has_a_line_and_a_row(tiny, capsys):
 
 @pytest.mark.parametrize("ending, message", [("raise", "ValueError: as told"), ("exit", "ended with code 3"),
                                              ("sleep", "stopped after 3 s")])
+@pytest.mark.slow
 def test_work_that_ends_badly_in_a_process_of_its_own_keeps_what_it_gave(ending, message):
     seen = []
     with pytest.raises(child.Died, match=message):

@@ -431,6 +431,7 @@ def with_rings(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "knows"), [("none", False), ("float", True), ("int4", True)])
+@pytest.mark.slow
 def test_a_new_shape_is_drawn_and_named_with_the_lora_alone(with_rings, name, knows):
     """Of six captions and eight questions that training never saw; python -m lance_nano.check_lora counts more."""
     with new_shape():

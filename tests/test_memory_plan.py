@@ -99,6 +99,7 @@ def test_lance_3b_from_its_header_alone(real):
     assert found.stages["decode"] / 1e9 == pytest.approx(15.48, abs=0.02)
 
 
+@pytest.mark.slow
 def test_every_choice_that_is_named_brings_a_peak_down(real):
     files, how = real[0], How(BF16, False)
     settings = Settings("image_edit", resolution="image_512res")
@@ -116,6 +117,7 @@ def test_every_choice_that_is_named_brings_a_peak_down(real):
             assert smaller.peak < memory_plan.plan(files, settings, single[names[0]], 0).peak - 6e8  # 0.62 GB
 
 
+@pytest.mark.slow
 def test_what_is_named_fits_and_nothing_less_does(real, capsys):
     _, model = real
     command.main(["plan", "--model", str(model), "--memory", "8GB"])
@@ -135,6 +137,7 @@ def test_what_is_named_fits_and_nothing_less_does(real, capsys):
 
 
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.slow
 def test_the_small_lance_is_planned_for_the_devices_here_in_every_task(task, capsys):
     command.main(["plan", "--task", task, "--num_frames", "5"])
     out = capsys.readouterr().out

@@ -177,6 +177,7 @@ def test_a_handful_of_answers_is_right(pipeline, tmp_path):
     assert right >= len(rows) - 2  # the draw is fixed, so this cannot flicker
 
 
+@pytest.mark.slow
 def test_a_handful_of_pictures_is_right(pipeline):
     captions = evaluate.held_out_captions(6, seed=2)
     right = sum(

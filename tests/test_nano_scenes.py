@@ -35,6 +35,7 @@ def scenes_without_digits(seed):
     return [question_scene(rng, digit_share=0) for _ in range(SCENES)]
 
 
+@pytest.mark.slow
 def test_recogniser_reads_true_pictures():
     """Places and background included, on open scenes and on caption scenes: more than 98 %."""
     rng = random.Random(1)
@@ -60,6 +61,7 @@ def test_scenes_are_the_same_for_the_same_seed():
 
 
 @pytest.mark.parametrize("kind", ["picture", "full"])
+@pytest.mark.slow
 def test_captions_name_what_the_picture_shows(kind):
     rng = random.Random(3)
     for scene in scenes_without_digits(4):

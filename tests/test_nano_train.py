@@ -119,6 +119,7 @@ def run(folder, codec_path, steps):
     return torch.load(out, weights_only=True)
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_runs_and_a_stopped_run_goes_on(tmp_path):
     codec_path = tmp_path / "vae.pt"
     torch.manual_seed(0)

@@ -173,6 +173,7 @@ script.run(lambda: main(sys.argv[2:]))
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
 @pytest.mark.parametrize(("name", "point"), [("t2i", 4), ("t2i", 7), ("x2t", 3)])
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_half_file_and_goes_on_to_the_same(tmp_path, whole, name, point):
     flags = [*TASKS[name], "--save_latents", "--save_path_gen", str(tmp_path / "out")]
     command = [sys.executable, "-c", KILLED, str(point), *flags]
@@ -233,6 +234,7 @@ def test_what_cannot_take_its_place_is_refused_before_the_work(tmp_path, monkeyp
     assert (tmp_path / "full" / "x").read_text() == "mine" and not list((tmp_path / "empty").iterdir())
 
 
+@pytest.mark.slow
 def test_two_makers_of_one_output_get_one_clear_line(tmp_path):
     out = tmp_path / "out"
     said = []
@@ -288,6 +290,7 @@ def test_a_disk_that_fills_is_one_line(tmp_path, ended, monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("sh") or os.name == "nt", reason="ulimit is of POSIX shells")
 @pytest.mark.parametrize("blocks", [0, 1, 8])
+@pytest.mark.slow
 def test_a_limit_of_file_sizes_is_one_line_and_never_success(tmp_path, blocks):
     """ulimit -f counts in 512 or 1024 bytes; Python ignores SIGXFSZ, so that writing fails with EFBIG."""
     out = tmp_path / "out"

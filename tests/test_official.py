@@ -164,6 +164,7 @@ def test_the_bridges_flags_go_with_the_official_backend(places):
                                          "'a_package_that_nobody_has'.*--official_python or LANCE_OFFICIAL_PYTHON"),
     ("raise RuntimeError('out of luck')", "run by {python}, failed with exit status 1: RuntimeError: out of luck"),
 ])
+@pytest.mark.slow
 def test_a_child_that_fails_is_explained_and_leaves_nothing(places, main, message):
     source = checkout(places / "Lance", main)
     with pytest.raises(InputError, match=message.format(python=sys.executable)):

@@ -55,6 +55,7 @@ def stage(module, *flags):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="is what Windows has")
+@pytest.mark.slow
 def test_all_stages_run_without_what_posix_has_and_give_the_same_bytes(tmp_path):
     import awq_apply
 
@@ -86,6 +87,7 @@ def test_all_stages_run_without_what_posix_has_and_give_the_same_bytes(tmp_path)
     assert (named / "eval" / "report.html").is_file() and (named / "draw" / "000000.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_mistake_with_characters_that_the_console_lacks_is_one_line(tmp_path):
     run = subprocess.run(
         [sys.executable, "awq_merge_stats.py", "--inputs", str(tmp_path / "日本.pt"), "--out", str(tmp_path / "x.pt")],

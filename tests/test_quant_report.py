@@ -104,6 +104,7 @@ def test_a_copy_in_a_results_folder_links_back(folder, tmp_path):
 @needs_browser
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.slow
 def test_the_page_fits_a_phone_and_a_desk(folder, width, tmp_path):
     found = look((folder[0] / quant_report.FILE).read_text(encoding="utf-8"), width, tmp_path)
     assert found["width"] == width and found["needed"] <= width and found["wide"] == []

@@ -184,6 +184,7 @@ def test_the_terminal_table_fits_80_columns(drawn, answered):
 @needs_browser
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.slow
 def test_the_page_fits_a_phone_and_a_desk(drawn, answered, width, tmp_path):
     for root, section in (drawn, answered):
         found = look(report_page.page([section], root), width, tmp_path)

@@ -7,6 +7,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import pytest
 from conftest import GOLDENS
 
 from lance_quant.formats.packed_folder import PackedFolder
@@ -29,6 +30,7 @@ def official_checkout(folder):
     (examples / "t2i_example.json").write_text(json.dumps({"000000.png": "a paper boat"}))
 
 
+@pytest.mark.slow
 def test_the_chapter_runs_as_written(tmp_path, monkeypatch, capsys):
     work = tmp_path / "lance-quant"
     work.mkdir()

@@ -67,6 +67,7 @@ def test_an_interrupted_job_goes_on_and_ends_the_same(tmp_path, whole, stops_in,
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_job_that_goes_on(tmp_path, whole):
     """SIGKILL: nothing can be tidied up."""
     out, journal = tmp_path / "out", tmp_path / "out.work" / "journal.jsonl"

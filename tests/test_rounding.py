@@ -112,6 +112,7 @@ def test_strides_change_nothing(codec):
 
 @needs_c
 @codecs
+@pytest.mark.slow
 def test_a_group_gives_the_same_with_and_without_a_compiler(codec, monkeypatch):
     """Both ways through everything that quantizing from statistics does, blocks and totals included."""
     monkeypatch.setattr("lance_quant.formats.blocks._CPU_ROWS", 16)

@@ -59,6 +59,7 @@ def captured(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)
+@pytest.mark.slow
 def test_a_captured_conversion_has_the_same_bytes_on_one_and_two_threads(captured, tmp_path, few_threads, small_pieces,
                                                                          name):
     src, stats, file = captured

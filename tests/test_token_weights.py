@@ -47,6 +47,7 @@ def probed(captured, source, request):
 
 
 @pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.slow
 def test_a_token_weighs_what_an_error_there_does(probed, source, which):
     """Small errors of random sign in what a linear gives for one token, 24 draws, against 64 probes: each mean of
     dozens of effective squares is within 25 % or so of the truth."""

@@ -46,6 +46,7 @@ def sensitivity(captured):
 
 
 @pytest.mark.parametrize("layer, expert, kind", [(2, "gen", "down_proj"), (0, "gen", "up_proj"), (0, "und", "k_proj")])
+@pytest.mark.slow
 def test_sensitivity_predicts_what_an_error_does(sensitivity, layer, expert, kind):
     """Small errors of random sign, whose squares add up. 8 draws of them and 16 of r, each a mean of dozens of
     effective squares, agree within 20 % or so; twice that is allowed. The understanding expert's keys reach the latents
@@ -111,6 +112,7 @@ def test_every_captured_call_reads_what_is_kept(captured):
             ends |= {row: length + found.length for row, length in zip(found.rows, found.lengths, strict=True)}
 
 
+@pytest.mark.slow
 def test_a_budget_with_captures_takes_their_word(captured, tmp_path, monkeypatch):
     """The same budget, but other choices."""
     monkeypatch.setattr(awq, "ALPHA_STEPS", 2)
