@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from lance_quant.calibration import capture
 from lance_quant.calibration.activation_stats import Collector, model_fingerprint
 from lance_quant.cli import script
+from lance_quant.cpu import compile_c, rounding
 from lance_quant.formats import layout
 from lance_quant.inference import memory_plan
+from lance_quant.kernels import cpu, cpu_w4a8
 from lance_quant.lance.config import LancePaths
 from lance_quant.lance.media import samples
 from lance_quant.lance.runtime import Runtime
@@ -29,6 +31,25 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which any test may do first
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for one another
 os.environ["OMP_NUM_THREADS"] = "1"  # nor do processes that tests start take the cores of other tests
+
+
+# Of compile_c.LEVELS, those that this CPU can run.
+LEVELS = list(compile_c.LEVELS)[:list(compile_c.LEVELS).index(compile_c.level()) + 1]
+
+
+def at_level(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C functions as they are compiled for CPUs of this level."""
+    monkeypatch.setattr(compile_c, "level", lambda: level)
+    for module, source in ((rounding, rounding._SOURCE), (cpu, cpu._SOURCE), (cpu_w4a8, cpu_w4a8._SOURCE)):
+        library, reason = _libraries(source, level)
+        if library is not None:
+            module._declare(library)
+        monkeypatch.setattr(module, "_library_or_reason", functools.partial(tuple, (library, reason)))
+
+
+@functools.cache
+def _libraries(source: Path, level: str) -> tuple[object | None, str | None]:
+    return compile_c.load(source)
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -22,7 +22,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def answer(cache):
-    library, reason = compile_c.load(cache.parents[1] / "answer.c", FLAGS)
+    library, reason = compile_c.load(cache.parents[1] / "answer.c")
     return reason if library is None else library.answer()
 
 

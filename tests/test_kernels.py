@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LEVELS, at_level
 from torch import Tensor
 
 from benchmarks import linear_kernels
@@ -24,19 +25,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"native: {cpu.unavailable()}")
 
 
-needs_avx512 = pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
-                                  reason="this CPU has no AVX-512: its version is the one for AVX2")
-
-
-@pytest.fixture(params=["this CPU", pytest.param("AVX2", marks=needs_avx512)])
+@pytest.fixture(params=LEVELS)
 def version(request, monkeypatch):
-    """The C code as it is compiled for this CPU, and for one without AVX-512."""
-    if request.param == "this CPU":
-        return
-    flags = tuple(flag.replace("-march=native", "-march=x86-64-v3") for flag in cpu._FLAGS)
-    monkeypatch.setattr(cpu, "_FLAGS", flags)
-    library = cpu._library_or_reason.__wrapped__()
-    monkeypatch.setattr(cpu, "_library_or_reason", lambda: library)
+    """The C code as it is compiled for this CPU, and for lesser ones."""
+    at_level(request.param, monkeypatch)
 
 
 def generator(seed=0):
@@ -201,7 +193,8 @@ def test_a_gradient_passes_as_through_the_dequantized_weight(rows):
 @needs_native
 def test_few_rows_do_not_depend_on_one_another(version):
     codec, kernel = Nvfp4(), cpu.Native()
-    q, x = random_weight(codec, 40, 384), torch.randn(7, 384, generator=generator(7))
+    rows = min(7, cpu.most_dot_rows(torch.float32, cpu.DOT_ROWS))
+    q, x = random_weight(codec, 40, 384), torch.randn(rows, 384, generator=generator(7))
     alone = torch.cat([kernel.linear(row[None], q, codec, None) for row in x])
     assert torch.equal(kernel.linear(x, q, codec, None), alone)
 
@@ -271,7 +264,7 @@ def slow_compiler(tmp_path):
 
 
 def compiled(command):
-    return compile_c.compiled(cpu._SOURCE, cpu._FLAGS, command)
+    return compile_c.compiled(cpu._SOURCE, command)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell script that runs")

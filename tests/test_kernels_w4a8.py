@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import LEVELS, at_level
 from test_kernels import CODECS, DTYPES, exact, generator, layer, needs_native, random_weight
 from test_packed_folder import edit, folder_of
 from test_quantized_linear import GOLDENS, toy
@@ -94,12 +95,17 @@ def test_the_definition_computes_a_linear(codec, dtype):
 
 # The kernel
 
-PATHS = {"AVX2": False, "oneDNN": True}
+PATHS = {"oneDNN": None, "plain C": "plain", "AVX2": "avx2"}
 
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
-    monkeypatch.setattr(cpu_w4a8, "has_vnni", lambda: PATHS[request.param])
+    level = PATHS[request.param]
+    if level in LEVELS:
+        at_level(level, monkeypatch)
+    elif level:
+        pytest.skip(f"this CPU cannot run {level}")
+    monkeypatch.setattr(cpu_w4a8, "has_vnni", lambda: level is None)
     return request.param
 
 

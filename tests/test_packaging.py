@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import lance_quant
+from lance_quant.cpu import compile_c
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -90,10 +92,11 @@ def test_hooks_run_a_ruff_that_the_tests_may_run():
     assert ruff.specifier.contains(pinned)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+COMPILER = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang") or sys.platform == "win32"
+
+
+def built(work: Path, **environment: str) -> Path:
     """A wheel of the working tree, built in a copy: an earlier build/ would put files that are gone into it."""
-    work = tmp_path_factory.mktemp("wheel")
     source = work / "source"
     source.mkdir()
     for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))]:
@@ -101,46 +104,94 @@ def wheel(tmp_path_factory) -> Path:
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--wheel-dir",
-                    str(work), str(source)], check=True, capture_output=True, text=True)
+                    str(work), str(source)], check=True, capture_output=True, text=True,
+                   env={**os.environ, **environment})
     return next(work.glob("lance_quant-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    needs = {"LANCE_QUANT_NEEDS_C": "1"} if COMPILER else {}
+    return built(tmp_path_factory.mktemp("wheel"), **needs)
+
+
+@pytest.fixture(scope="module")
+def scripts(wheel, tmp_path_factory) -> Path:
+    """Of a fresh environment that has the wheel, our dependencies by a path, and nothing of the checkout."""
+    work = tmp_path_factory.mktemp("installed")
+    venv.create(work / "venv", symlinks=sys.platform != "win32")
+    scripts = work / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
+    python = scripts / f"python{'.exe' if sys.platform == 'win32' else ''}"
+    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index",
+                    str(wheel)], check=True)
+    site = Path(run(work, python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return scripts
+
+
+def run(folder: Path, *command: str | Path, **environment: str) -> str:
+    bare = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "CC")}
+    done = subprocess.run(command, cwd=folder, env={**bare, **environment}, check=True, stdout=subprocess.PIPE,
+                          text=True)
+    return done.stdout.strip()
+
+
+def held_by(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+FILES = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*")
+         if path.is_file() and path.suffix not in (".pyc", ".so", ".md")} \
+    | {path.name for path in ROOT.glob("*.py") if path.name != "setup.py"}
 
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_file_of_both_packages_and_no_name_of_others(wheel):
     """C sources, headers, styles, templates, the checkpoint, py.typed; apple and benchmarks run from a checkout."""
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    files = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*")
-             if path.is_file() and path.suffix not in (".pyc", ".so", ".md")}
-    assert {"lance_quant/py.typed", "lance_nano/checkpoint/Wan2.2_VAE.pth"} <= files
-    assert held == files | {path.name for path in ROOT.glob("*.py")}
+    assert {"lance_quant/py.typed", "lance_nano/checkpoint/Wan2.2_VAE.pth"} <= FILES
+    native = {name for name in held_by(wheel) if name.startswith("lance_quant/cpu/native-")}
+    assert held_by(wheel) - native == FILES
+    levels = compile_c.LEVELS if compile_c.is_x86(platform.machine()) else ["plain"]
+    names = [f"lance_quant/cpu/{compile_c.wheel_name(level)}" for level in levels if COMPILER]
+    assert native == {f"{name}{suffix}" for name in names for suffix in ("", ".sha256")}
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_draws_outside_the_repository(wheel, tmp_path):
-    """In a fresh environment that has our dependencies, by a path, and nothing of the checkout."""
-    venv.create(tmp_path / "venv", symlinks=sys.platform != "win32")
-    scripts = tmp_path / "venv" / ("Scripts" if sys.platform == "win32" else "bin")
-    python = scripts / f"python{'.exe' if sys.platform == 'win32' else ''}"
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index",
-                    str(wheel)], check=True)
+@pytest.mark.skipif(not COMPILER, reason="no C compiler on this machine")
+def test_a_wheel_with_libraries_is_for_its_platform_and_any_python(wheel):
+    python, abi, system = wheel.stem.split("-")[-3:]
+    assert (python, abi) == ("py3", "none") and system not in ("any", "")
 
-    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
-    def run(*command: str | Path) -> str:
-        done = subprocess.run(command, cwd=tmp_path, env=bare, check=True, stdout=subprocess.PIPE, text=True)
-        return done.stdout.strip()
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="MSVC is not asked for by CC")
+def test_a_wheel_that_is_built_without_a_compiler_is_python_for_all_platforms(tmp_path):
+    wheel = built(tmp_path, CC="no-such-compiler")
+    assert wheel.name.endswith("-py3-none-any.whl") and held_by(wheel) == FILES
 
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    where, model, version = run(python, "-c", "import lance_quant, lance_nano; print(lance_quant.__file__,"
-                                " lance_nano.CHECKPOINT, lance_quant.__version__, sep='\\n')").splitlines()
-    assert Path(where).is_relative_to(site) and version == lance_quant.__version__
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILER, reason="no C compiler on this machine")
+def test_an_installed_wheel_runs_its_c_functions_where_there_is_no_compiler(scripts, tmp_path):
+    said = run(tmp_path, scripts / "python", ROOT / "tests/installed_kernels.py", PATH="", XDG_CACHE_HOME=str(tmp_path))
+    assert said.startswith(compile_c.level()) and str(scripts.parent) in said
+    assert not list(tmp_path.iterdir())  # no cache: nothing was compiled
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_draws_outside_the_repository(scripts, tmp_path):
+    where, model, version = run(tmp_path, scripts / "python", "-c", "import lance_quant, lance_nano;"
+                                " print(lance_quant.__file__, lance_nano.CHECKPOINT, lance_quant.__version__,"
+                                " sep='\\n')").splitlines()
+    assert Path(where).is_relative_to(scripts.parent) and version == lance_quant.__version__
     (tmp_path / "prompts.json").write_text('{"000000.png": "a red circle on a white background"}', encoding="utf-8")
-    run(scripts / "lance-quant-baseline", "--task", "t2i", "--model_path", model, "--example_json", "prompts.json",
-        "--video_height", "112", "--video_width", "112", "--validation_num_timesteps", "2", "--save_path_gen", "out")
+    run(tmp_path, scripts / "lance-quant-baseline", "--task", "t2i", "--model_path", model, "--example_json",
+        "prompts.json", "--video_height", "112", "--video_width", "112", "--validation_num_timesteps", "2",
+        "--save_path_gen", "out")
     assert (tmp_path / "out/000000.png").is_file()
     for name, module in STAGES.items():
-        assert importlib.import_module(module).__doc__.splitlines()[0] in run(scripts / name, "--help")
+        said = run(tmp_path, scripts / name, "--help")
+        assert importlib.import_module(module).__doc__.splitlines()[0] in said
 
 
 def test_every_stage_is_a_command():

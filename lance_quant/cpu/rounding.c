@@ -5,11 +5,10 @@
    A tile is one group of inputs of OUTS outputs, transposed into x[input * OUTS + output], so that every output is a
    lane: nothing is summed across lanes, and all passes over a tile find it in the first cache. */
 #include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "portable.h"
+
 #define OUTS 16
 #define EACH_OUT _Pragma("omp simd") for (int o = 0; o < OUTS; o++)
 
@@ -186,7 +185,7 @@ static void int4_store_grid(const Weight *w, int64_t row, int64_t group, const f
 
 /* Grids of all groups, searched where there are moves, else min-max, and what is wanted of the nearest levels.
    Returns -1: no memory; 1: the weight holds NaN or Inf; else 0. */
-int int4_quantize(const Weight *w, const float *weight, const float *moves, const uint8_t *starts, int n_moves,
+EXPORT int int4_quantize(const Weight *w, const float *weight, const float *moves, const uint8_t *starts, int n_moves,
                   uint16_t *scales, uint8_t *zeros, const Wanted *wanted) {
     int64_t size = w->group_size, groups = w->n_in / size;
     float *x = malloc(size * OUTS * (sizeof(float) + 1)), low[OUTS], high[OUTS], scale[OUTS], zero[OUTS], sums[OUTS];
@@ -222,7 +221,7 @@ int int4_quantize(const Weight *w, const float *weight, const float *moves, cons
 /* Sums [1 + n, out, groups]: of squares of the weight, weighted by weights[0], and of squared errors of min-max rounding
    with its columns multiplied by factors[k], weighted by weights[1 + k]; factors [n, in], weights [1 + n, in].
    Returns -1: no memory; else 0. */
-int int4_errors(const Weight *w, const float *factors, const float *weights, int64_t n, float *errors) {
+EXPORT int int4_errors(const Weight *w, const float *factors, const float *weights, int64_t n, float *errors) {
     int64_t size = w->group_size, groups = w->n_in / size;
     float *x = malloc(2 * size * OUTS * sizeof(float)), low[OUTS], high[OUTS], scale[OUTS], zero[OUTS], sums[OUTS];
     if (!x) return -1;
@@ -331,7 +330,7 @@ static void nvfp4_error(const float *restrict x, const float *restrict weight, c
 }
 
 /* As int4_quantize; scales: E4M3 bytes. */
-int nvfp4_quantize(const Weight *w, const float *weight, float global_scale, const int32_t *steps, int n_steps,
+EXPORT int nvfp4_quantize(const Weight *w, const float *weight, float global_scale, const int32_t *steps, int n_steps,
                    uint8_t *scales, const Wanted *wanted) {
     int64_t size = w->group_size, groups = w->n_in / size;
     float *x = malloc(size * OUTS * (sizeof(float) + 1)), largest[OUTS], scale[OUTS], sums[OUTS];
@@ -364,7 +363,7 @@ int nvfp4_quantize(const Weight *w, const float *weight, float global_scale, con
 }
 
 /* As int4_errors; global_scales: [n]. */
-int nvfp4_errors(const Weight *w, const float *factors, const float *weights, const float *global_scales, int64_t n,
+EXPORT int nvfp4_errors(const Weight *w, const float *factors, const float *weights, const float *global_scales, int64_t n,
                  float *errors) {
     int64_t size = w->group_size, groups = w->n_in / size;
     float *x = malloc(2 * size * OUTS * sizeof(float)), largest[OUTS], scale[OUTS], sums[OUTS];
@@ -430,7 +429,7 @@ INLINE void nearest_in(const Grids *grids, int64_t row, int64_t first, const flo
 
 /* gptq._revisit for outputs [begin, end) of values and gradient [n, n_out]; local [n, n].
    Returns -1: no memory; else 0. */
-int gptq_revisit(float *values, float *gradient, const float *local, const Grids *grids, int64_t n, int64_t begin,
+EXPORT int gptq_revisit(float *values, float *gradient, const float *local, const Grids *grids, int64_t n, int64_t begin,
                  int64_t end) {
     int64_t n_out = grids->n_out;
     float *value = malloc(2 * n * OUTS * sizeof(float)), aim[OUTS], best[OUTS];
@@ -459,7 +458,7 @@ int gptq_revisit(float *values, float *gradient, const float *local, const Grids
 
 /* gptq._propagate_block for outputs [begin, end) of block [n, n_out], which becomes its nearest levels, and of errors
    [n, n_out]; factor [n, n]. Returns -1: no memory; else 0. */
-int gptq_propagate(float *block, float *errors, const float *factor, const Grids *grids, int64_t n, int64_t begin,
+EXPORT int gptq_propagate(float *block, float *errors, const float *factor, const Grids *grids, int64_t n, int64_t begin,
                    int64_t end) {
     int64_t n_out = grids->n_out;
     float *left = malloc(2 * n * OUTS * sizeof(float)), level[OUTS];

@@ -3,14 +3,12 @@
 To the bit they give what int4.py, nvfp4.py, weighted_sums.py and gptq.py give in PyTorch, so a file does not depend on
 whether there was a compiler. A weight of Lance is rounded a few dozen times while its scales and grids are searched.
 PyTorch takes half a dozen passes over memory for each; here all of them run over a piece that stays in the first cache.
-It is plain C: any CPU that Linux or macOS runs on will do.
+It is plain C: any CPU will do.
 """
 
 import ctypes
 import functools
 import platform
-import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +21,6 @@ from lance_quant.cpu import compile_c
 from lance_quant.cpu.weighted_sums import LANES
 
 _SOURCE = Path(__file__).with_name("rounding.c")
-# Not contracted and not -ffast-math: the bits are part of the promise. What is allowed changes none of a finite number
-# that is not 0, and makes minima and maxima single instructions.
-_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-ffinite-math-only",
-          "-fno-signed-zeros", "-fopenmp-simd", "-shared", "-fPIC")
-
 
 class Outputs(NamedTuple):
     """What the C functions give for a weight [out, in]; what was not asked for is empty.
@@ -238,14 +231,9 @@ def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
 
 @functools.cache
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    if sys.platform not in ("linux", "darwin"):
-        return None, f"it is written for Linux and macOS, this is {sys.platform}"
-    if x86 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
+    if compile_c.level() == "plain" and compile_c.is_x86(platform.machine()):
         return None, "this CPU has no AVX2"  # without rounding in registers it would be no faster
-    if sys.platform == "darwin" and subprocess.run(["xcode-select", "-p"], capture_output=True).returncode:
-        return None, "there is no C compiler; run xcode-select --install"  # calling cc would open a window
-    library, reason = compile_c.load(_SOURCE, (*_FLAGS, "-march=native") if x86 else _FLAGS)
+    library, reason = compile_c.load(_SOURCE)
     if library is not None:
         _declare(library)
     return library, reason

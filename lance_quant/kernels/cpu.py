@@ -1,4 +1,5 @@
-"""Packed linears on CPUs with AVX2: packed_linear.c, compiled on first use by the C compiler of the machine.
+"""Packed linears on CPUs: packed_linear.c, of the wheel or compiled on first use (compile_c.py), for AVX2, AVX-512 or
+in plain C, which ARM64 runs with NEON.
 
 Two paths, chosen by the number of rows:
 
@@ -23,8 +24,6 @@ shape instead of seconds once.
 
 import ctypes
 import functools
-import platform
-import sys
 import threading
 from pathlib import Path
 
@@ -40,18 +39,19 @@ from lance_quant.kernels.base import CALLS
 from lance_quant.kernels.ops import define, parts_of
 
 _SOURCE = Path(__file__).with_name("packed_linear.c")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 COLUMNS = 64  # that packed_linear.c takes at a time
 # Rows up to which `dot` runs, by what the GEMM would compute in: measured, benchmarks/RESULTS.md.
 DOT_ROWS = {torch.bfloat16: 18, torch.float32: 32}
 # 8 bits: the head of Lance_3B takes 350 and 380 ms for 32 rows in float32, 690 and 650 for 64.
 INT8_DOT_ROWS = {torch.bfloat16: 12, torch.float32: 32}
+# Of either in plain C: on a Zen 3 without its AVX2 `gemm` is faster from 3 or 4 rows on. On ARM64 nothing was measured.
+PLAIN_DOT_ROWS = 3
 BLOCK = 1 << 21  # weights that are unpacked at a time
 _INT8_BLOCK = 1 << 20  # likewise; 4 MB of floats stay in the cache between the passes of `_int8_gemm`
 
 
 class Native:
-    """C on CPUs with AVX2."""
+    """C on CPUs."""
 
     name = "native"
 
@@ -139,7 +139,12 @@ def _linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, row_s
     weight = weight_of_parts(packed, scale, zero, row_scale, group_size)
     if not x.shape[0]:
         return x.new_empty(0, weight.n_out)
-    return dot(x, weight, bias) if x.shape[0] <= DOT_ROWS[gemm_dtype(x.dtype)] else gemm(x, weight, bias)
+    return dot(x, weight, bias) if x.shape[0] <= most_dot_rows(x.dtype, DOT_ROWS) else gemm(x, weight, bias)
+
+
+def most_dot_rows(dtype: torch.dtype, measured: dict[torch.dtype, int]) -> int:
+    """Rows up to which `dot` runs on this CPU, of DOT_ROWS or INT8_DOT_ROWS, for inputs of this dtype."""
+    return PLAIN_DOT_ROWS if compile_c.level() == "plain" else measured[gemm_dtype(dtype)]
 
 
 def dot(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
@@ -176,7 +181,7 @@ def gemm(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 def _int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     if not x.shape[0]:
         return x.new_empty(0, codes.shape[0])
-    if x.shape[0] <= INT8_DOT_ROWS[gemm_dtype(x.dtype)]:
+    if x.shape[0] <= most_dot_rows(x.dtype, INT8_DOT_ROWS):
         return _int8_dot(x, codes, scale)
     return _int8_gemm(x, codes, scale)
 
@@ -236,22 +241,11 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
     """The compiled file, or why there is none."""
-    if (reason := unsupported_machine()) is not None:
-        return None, reason
-    library, reason = compile_c.load(_SOURCE, _FLAGS)
+    library, reason = compile_c.load(_SOURCE)
     if library is None:
         return None, reason
     _declare(library)
     return library, None
-
-
-def unsupported_machine() -> str | None:
-    """Why C kernels with AVX2 cannot run on this machine; None if they can."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return f"it is written for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
-    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"):
-        return "this CPU has no AVX2"
-    return None
 
 
 def _declare(library: ctypes.CDLL) -> None:

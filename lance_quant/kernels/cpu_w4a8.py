@@ -5,8 +5,8 @@ Denoising is multiplications, which 4-bit weights alone do not save. Integers do
     VNNI    (AVX512-VNNI, AVX-VNNI) multiplies int8 twice as fast as AVX512-BF16 multiplies bfloat16. A block of weight
             rows is unpacked to int8 into a buffer that stays in the cache, oneDNN multiplies it (`torch._int_mm`), and
             one pass rescales and adds the bias.
-    AVX2    multiplies pairs of int16 into int32 twice as fast as float32; int8_products.c does the whole linear.
-            oneDNN's int8 has no fast code without VNNI (Zen 3: 16 times float32's time).
+    AVX2    multiplies pairs of int16 into int32 twice as fast as float32; int8_products.c does the whole linear, in
+            plain C elsewhere. oneDNN's int8 has no fast code without VNNI (Zen 3: 16 times float32's time).
 
 Both equal w4a8.linear to the bit, so a machine with VNNI draws what a machine without draws. Up to FEW_ROWS rows, as in
 decoding, reading weights is the cost, and the W4A16 kernel (cpu.py) computes: activations are not rounded there.
@@ -27,8 +27,6 @@ from lance_quant.kernels.base import CALLS
 from lance_quant.kernels.ops import Derived, define, parts_of
 
 _SOURCE = Path(__file__).with_name("int8_products.c")
-_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp", "-shared",
-          "-fPIC")
 FEW_ROWS = 48  # measured, benchmarks/RESULTS.md
 _BLOCK_ROWS = 512  # weight rows that are unpacked at a time for oneDNN: 1 MB at 2048 inputs
 
@@ -92,13 +90,13 @@ def compute(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, row_s
     weight = cpu.weight_of_parts(packed, scale, zero, row_scale, group_size)
     inputs = x.contiguous() if x.dtype == torch.bfloat16 else x.float().contiguous()
     y = inputs.new_empty(len(x), len(packed))
-    multiply = _by_library if has_vnni() else _by_avx2
-    CALLS.add("native_w4a8 oneDNN" if has_vnni() else "native_w4a8 AVX2")
+    multiply = _by_library if has_vnni() else _in_c
+    CALLS.add(f"native_w4a8 {'oneDNN' if has_vnni() else 'plain C' if compile_c.level() == 'plain' else 'AVX2'}")
     multiply(inputs, weight, kept, None if bias is None else bias.float(), y)
     return y.to(x.dtype)
 
 
-def _by_avx2(x: Tensor, weight: cpu.Weight, scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def _in_c(x: Tensor, weight: cpu.Weight, scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """`y` [rows, out] of `x` [rows, in], both float32 or bfloat16; `scale` [out] are the weight's row scales."""
     inverse, row_scale = 1 / scale, scale.new_empty(len(x))
     failed = _library().w4a8_linear(ctypes.byref(weight), inverse.data_ptr(), x.data_ptr(), x.dtype == torch.bfloat16,
@@ -108,7 +106,7 @@ def _by_avx2(x: Tensor, weight: cpu.Weight, scale: Tensor, bias: Tensor | None, 
 
 
 def _by_library(x: Tensor, weight: cpu.Weight, scale: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """As `_by_avx2`, with torch._int_mm."""
+    """As `_in_c`, with torch._int_mm."""
     inverse, threads = 1 / scale, torch.get_num_threads()
     x8 = quantize_activations(x)
     result = _result(x8.scale, scale, bias, y)
@@ -145,9 +143,7 @@ def _library() -> ctypes.CDLL:
 @functools.cache
 def _library_or_reason() -> tuple[ctypes.CDLL | None, str | None]:
     """The compiled file, or why there is none."""
-    if (reason := cpu.unsupported_machine()) is not None:
-        return None, reason
-    library, reason = compile_c.load(_SOURCE, _FLAGS)
+    library, reason = compile_c.load(_SOURCE)
     if library is not None:
         _declare(library)
     return library, reason

@@ -2,6 +2,7 @@
 
    Multiplies unsigned bytes by signed ones: INT4 codes 0..15, or NVFP4 values doubled and moved up by 12, 0..24, by the
    2 or 3 digits of the activations. Zero points times the sum of 8 columns are subtracted from the sums. */
+#include "fixed_point.h"
 
 /* Scales of the 8 lanes of 8 columns each, for 64 columns whose first group is `index`. */
 INLINE __m256 lane_scales(const Weight *w, int64_t index, const int groups) {
@@ -52,17 +53,8 @@ INLINE void unpack(const uint8_t *packed, const int is_int4, __m256i *even, __m2
 
 /* Returns the unit. */
 static float to_fixed(const float *x, const int digits, int8_t *out) {
-    const float top = digits == 2 ? 32630.0f : 8355000.0f;  /* below 127 in every digit */
-    float largest = 0, sum = 0;
     int32_t value[COLUMNS];
-    for (int i = 0; i < COLUMNS; i++) {
-        float size = fabsf(x[i]);
-        largest = size > largest ? size : largest;
-        sum += size * 0;  /* NaN if any is NaN or Inf */
-    }
-    float per_unit = largest > 0 ? top / largest : 0;
-    if (!(per_unit < 3e38f)) per_unit = 3e38f;
-    for (int i = 0; i < COLUMNS; i++) value[i] = sum == 0 ? (int32_t)lrintf(x[i] * per_unit) : 0;
+    const float unit = fixed_point(x, digits, value);
     for (int lane = 0; lane < 8; lane++) {
         int32_t total = 0;
         for (int i = 0; i < 8; i++) total += value[8 * lane + i];
@@ -74,7 +66,7 @@ static float to_fixed(const float *x, const int digits, int8_t *out) {
             out[32 + COLUMNS * place + 32 * (i & 1) + i / 2] = digit;
             value[i] = (value[i] - digit) >> 8;
         }
-    return (per_unit > 0 ? 1 / per_unit : 0) + sum;
+    return unit;
 }
 
 /* Sums of products of 2 columns each, of one digit, times `factor`: int32, 8 columns a lane. */

@@ -1,10 +1,10 @@
 /* A packed 4-bit weight as the C kernels take it. */
 #ifndef PACKED_WEIGHT_H
 #define PACKED_WEIGHT_H
-#include <stdint.h>
 #include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "../cpu/portable.h"
+
 #define COLUMNS 64  /* per step: 32 bytes of codes, the even columns in the low nibbles */
 
 typedef struct {
