@@ -78,6 +78,15 @@ def test_ci_runs_the_tests_on_three_systems_and_the_oldest_python():
     assert jobs["lint"]["steps"][-1]["run"] == "make lint"
 
 
+def test_wheels_with_c_are_made_and_tried_on_three_systems_and_two_architectures():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/wheels.yml").read_text(encoding="utf-8"))["jobs"]
+    assert set(jobs["wheel"]["strategy"]["matrix"]["os"]) == {
+        "ubuntu-latest", "ubuntu-24.04-arm", "windows-latest", "windows-11-arm", "macos-15-intel", "macos-latest"}
+    (build,) = [step["env"] for step in jobs["wheel"]["steps"] if "cibuildwheel" in step["uses"]]
+    assert build["CIBW_TEST_COMMAND"] == "python {project}/tests/installed_kernels.py"
+    assert all("LANCE_QUANT_NEEDS_C=1" in build[name] for name in ("CIBW_ENVIRONMENT", "CIBW_ENVIRONMENT_MACOS"))
+
+
 def test_the_version_to_cite_is_the_version():
     cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M)
     assert cited[1] == lance_quant.__version__
