@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.config_path or (args.mode, args.kernel) != ("ondemand", "auto"):
             raise InputError("--config_path, --mode and --kernel are for packed weights, which --backend official does "
                              "not run")
-        run_official(official.request_of(args), args.save_path_gen, args.save_latents)
+        run_official(official.request_of(args), args.save_path_gen, args.save_latents, args.resume)
         print(args.save_path_gen)
         return
     if args.official_src or args.official_python:

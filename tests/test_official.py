@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,126 @@ def test_a_child_that_fails_is_explained_and_leaves_nothing(places, main, messag
     with pytest.raises(InputError, match=message.format(python=sys.executable)):
         baseline("--official_src", str(source), "--official_python", sys.executable, out=places / "out")
     assert not (places / "out").exists() and not list(source.rglob("__pycache__"))
+
+
+# A stand-in of the official code, as far as the bridge touches it: every sample draws from all global generators,
+# before and while it is run, and the third one may fail. Pictures are noise; answers are numbers.
+STAND_IN = """
+import json, os, random, sys, types
+import numpy, torch
+from PIL import Image
+
+def init_from_model_path_if_needed(model, args):
+    return types.SimpleNamespace(missing_keys=[], unexpected_keys=[])
+
+def drawn():
+    return [torch.randint(256, (64,)).tolist(), random.random(), numpy.random.rand()]
+
+def validate_on_fixed_batch(vae_model, val_data_cpu, training_args, model_args, inference_args, save_path_gen):
+    if val_data_cpu.index == 2 and os.path.exists(os.path.join(os.path.dirname(__file__), "fails")):
+        raise RuntimeError("out of luck")
+    seen = val_data_cpu.seen, drawn()
+    if isinstance(val_data_cpu.sample, dict):
+        name = os.path.basename(val_data_cpu.sample["interleave_array"][0])
+        inference_args.prompt_data_dict[name] = str(seen)
+    else:
+        image = Image.frombytes("L", (8, 8), bytes(seen[1][0]))
+        image.putpixel((0, 0), int(1000 * (seen[0][1] + seen[1][2])) % 256)
+        image.save(os.path.join(save_path_gen, f"{val_data_cpu.index:06d}.png"))
+        inference_args.prompt_data_dict[f"{val_data_cpu.index:06d}.png"] = val_data_cpu.sample
+
+def main():
+    flags = dict(zip(sys.argv[1:], sys.argv[2:]))
+    torch.manual_seed(2025), random.seed(2025), numpy.random.seed(2025)
+    init_from_model_path_if_needed(None, None)
+    out = types.SimpleNamespace(prompt_data_dict={})
+    with open(flags["--val_dataset_config_file"]) as file:
+        samples = json.load(file)
+    os.makedirs(flags["--save_path_gen"], exist_ok=True)
+    for index, sample in enumerate(samples.values()):
+        batch = types.SimpleNamespace(index=index, sample=sample, seen=drawn(), mse_loss_indexes=[])
+        training = types.SimpleNamespace(cfg_interval=(0, 1), cfg_renorm_type="none")
+        validate_on_fixed_batch(vae_model=None, val_data_cpu=batch, training_args=training,
+                                model_args=types.SimpleNamespace(cfg_text_scale=4), inference_args=out,
+                                save_path_gen=flags["--save_path_gen"])
+    with open(os.path.join(flags["--save_path_gen"], "prompt.json"), "w") as file:
+        json.dump(out.prompt_data_dict, file)
+"""
+
+
+@pytest.fixture
+def stand_in(places) -> Path:
+    source = checkout(places / "Lance", STAND_IN)
+    for name, text in {"modeling/lance/qwen2_navit.py": "", "modeling/vae/wan/vae2_2.py": "_video_vae = None",
+                       "config/config_factory.py": "def get_model_path_config(known={'vae': {}}): return known",
+                       "torchvision-0.dist-info/METADATA": "Name: torchvision\nVersion: 0"}.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    (source / "inference_lance.py").write_text("import modeling.lance.qwen2_navit" + STAND_IN)
+    return source
+
+
+def results_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["t2i", "x2t_image"])
+def test_samples_of_the_official_code_are_kept_and_a_resumed_run_equals_an_uninterrupted_one(places, stand_in, task):
+    """Its generators are global: sample 4 is what it would have been only if they stand where they stood."""
+    asked = {f"{number}.png": f"prompt {number}" for number in range(4)}
+    if task == "x2t_image":
+        (entry,) = list(json.loads((GOLDENS / "inputs" / "x2t_image.json").read_text()).values())[:1]
+        shutil.copytree(GOLDENS / "inputs", places / "inputs")
+        asked = {str(number): entry for number in range(4)}
+    (places / "asked.json").write_text(json.dumps(asked))
+    flags = ["--task", task, *MODEL, *SIZES, "--example_json", str(places / "asked.json"), "--resolution",
+             "image_256res", "--backend", "official", "--official_src", str(stand_in)]
+
+    def draw(name: str, *more: str) -> dict[str, bytes]:
+        run_baseline.main([*flags, *more, "--save_path_gen", str(places / name)])
+        return results_of(places / name)
+
+    whole = draw("whole")
+    (stand_in / "fails").write_text("")
+    with pytest.raises(InputError, match="out of luck"):
+        draw("out")
+    assert not (places / "out").exists()
+    assert len(list((places / "out.work").glob("samples/run/*.done.json"))) == 2
+    with pytest.raises(InputError, match="holds an unfinished run: add --resume"):
+        draw("out")
+    with pytest.raises(InputError, match="belongs to a job with another dtype"):
+        draw("out", "--resume", "--dtype", "bfloat16")
+    (stand_in / "fails").unlink()
+    assert draw("out", "--resume") == whole and len(whole) == (5 if task == "t2i" else 2)
+    assert not (places / "out.work").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a signal that kills")
+@pytest.mark.slow
+def test_the_official_code_ends_with_the_process_that_started_it(places):
+    """Killed, that cannot end it; what it went on writing would come between the samples of the next run."""
+    started = places / "started"
+    source = checkout(places / "Lance", f"""
+        import os, time
+        open({str(started)!r}, "w").write(str(os.getpid()))
+        time.sleep(60)
+    """)
+    flags = [*how("t2i"), "--backend", "official", "--official_src", str(source), "--save_path_gen",
+             str(places / "out")]
+    with subprocess.Popen([sys.executable, run_baseline.__file__, *flags], cwd=places, stderr=subprocess.DEVNULL,
+                          env={**os.environ, "PYTHONPATH": str(Path(run_baseline.__file__).parent)}) as parent:
+        while not started.is_file() or not started.read_text():
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+    for _ in range(200):
+        try:
+            os.kill(int(started.read_text()), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("it runs on")
 
 
 def test_an_interpreter_that_is_none_is_named(places, monkeypatch):

@@ -23,13 +23,16 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import sys
+import threading
 import time
 import types
 from importlib import machinery, metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,7 +147,7 @@ class Recorder:
     """
 
     def __init__(self, folder: Path | None):
-        self.folder, self.count = folder, 0
+        self.folder, self.count, self._watched = folder, 0, False
         self._seen: dict[str, list[Tensor]] = {}
 
     def attach(self, model: Any) -> None:
@@ -174,8 +177,9 @@ class Recorder:
 
     def watch_vae(self, vae: Any) -> None:
         """Keep the means that an official WanVideoVAE encodes to, and the pixels that it decodes to."""
-        if self.folder is None or self.count:
+        if self.folder is None or self._watched:
             return
+        self._watched = True
         encode, decode = vae.vae.encode, vae.vae.decode
 
         def encoded(video: Tensor) -> Any:
@@ -242,13 +246,54 @@ def guided(conditional: Tensor, unconditional: Tensor, guidance: dict[str, Any])
     return mixed * (lengths[0] / (lengths[1] + 1e-8)).clamp(0, 1)
 
 
+class Kept:
+    """Finished samples, in a folder that outlives this process: NUMBER.state.pt and, last, NUMBER.done.json.
+
+    The official code draws from the global generators, sample after sample. So a finished sample is left out, what it
+    answered is put back, and the generators go on where they stood behind it.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def has(self, number: int) -> bool:
+        """Whether a sample is finished."""
+        return self._path(number, "done.json").is_file()
+
+    def put(self, number: int, said: dict[str, str]) -> None:
+        """A sample is finished; `said`: what it added to the official prompt_data_dict."""
+        numpy_state: Any = np.random.get_state(legacy=True)
+        kind, keys, *rest = numpy_state
+        state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": (kind, keys.tolist(), *rest),
+                 "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        partial = self._path(number, "partial")
+        torch.save(state, partial)
+        os.replace(partial, self._path(number, "state.pt"))
+        partial.write_text(json.dumps(said), encoding="utf-8")
+        os.replace(partial, self._path(number, "done.json"))
+
+    def restore(self, number: int) -> dict[str, str]:
+        """The generators as they were behind a sample, and what it said."""
+        state = torch.load(self._path(number, "state.pt"), weights_only=True)
+        torch.set_rng_state(state["torch"])
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        said: dict[str, str] = json.loads(self._path(number, "done.json").read_text(encoding="utf-8"))
+        return said
+
+    def _path(self, number: int, kind: str) -> Path:
+        return self._folder / f"{number:06d}.{kind}"
+
+
 class Refused(Exception):
     """The official code would run, and mean nothing."""
 
 
 def run(request: dict[str, Any], inference: types.ModuleType, device: str) -> dict[str, Any]:
     """Run the official main() on the command line, recording; what results.py puts into run.json."""
-    recorder = Recorder(Path(request["record"]) if request["record"] else None)
+    recorder, kept = Recorder(Path(request["record"]) if request["record"] else None), Kept(Path(request["kept"]))
     marks: dict[str, float] = {}
     started, names = time.perf_counter(), vars(inference)
     initialise, validate = names["init_from_model_path_if_needed"], names["validate_on_fixed_batch"]
@@ -266,12 +311,19 @@ def run(request: dict[str, Any], inference: types.ModuleType, device: str) -> di
     @functools.wraps(validate)
     def watched(**arguments: Any) -> None:
         marks.setdefault("load", time.perf_counter() - started)
+        said = arguments["inference_args"].prompt_data_dict
+        if kept.has(recorder.count):
+            said.update(kept.restore(recorder.count))
+            recorder.count += 1
+            return
+        before = dict(said)
         recorder.watch_vae(arguments["vae_model"])
         batch = types.SimpleNamespace(**vars(arguments["val_data_cpu"]))
         training, low_high = arguments["training_args"], arguments["training_args"].cfg_interval
         validate(**arguments)
         recorder.finish({"scale": arguments["model_args"].cfg_text_scale, "low": low_high[0], "high": low_high[1],
                          "renorm": training.cfg_renorm_type}, batch)
+        kept.put(recorder.count - 1, {name: text for name, text in said.items() if name not in before})
 
     names.update(init_from_model_path_if_needed=checked, validate_on_fixed_batch=watched,
                  MAX_GENERATION_LENGTH=request["max_new_tokens"])
@@ -293,8 +345,16 @@ def _host_peak() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _end_with_parent() -> None:
+    """Nothing is ever written to standard input, and its end is that of the parent: what this process would write after
+    that would come between the samples of the next run."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 def main() -> int:
     """Do what the request says, and answer in its reply file."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     request = json.loads(Path(os.environ[REQUEST]).read_text(encoding="utf-8"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     named = request["dtype"] if request["dtype"] != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device]

@@ -72,7 +72,7 @@ def compare(request: OfficialRequest, device: torch.device) -> dict[str, Any]:
         device: of the native run.
     """
     with tempfile.TemporaryDirectory(prefix="lance_official_") as scratch:
-        done = run(request, Path(scratch), record=True)
+        done = run(request, Path(scratch), record=True, kept=Path(scratch))
         native = FedRuntime.load(request.paths, device, getattr(torch, done.reply["dtype"]))
         assert isinstance(native, FedRuntime)
         found = {one.key: _compare_one(native, one, request.settings, load_file(record))

@@ -30,7 +30,7 @@ _EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Exit|Interrupt)\b")  # how a tr
 
 
 class Finished(NamedTuple):
-    """A finished official run, in a temporary folder.
+    """A finished official run.
 
     made: what the official code wrote, NUMBER.png or .mp4, or prompt.json.
     records: per sample what went through the model (child.Recorder), where asked for.
@@ -42,12 +42,14 @@ class Finished(NamedTuple):
     reply: dict[str, Any]
 
 
-def run(request: OfficialRequest, folder: Path, record: bool) -> Finished:
+def run(request: OfficialRequest, folder: Path, record: bool, kept: Path) -> Finished:
     """Run a task through the official code, in a child process.
 
     Args:
         folder: an existing, empty one.
         record: keep what goes through the model.
+        kept: an existing folder for what is made, sample by sample; samples that an earlier run has finished there are
+            taken from it.
 
     Raises:
         InputError: the child failed; names its interpreter, and its last line. All it wrote has gone to stderr.
@@ -56,11 +58,11 @@ def run(request: OfficialRequest, folder: Path, record: bool) -> Finished:
     if not describe(request.checkout)["tested"]:
         log.warning("%s is not the version this bridge was written for (commit %s)", request.checkout.path,
                     KNOWN_COMMIT[:7])
-    made, records, reply = folder / "made", folder / "records", folder / "reply.json"
-    records.mkdir()
+    made, records, reply = kept / "made", kept / "records", folder / "reply.json"
+    records.mkdir(exist_ok=True)
     asked = {"source": str(request.checkout.path), "vae": str(request.paths.vae.resolve()), "dtype": request.dtype,
              "max_new_tokens": request.settings.max_new_tokens, "record": str(records) if record else None,
-             "reply": str(reply), "threads": torch.get_num_threads()}
+             "kept": str(kept), "reply": str(reply), "threads": torch.get_num_threads()}
     (folder / "request.json").write_text(json.dumps(asked), encoding="utf-8")
     samples = _write_samples(request, folder)
     command = [python, "-B", str(_CHILD), *official_arguments(request.settings, request.paths, samples, made)]
@@ -94,7 +96,7 @@ def _interpreter(explicit: Path | None) -> str:
 def _follow(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
     """Run the child with its output on our stderr: exit status, and the last line, of an exception if there is one."""
     last = ""
-    with subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+    with subprocess.Popen(command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace") as child:
         assert child.stdout is not None
         try:

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lance_quant.distributed import ALONE
 from lance_quant.evaluation import run_folder
+from lance_quant.evaluation.sample_store import require_resumable, run_work
 from lance_quant.inference.request import float_facts
 from lance_quant.inference.tasks import Answered
-from lance_quant.lance.media.samples import Prompt, Question
+from lance_quant.lance.media.samples import Prompt, Question, content_hash
 from lance_quant.lance.media.video import write_video
 from lance_quant.lance.media.vision import open_image
 from lance_quant.lance.runtime import Answer
@@ -23,27 +25,34 @@ from lance_quant.lance.tokens import LanceTokenizer
 from lance_quant.official.checkout import describe
 from lance_quant.official.process import Finished, run
 from lance_quant.official.request import OfficialRequest
-from lance_quant.storage.atomic import whole_folder, write_json
+from lance_quant.storage.atomic import write_json
 
 
-def run_official(request: OfficialRequest, out: Path, keep_trace: bool) -> None:
+def run_official(request: OfficialRequest, out: Path, keep_trace: bool, resume: bool = False) -> None:
     """Run a task over its samples and write the results folder, as run_folder.run_task does natively.
 
     Args:
-        out: the folder, made whole or not at all.
+        out: the folder, made whole or not at all; finished samples are kept beside it (sample_store.run_work).
         keep_trace: also write what run_quant_eval.py compares with.
+        resume: go on with an unfinished run, or begin one.
 
     Raises:
-        InputError: `out` exists, or the official code failed.
+        InputError: `out` exists, an unfinished run is there that is not to be resumed or is another one, or the
+            official code failed.
     """
+    require_resumable(out, resume, ALONE)
     model = float_facts(request.paths.model)
-    with whole_folder(out) as folder:
-        _run_into(request, model, folder, keep_trace)
+    job = {"backend": "official", "source": describe(request.checkout), "settings": request.settings.as_json(),
+           "samples": [run_folder.describe(sample) for sample in request.samples],
+           "content": content_hash(request.samples), "model": model, "device": request.device, "dtype": request.dtype,
+           "save_latents": keep_trace}
+    with run_work(out, job, resume, ALONE) as work:
+        _run_into(request, model, work.folder, keep_trace, work.store("run").folder)
 
 
-def _run_into(request: OfficialRequest, model: Mapping[str, Any], folder: Path, keep_trace: bool) -> None:
+def _run_into(request: OfficialRequest, model: Mapping[str, Any], folder: Path, keep_trace: bool, kept: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="lance_official_") as scratch:
-        done = run(request, Path(scratch), keep_trace)
+        done = run(request, Path(scratch), keep_trace, kept)
         questions = [one for one in request.samples if isinstance(one, Question)]
         prompts = [one for one in request.samples if isinstance(one, Prompt)]
         if questions:
