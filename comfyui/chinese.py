@@ -25,7 +25,8 @@ HELP = {
     "LanceKitTextToVideo": "需要 Lance_3B_Video。时间和内存随 宽 x 高 x 帧数 增长：请先用 360p 和较少的帧。",
     "LanceKitImageToVideo": "需要 Lance_3B_Video。视频采用图片的比例：21:9、16:9、4:3、1:1、3:4 或 9:16。",
     "LanceKitImageEdit": "结果的尺寸是预设中最适合该图片的一档，而不是图片原来的尺寸。",
-    "LanceKitVideoEdit": "需要 Lance_3B_Video。视频的声音原样保留。",
+    "LanceKitVideoEdit": "需要 Lance_3B_Video。超过 6 秒的视频，模型看到的每秒不足 12 帧，均匀分布在全片；"
+                         "结果的帧数与之相同，时长不变。",
     "LanceKitImageUnderstanding": "温度为 0 时，同一张图片、同一个问题总是得到同一个回答。",
     "LanceKitVideoUnderstanding": "需要 Lance_3B_Video。温度为 0 时，同一段视频、同一个问题总是得到同一个回答。",
     "LanceKitUnload": "之后有节点需要时，模型会自动重新加载。",
@@ -87,7 +88,9 @@ _DRAWS = {"seed": ("种子", "抽取的种子；温度为 0 时不起作用。")
 NODE_INPUTS = {
     "LanceKitImageUnderstanding": _DRAWS,
     "LanceKitImageToVideo": {"image": ("图像", "第一帧；裁剪到最接近的官方比例。")},
-    "LanceKitVideoEdit": {"frames": _FRAMES},
+    "LanceKitVideoEdit": {"frames": _FRAMES, "fps": ("每秒帧数", "仅在关闭“保持时长”时使用：结果标记的帧率。"),
+                          "keep_length": ("保持时长", "结果与源视频一样长，帧率随之而定，并保留声音。"
+                                          "关闭：按“每秒帧数”标记，且没有声音。")},
     "LanceKitVideoUnderstanding": _DRAWS | {"frames": _FRAMES},
 }
 OUTPUTS = {

@@ -92,16 +92,17 @@ class LanceModel:
 
     def _part(self, pipeline: "Runtime", part: Part) -> Any:
         if part not in self._managed:
-            self._require(part)
+            self.require(part)
             self._managed[part] = host.managed(getattr(pipeline, part), host.device(self.spec.device))
         return self._managed[part]
 
-    def _require(self, part: Part) -> None:
-        """The weights of ViT and VAE may be absent until a node needs them."""
+    def require(self, *parts: Part) -> None:
+        """Raise PackError unless these parts are there: ViT and VAE may be absent until a node needs them."""
         choice = self.spec.choice
-        absent = {"vit": choice.vit is None, "vae": choice.vae is None}.get(part, False)
+        there = {"vit": choice.vit, "vae": choice.vae}
+        absent = [part for part in parts if part in there and there[part] is None]
         if absent:
-            what = {"vit": "ViT", "vae": "VAE"}[part]
+            what = {"vit": "ViT", "vae": "VAE"}[absent[0]]
             raise PackError(f"{choice.found.label} has no {what} beside it, which this node needs. Download it "
                             f"({models.PARTS_GIGABYTES:.1f} GB), then queue again: {models.parts_command()}")
 

@@ -162,6 +162,28 @@ def video(frames: "torch.Tensor", fps: float, audio: Any = None) -> Any:
     return InputImpl.VideoFromComponents(Types.VideoComponents(images=frames, audio=audio, frame_rate=Fraction(fps)))
 
 
+def total_memory(name: str) -> int | None:
+    """Bytes that the device of a widget value has in all; None where ComfyUI does not say."""
+    try:
+        import comfy.model_management
+
+        return comfy.model_management.get_total_memory(device(name))
+    except (ImportError, AttributeError):  # outside ComfyUI
+        return None
+
+
+def say(text: str) -> None:
+    """Tell the user something that is no error: in the log, and on the node that runs."""
+    log.warning("Lance: %s", text)
+    try:
+        from comfy_execution.utils import get_executing_context
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(text, get_executing_context().node_id)
+    except (ImportError, AttributeError):  # a ComfyUI that shows no text on a node: 0.3.47 and older
+        return
+
+
 def versions() -> dict[str, Callable[[], str]]:
     """What a report says of ComfyUI and its device; each may fail on its own."""
     def comfyui() -> str:

@@ -47,6 +47,11 @@ class Found:
     def hidden(self) -> int:
         return _header_facts(self.weights, self.weights.stat().st_mtime_ns)[1]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its files have all the bytes that their headers speak of: a download may have been cut off."""
+        return all(file.is_file() and _is_whole(file, file.stat().st_mtime_ns) for file in _files(self.weights))
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -129,17 +134,38 @@ def _header(file: Path) -> dict:
         return json.loads(opened.read(length))
 
 
-def choose(flavor: str, precision: str, checkpoint: str, blackwell: bool) -> Choice:
+def _files(weights: Path) -> list[Path]:
+    """The safetensors files of a checkpoint."""
+    if not weights.name.endswith(".json"):
+        return [weights]
+    shards = _json(weights).get("weight_map")
+    return [weights.parent / Path(str(shard)).name for shard in sorted(set(shards.values()))] \
+        if isinstance(shards, dict) else []
+
+
+@functools.lru_cache(maxsize=256)
+def _is_whole(file: Path, _mtime: int) -> bool:
+    try:
+        with open(file, "rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+        ends = [entry["data_offsets"][1] for name, entry in _header(file).items() if name != "__metadata__"]
+        return file.stat().st_size >= 8 + length + max(ends, default=0)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error):
+        return False
+
+
+def choose(flavor: str, precision: str, checkpoint: str, blackwell: bool, memory: int | None = None) -> Choice:
     """The checkpoint that a loader's settings mean, with its parts.
 
     Args:
         blackwell: the device computes in NVFP4 natively, which `auto` prefers there.
+        memory: bytes of the device; where bf16 does not fit, `auto` takes it last.
 
     Raises:
         PackError: it is not there, does not fit, or lacks configuration or tokenizer.
     """
-    found, reason = _named(flavor, precision, checkpoint) if checkpoint != "auto" else _automatic(flavor, precision,
-                                                                                                 blackwell)
+    found, reason = _named(flavor, precision, checkpoint) if checkpoint != "auto" else \
+        _automatic(flavor, precision, blackwell, memory)
     config = _config_for(found)
     return Choice(found, config, _vit_for(found, config), _vae_for(found, config), reason)
 
@@ -150,7 +176,7 @@ def _named(flavor: str, precision: str, checkpoint: str) -> tuple[Found, str]:
         raise PackError(f"Checkpoint {checkpoint!r} is not in the lance folders. Choose another one, or auto. Found: "
                         f"{', '.join(everything) or 'none'}\n{_where()}")
     found = everything[checkpoint]
-    if not found.flavor:
+    if not found.flavor or not found.is_whole:
         raise PackError(f"{found.weights} cannot be read: it is no Lance checkpoint, or its download was cut off. "
                         "Download it again.")
     for what, wanted, actual in (("flavor", flavor, found.flavor), ("precision", precision, found.precision)):
@@ -159,9 +185,15 @@ def _named(flavor: str, precision: str, checkpoint: str) -> tuple[Found, str]:
     return found, "chosen by name"
 
 
-def _automatic(flavor: str, precision: str, blackwell: bool) -> tuple[Found, str]:
-    everything = [found for found in scan() if found.flavor]
-    order = ("nvfp4", "awq_int4", "bf16") if blackwell else ("awq_int4", "bf16", "nvfp4")
+def _automatic(flavor: str, precision: str, blackwell: bool, memory: int | None) -> tuple[Found, str]:
+    readable = [found for found in scan() if found.flavor]
+    everything = [found for found in readable if found.is_whole]
+    for found in readable:
+        if not found.is_whole:
+            host.log.warning("Lance: %s was cut off while it was downloaded, and is passed over", found.weights)
+    narrow = memory is not None and memory < 1.1e9 * _GIGABYTES["Lance_3B", "bf16"]
+    order = ("nvfp4", "awq_int4", "bf16") if blackwell else \
+        ("awq_int4", "nvfp4", "bf16") if narrow else ("awq_int4", "bf16", "nvfp4")
     flavors = FLAVORS if flavor == "auto" else (flavor,)
     candidates = [found for name in flavors for kind in order for found in everything
                   if found.flavor == name and found.precision == kind and precision in ("auto", kind)]
@@ -173,13 +205,16 @@ def _automatic(flavor: str, precision: str, blackwell: bool) -> tuple[Found, str
         return found, f"no Lance is installed, so this is a toy. To get Lance_3B ({size:.1f} GB): {command}"
     if precision != "auto":
         return found, f"precision {precision} was asked for"
-    gpu = "the GPU computes in NVFP4 (SM 10 or newer)" if blackwell else "the device is no Blackwell GPU"
+    gpu = "the GPU computes in NVFP4 (SM 10 or newer)" if blackwell else "the device is no Blackwell GPU" + (
+        ", and bf16 does not fit on it" if narrow else "")
     return found, f"precision auto took {found.precision}, first there is of {', '.join(order)}: {gpu}"
 
 
 def _missing(flavor: str, precision: str) -> str:
     """What is not there, and the command that brings it."""
     flavor = "Lance_3B" if flavor == "auto" else flavor
+    if flavor == "lance_nano" and precision not in ("auto", "bf16"):
+        return f"lance-nano comes in bf16 alone, and precision says {precision}: set precision to auto."
     if flavor == "lance_nano":
         return "lance-nano is not in this copy of the pack: install the pack anew from a checkout of lance-quant."
     kind = "awq_int4" if precision == "auto" else precision

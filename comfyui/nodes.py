@@ -4,12 +4,16 @@ Pictures are ComfyUI's IMAGE: float32 [n, height, width, 3] in 0..1 on the CPU. 
 """
 
 import functools
+import math
 import platform
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from . import host, models, toolkit
+from . import checks, host, models, toolkit
 from .handle import LanceModel, Spec, fit_line, handle_of
 from .table import MAX_SEED
 from .toolkit import PackError
@@ -35,7 +39,8 @@ def load_model(flavor: str, precision: str, checkpoint: str, device: str, mode: 
                loras: str = "") -> tuple[LanceModel, str]:
     """Lance Model Loader."""
     toolkit.require()
-    choice = models.choose(flavor, precision, checkpoint, _is_blackwell(device))
+    _LOADER(flavor, precision, checkpoint, device, mode, keep_loaded, offload, vae_tiling, kernel, loras)
+    choice = _choice(flavor, precision, checkpoint, device)
     stamp = model_fingerprint(flavor, precision, checkpoint, device, loras=loras)
     lines = tuple(line.strip() for line in loras.splitlines() if line.strip())
     model = handle_of(Spec(choice, stamp, device, mode, keep_loaded, offload, vae_tiling, kernel, lines))
@@ -44,38 +49,51 @@ def load_model(flavor: str, precision: str, checkpoint: str, device: str, mode: 
                       f"weights {choice.found.weights}", f"why: {choice.reason}",
                       *([f"not found: {', '.join(missing)}"] if missing else [])])
     host.log.info("Lance: %s", info.replace("\n", "; "))
-    model.load()
+    if choice.found.label == models.NANO_LABEL and flavor == "auto":
+        host.say(choice.reason)
+    with _in_words():
+        model.load()
     return model, info
+
+
+_LOADER = checks.of(load_model)
 
 
 def validate_model(flavor: str | None = None, precision: str | None = None,
                    checkpoint: str | None = None) -> bool | str:
     """The loader's widgets, before anything runs. A linked one arrives as None and is checked when its value is known.
 
-    ComfyUI leaves the check of combo values to a validator that names them.
+    ComfyUI leaves the check of combo values to a validator that names them. Which checkpoint is there is looked at when
+    the node runs: ComfyUI says what a validator finds once for every node behind it, under a heading of its own.
     """
     settings = ((flavor, ("auto", *models.FLAVORS)), (precision, ("auto", "bf16", "awq_int4", "nvfp4")))
     for value, allowed in settings:
         if value is not None and value not in allowed:
             return f"{value!r} is none of {', '.join(allowed)}"
-    if None in (flavor, precision, checkpoint):
-        return True
-    try:
-        models.choose(flavor, precision, checkpoint, blackwell=False)
-    except PackError as error:
-        return str(error)
     return True
 
 
 def model_fingerprint(flavor: str, precision: str, checkpoint: str, device: str = "auto", loras: str = "",
                       **_: object) -> str:
-    """Changes when the loader would load something else: another file, or the same path with new content."""
+    """Changes when the loader would load something else: another file, the same path with new content, or a part that
+    was missing."""
     try:
-        weights = models.choose(flavor, precision, checkpoint, _is_blackwell(device)).found.weights
-        stat = weights.stat()
+        choice = _choice(flavor, precision, checkpoint, device)
+        weights = _stamp(choice.found.weights)
     except (PackError, OSError) as error:
         return str(error)
-    return " ".join([f"{weights} {stat.st_size} {stat.st_mtime_ns}", *map(_lora_stamp, loras.splitlines())])
+    parts = [choice.config / "llm_config.json", choice.vit and choice.vit / "vit.safetensors", choice.vae]
+    return " ".join([weights, *(_stamp(part) if part and part.is_file() else "-" for part in parts),
+                     *map(_lora_stamp, loras.splitlines())])
+
+
+def _stamp(file: Path) -> str:
+    stat = file.stat()
+    return f"{file} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def _choice(flavor: str, precision: str, checkpoint: str, device: str) -> models.Choice:
+    return models.choose(flavor, precision, checkpoint, _is_blackwell(device), host.total_memory(device))
 
 
 def _lora_stamp(line: str) -> str:
@@ -95,18 +113,41 @@ def _is_blackwell(device: str) -> bool:
     return target.type == "cuda" and torch.cuda.get_device_capability(target)[0] >= _BLACKWELL
 
 
-def frees(run: Callable) -> Callable:
-    """A node that uses a model: frees it afterwards, also after an error, where the loader says so."""
+def uses(*parts: str) -> Callable[[Callable], Callable]:
+    """A node that uses a model and some of its parts: "vit", "vae".
 
-    @functools.wraps(run)
-    def freeing(model: LanceModel, *args: Any, **inputs: Any) -> Any:
-        try:
-            return run(model, *args, **inputs)
-        finally:
-            if not model.spec.keep_loaded:
-                model.release()
+    What can be wrong with its inputs or missing of the model is said before anything runs. The model is freed
+    afterwards, also after an error, where the loader says so.
+    """
 
-    return freeing
+    def around(run: Callable) -> Callable:
+        check = checks.of(run)
+
+        @functools.wraps(run)
+        def guarded(model: LanceModel, *args: Any, **inputs: Any) -> Any:
+            check(model, *args, **inputs)
+            try:
+                model.require(*parts)
+                with _in_words():
+                    return run(model, *args, **inputs)
+            finally:
+                if not model.spec.keep_loaded:
+                    model.release()
+
+        return guarded
+
+    return around
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """What lance_quant refuses, with a command's flags as the names that inputs have here."""
+    from lance_quant.errors import InputError
+
+    try:
+        yield
+    except InputError as error:
+        raise PackError(re.sub(r"--(?=\w)", "", str(error))) from error
 
 
 class Extra(TypedDict, total=False):
@@ -117,7 +158,7 @@ class Extra(TypedDict, total=False):
     cfg_renorm: "Renorm"
 
 
-@frees
+@uses("vae")
 def text_to_image(model: LanceModel, prompt: str, size: str, width: int, height: int, batch: int, steps: int,
                   cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
                   low_memory: bool, **extra: "Unpack[Extra]") -> tuple["Tensor"]:
@@ -130,7 +171,7 @@ def text_to_image(model: LanceModel, prompt: str, size: str, width: int, height:
     return (_decode(model, latents),)
 
 
-@frees
+@uses("vae")
 def text_to_video(model: LanceModel, prompt: str, size: str, width: int, height: int, frames: int, fps: int, steps: int,
                   cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
                   low_memory: bool, **extra: "Unpack[Extra]") -> tuple[Any, "Tensor"]:
@@ -144,7 +185,7 @@ def text_to_video(model: LanceModel, prompt: str, size: str, width: int, height:
     return _clip(_decode(model, latents), fps)
 
 
-@frees
+@uses("vae")
 def image_to_video(model: LanceModel, image: "Tensor", prompt: str, resolution: str, frames: int, fps: int, steps: int,
                    cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
                    low_memory: bool, **extra: "Unpack[Extra]") -> tuple[Any, "Tensor"]:
@@ -152,13 +193,15 @@ def image_to_video(model: LanceModel, image: "Tensor", prompt: str, resolution: 
     _require_video(model, "Image to Video")
     sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory, **extra)
     preset = _preset(model, resolution, "video")
+    if len(image) > 1:
+        host.say(f"The clip begins with the first of {len(image)} pictures; the others are not looked at.")
     with model.ready("vae", "model", pixels=_pixels(preset)) as pipeline:
         denoiser = pipeline.animator(_text(prompt, "prompt"), _pictures(image)[0], preset, frames, sampling)
         latents = _draw(pipeline, denoiser, seed)
     return _clip(_decode(model, latents), fps)
 
 
-@frees
+@uses("vit", "vae")
 def image_edit(model: LanceModel, image: "Tensor", instruction: str, resolution: str, steps: int, cfg: float, seed: int,
                timestep_shift: float, cfg_start: float, cfg_end: float, low_memory: bool,
                **extra: "Unpack[Extra]") -> tuple["Tensor"]:
@@ -173,23 +216,26 @@ def image_edit(model: LanceModel, image: "Tensor", instruction: str, resolution:
     return (_decode(model, latents),)
 
 
-@frees
+@uses("vit", "vae")
 def video_edit(model: LanceModel, instruction: str, source_fps: float, max_frames: int, resolution: str, fps: int,
                steps: int, cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
-               low_memory: bool, video: Any = None, frames: "Tensor | None" = None,
+               low_memory: bool, video: Any = None, frames: "Tensor | None" = None, keep_length: bool = True,
                **extra: "Unpack[Extra]") -> tuple[Any, "Tensor"]:
     """Lance Video Edit."""
     _require_video(model, "Video Edit")
     sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory, **extra)
-    watched, audio = _watched(video, frames, source_fps, max_frames)
+    watched, rate, audio = _watched(video, frames, source_fps, max_frames)
+    if audio is not None and not keep_length:
+        host.say("The sound is left out: at another rate it would not fit the pictures. Keep length keeps it.")
     preset = _preset(model, resolution, "video")
     with model.ready("vit", "vae", "model", pixels=_pixels(preset)) as pipeline:
         denoiser = pipeline.editor(_text(instruction, "instruction"), watched, preset, "video", sampling)
         latents = _draw(pipeline, denoiser, seed)
-    return _clip(_decode(model, latents), fps, audio)
+    edited = _decode(model, latents)
+    return _clip(edited, rate, audio) if keep_length else _clip(edited, fps)
 
 
-@frees
+@uses("vit")
 def image_understanding(model: LanceModel, image: "Tensor", question: str, system: str, resolution: str,
                         max_new_tokens: int, temperature: float, top_p: float, seed: int) -> dict[str, Any]:
     """Lance Image Understanding."""
@@ -201,7 +247,7 @@ def image_understanding(model: LanceModel, image: "Tensor", question: str, syste
     return {"ui": {"text": answers}, "result": (answers,)}
 
 
-@frees
+@uses("vit")
 def video_understanding(model: LanceModel, question: str, system: str, source_fps: float, max_frames: int,
                         resolution: str, max_new_tokens: int, temperature: float, top_p: float, seed: int,
                         video: Any = None, frames: "Tensor | None" = None) -> dict[str, Any]:
@@ -209,7 +255,7 @@ def video_understanding(model: LanceModel, question: str, system: str, source_fp
     from lance_quant.lance.understanding import TokenSampling
 
     _require_video(model, "Video Understanding")
-    watched, _ = _watched(video, frames, source_fps, max_frames)
+    watched, _, _ = _watched(video, frames, source_fps, max_frames)
     preset, sampling = _preset(model, resolution, "video"), TokenSampling(temperature, top_p)
     answer = _answer(model, watched, system, question, preset, max_new_tokens, sampling, seed)
     return {"ui": {"text": [answer]}, "result": (answer,)}
@@ -351,12 +397,12 @@ def _pictures(image: "Tensor") -> list["Image.Image"]:
     return [Image.fromarray(picture.numpy()) for picture in levels]
 
 
-def _clip(frames: "Tensor", fps: int, audio: Any = None) -> tuple[Any, "Tensor"]:
+def _clip(frames: "Tensor", fps: int | Fraction, audio: Any = None) -> tuple[Any, "Tensor"]:
     return host.video(frames, fps, audio), frames
 
 
-def _watched(video: Any, frames: "Tensor | None", fps: float, most: int) -> tuple[list["Image.Image"], Any]:
-    """The frames of a clip that the model looks at, and its sound."""
+def _watched(video: Any, frames: "Tensor | None", fps: float, most: int) -> tuple[list["Image.Image"], Fraction, Any]:
+    """The frames of a clip that the model looks at, how many a second they are, and its sound."""
     from lance_quant.lance.media.video import frame_indices
 
     if (video is None) == (frames is None):
@@ -365,10 +411,14 @@ def _watched(video: Any, frames: "Tensor | None", fps: float, most: int) -> tupl
     if video is not None:
         components = video.get_components()
         frames, fps, audio = components.images, float(components.frame_rate), components.audio
+        if not (math.isfinite(fps) and fps > 0):
+            raise PackError(f"The video has {fps:g} frames per second: connect one with a rate.")
+    assert frames is not None
     indices = frame_indices(len(frames), fps)
     if len(indices) > most:
         indices = [round(index * (len(frames) - 1) / (most - 1)) for index in range(most)]
-    return _pictures(frames[indices]), audio
+    apart = (indices[-1] - indices[0]) / (len(indices) - 1)
+    return _pictures(frames[indices]), Fraction(fps / apart).limit_denominator(1000), audio
 
 
 def _answer(model: LanceModel, frames: Sequence["Image.Image"], system: str, question: str, preset: str,

@@ -141,7 +141,7 @@ def _preset(kind: str) -> Input:
 _ANSWER = (
     _integer("max_new_tokens", "Longest answer, in tokens (about 0.75 English words each).", 256, 16, 2048),
     _number("temperature", "0: always the likeliest token, the official way. Above: drawn.", 0.0, 0, 2, 0.05),
-    _number("top_p", "Draw only among the likeliest tokens that together reach this share.", 1.0, 0.05, 1, 0.05,
+    _number("top_p", "Draw only among the likeliest tokens that together reach this share.", 1.0, 0.01, 1, 0.01,
             advanced=True),
     _integer("seed", "Of the draws; of no effect at temperature 0.", 42, 0, MAX_SEED),
 )
@@ -216,9 +216,13 @@ NODES = (
     Node("LanceKitVideoEdit", "Lance Video Edit", "Changes a clip as an instruction says.", "video_edit",
          (_MODEL, *_SOURCE, _prompt("instruction", "What to change.", "make the boat red"),
           _SOURCE_FPS, _WATCHED, _preset("video"),
-          _integer("fps", "Frames per second that the result is marked with. The model sees 12 a second.", 12, 1, 60),
-          *_SAMPLING, *_ADVANCED), _CLIP,
-         "Needs Lance_3B_Video. The sound of a video is passed through."),
+          _integer("fps", "Frames per second that the result is marked with where keep length is off.", 12, 1, 60),
+          *_SAMPLING, *_ADVANCED,
+          Input("keep_length", "BOOLEAN", "The result lasts as long as the source, at whatever rate that takes, and "
+                "keeps its sound. Off: frames per second says the rate, and there is no sound.", True, advanced=True,
+                optional=True)), _CLIP,
+         "Needs Lance_3B_Video. Of a clip of more than 6 seconds the model sees fewer frames than 12 a second, spread "
+         "over its length; the result has as many, and lasts as long."),
     Node("LanceKitImageUnderstanding", "Lance Image Understanding", "Answers a question about pictures.",
          "image_understanding",
          (_MODEL, Input("image", "IMAGE", "What to look at; every picture of a batch is asked about."),

@@ -19,7 +19,7 @@ from conftest import GOLDENS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from comfyui import build, classes, handle, host, install, models, nodes, table, toolkit
+from comfyui import build, checks, classes, handle, host, install, models, nodes, table, toolkit
 from comfyui.toolkit import PackError
 from lance_quant.errors import InputError
 from lance_quant.kernels.choices import KERNEL_CHOICES
@@ -36,7 +36,7 @@ FROZEN = {
     "LanceKitTextToVideo": f"model prompt size width height frames fps {SAMPLING}",
     "LanceKitImageToVideo": f"model image prompt resolution frames fps {SAMPLING}",
     "LanceKitImageEdit": f"model image instruction resolution {SAMPLING}",
-    "LanceKitVideoEdit": f"model video frames instruction source_fps max_frames resolution fps {SAMPLING}",
+    "LanceKitVideoEdit": f"model video frames instruction source_fps max_frames resolution fps {SAMPLING} keep_length",
     "LanceKitImageUnderstanding": f"model image question system resolution {ANSWER}",
     "LanceKitVideoUnderstanding": f"model video frames question system source_fps max_frames resolution {ANSWER}",
     "LanceKitUnload": "model after",
@@ -86,6 +86,7 @@ class Comfy:
         made = {
             "folder_paths": {"models_dir": str(self.root), "base_path": str(self.root / "ComfyUI"),
                              "get_folder_paths": lambda name: [str(self.root / name)],
+                             "add_model_folder_path": lambda *_: None,
                              "get_full_path": lambda name, file: str(self.root / name / file)
                              if (self.root / name / file).is_file() else None},
             "comfy": {}, "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
@@ -355,12 +356,13 @@ def test_a_broken_or_contradicting_choice_is_refused(comfy):
     assert models.choose("auto", "auto", "auto", blackwell=False).found.label == "good"
 
 
-def test_the_editor_hears_of_a_missing_model_before_anything_runs(comfy):
-    assert "is not installed" in nodes.validate_model("Lance_3B", "auto", "auto")
+def test_a_missing_model_is_said_when_the_node_runs_and_wrong_words_before(comfy):
+    """ComfyUI repeats what a validator says for every node behind it."""
+    assert nodes.validate_model("Lance_3B", "auto", "auto") is True
     assert "is none of" in nodes.validate_model("Nope", "auto", "auto")
     assert nodes.validate_model(None, "auto", "auto") is True
-    fake(comfy.root / "lance" / "one")
-    assert nodes.validate_model("Lance_3B", "auto", "auto") is True
+    with pytest.raises(PackError, match="is not installed. Download it .8.5 GB., then queue again: hf download"):
+        load(flavor="Lance_3B")
 
 
 def test_the_fingerprint_follows_the_file(comfy):
@@ -454,7 +456,7 @@ def test_temperature_and_seed_reach_the_choice_of_tokens(tiny):
     def answers(**changed):
         return nodes.image_understanding(tiny, picture, **inputs | changed)["result"][0]
 
-    assert answers() == answers(seed=7) == answers(temperature=2.0, top_p=0.0001)
+    assert answers() == answers(seed=7) == answers(temperature=0.01, top_p=0.01)
     drawn = answers(temperature=2.0, seed=7)
     assert drawn == answers(temperature=2.0, seed=7) and drawn != answers(temperature=2.0, seed=8)
 
@@ -502,18 +504,268 @@ def test_mistakes_are_answered_in_words(comfy, tiny, monkeypatch):
     with pytest.raises(PackError, match="Connect either video or frames."):
         nodes.video_understanding(tiny, **watch)
     with pytest.raises(PackError, match="not both"):
-        nodes.video_understanding(tiny, **watch, video=object(), frames=torch.zeros(5, 16, 16, 3))
+        nodes.video_understanding(tiny, **watch, video=types.SimpleNamespace(get_components=None),
+                                  frames=torch.zeros(5, 16, 16, 3))
     monkeypatch.setattr(handle.LanceModel, "flavor", "Lance_3B")
     with pytest.raises(PackError, match="needs the video model.*Lance_3B_Video"):
         nodes.video_understanding(tiny, **watch, frames=torch.zeros(5, 16, 16, 3))
 
 
-def test_a_missing_part_is_named_where_it_is_needed(comfy):
-    shutil.copytree(GOLDENS / "checkpoint" / "Lance_3B", comfy.root / "lance" / "alone")
+WHOLE = [True, 1.5, "4", None, float("nan"), [1], 10**9, -(10**9), 2**70, {}]
+REAL = [float("nan"), float("inf"), -float("inf"), True, "1", None, [1.0], 1e9, -5, 1j]
+PICTURES = [None, "a.png", torch.zeros(4, 4, 3), torch.zeros(0, 4, 4, 3), torch.zeros(1, 0, 4, 3),
+            torch.zeros(1, 4, 4, 1), torch.zeros(1, 3, 8, 8), torch.full((1, 4, 4, 3), float("nan")),
+            torch.full((1, 4, 4, 3), float("inf")),
+            torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(1, 4, 4, 3, dtype=torch.int64),
+            torch.zeros(1, 4, 4, 3, dtype=torch.bool)]
+WRONG = {
+    "LanceKitTextToImage": {
+        "steps": [*WHOLE, 0, 101], "batch": [*WHOLE, 0, 9],
+        "seed": [True, 1.0, "x", None, -1, 2**64, [0], float("nan")],
+        "width": [*WHOLE, 63, 65, 1040], "height": [0, 48, 100, 4096], "cfg": [*REAL, 0.5, 21],
+        "timestep_shift": [*REAL, 0.0], "cfg_start": [*REAL, 1.01], "cfg_end": [*REAL, -0.1],
+        "low_memory": [1, 0, None, "yes", "no", 1.0, [], {}, float("nan"), -1], "reuse": [*REAL, 0.31],
+        "solver": ["heun", "", None, 1, True, "EULER", ["euler"], "auto", "dpm", 0.0],
+        "cfg_renorm": ["all", None, 1, "Global", "", True, [], 0, "auto", {}],
+        "size": ["1x1", "", None, 768, "768x768", True, [], "1:1", "8K", "4:3"],
+        "prompt": [None, 1, ["a"], b"a", True, 1.0, {}, (), float("nan"), object()]},
+    "LanceKitTextToVideo": {"frames": [*WHOLE, 0, 1, 4, 6, 7, 8, 122], "fps": [*WHOLE, 0, -5, 61, float("inf"), 12.5]},
+    "LanceKitImageToVideo": {"image": PICTURES, "frames": [0, 1, 6]},
+    "LanceKitImageEdit": {"image": PICTURES, "resolution": ["image_1024res", "video_480p", "", None, 768, True, [], "1",
+                                                            {}, "auto "]},
+    "LanceKitVideoEdit": {"source_fps": [*REAL, 0], "max_frames": [*WHOLE, 1, 6, 125], "fps": [0, -5, float("nan")],
+                          "frames": PICTURES[1:], "keep_length": [1, "no", 0.0],
+                          "video": ["a.mp4", 1, b"", torch.zeros(5, 4, 4, 3), [], {}, True, object(), Path("a"), 0.5]},
+    "LanceKitImageUnderstanding": {
+        "max_new_tokens": [*WHOLE, 0, -1, 15, 2049], "temperature": [*REAL, 2.5, -0.1], "top_p": [*REAL, 0, 2, 1.1],
+        "image": PICTURES, "question": [None, 1], "system": [None, 1]},
+    "LanceKitVideoUnderstanding": {"max_new_tokens": [0, -1, 10**9], "temperature": [float("nan"), -1],
+                                   "top_p": [0, 2]},
+}
+
+
+@pytest.mark.parametrize(("node_id", "name", "value"), [
+    pytest.param(node_id, name, value, id=f"{node_id.removeprefix('LanceKit')}-{name}-{index}")
+    for node_id, inputs in WRONG.items() for name, values in inputs.items() for index, value in enumerate(values)])
+def test_an_input_that_cannot_be_is_one_line_before_anything_runs(monkeypatch, node_id, name, value):
+    """As the HTTP API may bring it, which holds no widget to its range; absent optional ones are None."""
+    (node,) = [node for node in table.NODES if node.id == node_id]
+    if value is None and {entry.name: entry.optional for entry in node.inputs}[name]:
+        value = 0.5
+    model = handle.LanceModel(types.SimpleNamespace(keep_loaded=True))
+    monkeypatch.setattr(handle.LanceModel, "require", lambda *_: pytest.fail("went on"))
+    given = defaults(node_id) | {"size": "custom"} if "size" in defaults(node_id) else defaults(node_id)
+    if node_id in ("LanceKitImageToVideo", "LanceKitImageEdit", "LanceKitImageUnderstanding"):
+        given["image"] = torch.zeros(1, 4, 4, 3)
+    with pytest.raises(PackError) as caught:
+        getattr(nodes, node.run)(model, **given | {name: value})
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{node.title}: ")
+    label = {entry.name: entry.label for entry in node.inputs}[name]
+    assert f": {label} " in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", [None, "auto", 1, object(), {}, [], True, torch.zeros(1), Path("x"), b""])
+def test_what_is_no_model_is_named(value):
+    with pytest.raises(PackError, match="is no Lance model: connect Lance Model Loader"):
+        checks.require(table.NODES[1], {"model": value})
+
+
+@pytest.mark.parametrize(("start", "end", "cfg", "refused"), [(0.8, 0.4, 4.0, True), (0.5, 0.5, 4.0, True),
+                                                             (1.0, 0.0, 1.0, False), (0.4, 1.0, 4.0, False)])
+def test_guidance_that_no_step_would_have_is_refused(start, end, cfg, refused):
+    given = {"cfg_start": start, "cfg_end": end, "cfg": cfg}
+    if refused:
+        with pytest.raises(PackError, match="must be below guidance up to t .* set guidance .cfg. to 1"):
+            checks.require(table.NODES[1], given)
+    else:
+        checks.require(table.NODES[1], given)
+
+
+def test_custom_sizes_count_for_size_custom_alone():
+    checks.require(table.NODES[1], {"size": "auto", "width": 7, "height": -1})
+
+
+@pytest.mark.parametrize("settings", [{"device": "cuda:77"}, {"device": "gpu"}, {"kernel": "fast"}, {"mode": "on"},
+                                      {"offload": "cpu"}, {"keep_loaded": 1}, {"vae_tiling": None}, {"device": 0},
+                                      {"loras": 1}, {"flavor": "Lance"}, {"precision": "int4"}])
+def test_a_loaders_settings_are_checked_as_well(comfy, settings):
+    with pytest.raises(PackError, match="^Lance Model Loader: "):
+        load(**settings)
+
+
+def test_missing_parts_are_said_before_the_first_step_and_taken_up_once_they_are_there(comfy):
+    """Queued again after the download, the loader runs again: its fingerprint covers the parts."""
+    settings = {"flavor": "auto", "precision": "auto", "checkpoint": "auto"}
+    folder = comfy.root / "lance" / "alone"
+    shutil.copytree(GOLDENS / "checkpoint" / "Lance_3B", folder)
     model, info = load()
     assert "not found: ViT, VAE" in info
-    with pytest.raises(PackError, match="has no VAE beside it.*Download it .4.2 GB.*Wan2.2_VAE.pth"):
-        draw(model)
+    picture, before = torch.zeros(1, 64, 64, 3), nodes.model_fingerprint(**settings)
+    comfy.progress.clear()
+    for run, what in ((lambda: draw(model), "VAE"),
+                      (lambda: nodes.image_edit(model, picture, **defaults("LanceKitImageEdit")), "ViT"),
+                      (lambda: nodes.image_understanding(model, picture, **defaults("LanceKitImageUnderstanding")),
+                       "ViT")):
+        with pytest.raises(PackError, match=f"has no {what} beside it.*Download it .4.2 GB.*Wan2.2_VAE.pth"):
+            run()
+    assert comfy.progress == []
+    shutil.copy(GOLDENS / "checkpoint" / "Wan2.2_VAE.pth", folder)
+    with_vae = nodes.model_fingerprint(**settings)
+    shutil.copytree(GOLDENS / "checkpoint" / "Qwen2.5-VL-ViT", comfy.root / "lance" / "Qwen2.5-VL-ViT")
+    assert len({before, with_vae, nodes.model_fingerprint(**settings)}) == 3
+    again, info = load()
+    assert again is not model and "not found" not in info and draw(again).shape == (1, 64, 96, 3)
+
+
+def test_a_download_that_was_cut_off_is_passed_over_by_auto_and_named_by_name(comfy, caplog):
+    fake(comfy.root / "lance" / "a", precision="awq_int4")
+    fake(comfy.root / "lance" / "b")
+    weights = comfy.root / "lance" / "a" / "awq_state_dict.safetensors"
+    norm = {"dtype": "BF16", "shape": [2048], "data_offsets": [0, 4096]}
+    header = json.dumps({"language_model.model.norm.weight": norm})
+    weights.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(4095))
+    with caplog.at_level("WARNING", logger="lance"):
+        assert models.choose("auto", "auto", "auto", blackwell=False).found.label == "b"
+    assert "was cut off" in caplog.text and str(weights) in caplog.text
+    with pytest.raises(PackError, match="its download was cut off. Download it again"):
+        models.choose("auto", "auto", "a", blackwell=False)
+    weights.write_bytes(weights.read_bytes() + b"x")
+    models._is_whole.cache_clear()
+    assert models.choose("auto", "auto", "auto", blackwell=False).found.label == "a"
+
+
+@pytest.mark.parametrize(("memory", "taken"), [(8 * 10**9, "nvfp4"), (24 * 10**9, "nvfp4"), (40 * 10**9, "bf16"),
+                                               (None, "bf16")])
+def test_auto_takes_bf16_last_where_it_does_not_fit(comfy, memory, taken):
+    fake(comfy.root / "lance" / "a")
+    fake(comfy.root / "lance" / "b", precision="nvfp4")
+    choice = models.choose("auto", "auto", "auto", blackwell=False, memory=memory)
+    assert choice.found.precision == taken and ("does not fit" in choice.reason) == (taken == "nvfp4")
+
+
+def test_a_precision_that_lance_nano_does_not_have_is_named(comfy):
+    with pytest.raises(PackError, match="lance-nano comes in bf16 alone, and precision says awq_int4: set precision"):
+        models.choose("lance_nano", "awq_int4", "auto", blackwell=False)
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """What nodes tell the user that is no error."""
+    found: list[str] = []
+    monkeypatch.setattr(host, "say", found.append)
+    return found
+
+
+def test_the_loader_says_that_it_took_a_toy(comfy, monkeypatch, said):
+    monkeypatch.setattr(toolkit, "nano", lambda: ROOT / toolkit.NANO)
+    load(flavor="lance_nano")
+    assert said == [], "it was asked for"
+    load()
+    assert len(said) == 1
+    assert said[0].startswith("no Lance is installed, so this is a toy. To get Lance_3B (8.5 GB): hf")
+
+
+def test_say_shows_on_the_node_where_comfyui_can(comfy, monkeypatch, caplog):
+    shown = []
+    server = types.SimpleNamespace(instance=types.SimpleNamespace(send_progress_text=lambda *told: shown.append(told)))
+    for name, content in {"comfy_execution": {}, "server": {"PromptServer": server}, "comfy_execution.utils": {
+            "get_executing_context": lambda: types.SimpleNamespace(node_id="7")}}.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    host.say("a toy")
+    assert shown == [("a toy", "7")]
+    monkeypatch.setitem(sys.modules, "server", types.ModuleType("server"))
+    with caplog.at_level("WARNING", logger="lance"):
+        host.say("older")
+    assert "older" in caplog.text and len(shown) == 1
+
+
+def test_an_edited_clip_lasts_as_long_as_its_source_and_keeps_its_sound(tiny, said):
+    """20 frames at 24 a second, of which every second is seen: 9 frames at 12, one frame short of the source."""
+    components = types.SimpleNamespace(images=torch.rand(20, 32, 32, 3), frame_rate=24.0, audio="sound")
+    source = types.SimpleNamespace(get_components=lambda: components)
+    edit = defaults("LanceKitVideoEdit") | {"steps": 1, "resolution": "image_112res", "fps": 30}
+    clip, frames = nodes.video_edit(tiny, **edit, video=source)
+    assert len(frames) == 9 and clip.audio == "sound"
+    assert float(len(frames) / clip.frame_rate) == pytest.approx(20 / 24, abs=2 / 24) and said == []
+    clip, frames = nodes.video_edit(tiny, **edit | {"max_frames": 5}, video=source)
+    assert len(frames) == 5 and float(5 / clip.frame_rate) == pytest.approx(20 / 24, abs=5 / 24)
+    clip, _ = nodes.video_edit(tiny, **edit | {"keep_length": False}, video=source)
+    assert (clip.frame_rate, clip.audio) == (30, None) and "The sound is left out" in said[0]
+
+
+@pytest.mark.parametrize("rate", [0.0, -5.0, float("nan"), float("inf")])
+def test_a_video_without_a_rate_is_refused(tiny, rate):
+    components = types.SimpleNamespace(images=torch.rand(9, 32, 32, 3), frame_rate=rate, audio=None)
+    with pytest.raises(PackError, match="frames per second: connect one with a rate"):
+        nodes.video_understanding(tiny, **defaults("LanceKitVideoUnderstanding"),
+                                  video=types.SimpleNamespace(get_components=lambda: components))
+
+
+def test_pictures_that_a_clip_does_not_begin_with_are_mentioned(tiny, said):
+    nodes.image_to_video(tiny, torch.rand(3, 64, 64, 3), **defaults("LanceKitImageToVideo") | {
+        "frames": 5, "steps": 1, "resolution": "image_112res"})
+    assert said == ["The clip begins with the first of 3 pictures; the others are not looked at."]
+
+
+def test_the_toolkits_flags_are_inputs_here(tiny, monkeypatch):
+    def refuse(*_, **__):
+        raise InputError("no compiler: take --kernel auto")
+
+    monkeypatch.setattr(handle.LanceModel, "ready", refuse)
+    with pytest.raises(PackError, match="^no compiler: take kernel auto$"):
+        draw(tiny)
+
+
+def imported(folder: Path) -> types.ModuleType:
+    """A custom node as ComfyUI imports it: by its path, under its path's name."""
+    name = str(folder).replace(".", "_x_")
+    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def forget(folder: Path) -> None:
+    prefix = str(folder).replace(".", "_x_")
+    for name in [name for name in sys.modules if name.startswith(prefix)]:
+        del sys.modules[name]
+
+
+def test_a_clone_of_the_repository_is_a_custom_node(comfy, tmp_path):
+    """What "Install via Git URL" makes."""
+    folder = tmp_path / "custom_nodes" / "lance-quant"
+    folder.parent.mkdir()
+    folder.symlink_to(ROOT, target_is_directory=True)
+    try:
+        module = imported(folder)
+        assert list(module.NODE_CLASS_MAPPINGS) == list(CLASSES)
+        assert list(module.NODE_DISPLAY_NAME_MAPPINGS) == list(TITLES)
+        assert (folder / module.WEB_DIRECTORY / "docs").is_dir()
+        cloned = sys.modules[f"{module.__name__}.comfyui.toolkit"]
+        assert cloned.home() == ROOT and cloned.nano() == ROOT / toolkit.NANO
+    finally:
+        forget(folder)
+
+
+def test_the_folder_of_the_nodes_alone_says_that_the_toolkit_is_missing(comfy, tmp_path, monkeypatch):
+    """And not that some model is."""
+    folder = tmp_path / "custom_nodes" / "lance"
+    shutil.copytree(PACK, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.delitem(sys.modules, "lance_quant")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name, *rest: None if name == "lance_quant" else found(name, *rest))
+    try:
+        module = imported(folder)
+        loader = module.NODE_CLASS_MAPPINGS["LanceKitModelLoader"]
+        assert loader.VALIDATE_INPUTS("auto", "auto", "auto") is True
+        with pytest.raises(ValueError, match="The lance_quant package is missing. In a checkout of lance-quant run"):
+            loader.load_model(**defaults("LanceKitModelLoader"))
+    finally:
+        forget(folder)
 
 
 # Memory

@@ -108,7 +108,7 @@ def built(work: Path, **environment: str) -> Path:
     """A wheel of the working tree, built in a copy: an earlier build/ would put files that are gone into it."""
     source = work / "source"
     source.mkdir()
-    for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))]:
+    for path in [*ROOT.glob("[a-z]*.py"), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))]:
         shutil.copy(path, source)
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -151,7 +151,7 @@ def held_by(wheel: Path) -> set[str]:
 
 FILES = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*")
          if path.is_file() and path.suffix not in (".pyc", ".so", ".md")} \
-    | {path.name for path in ROOT.glob("*.py") if path.name != "setup.py"}
+    | {path.name for path in ROOT.glob("[a-z]*.py") if path.name != "setup.py"}
 
 
 @pytest.mark.slow
