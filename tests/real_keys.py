@@ -3,11 +3,15 @@
 A header followed by a hole of the right size: sparse, so 28 GB take a few hundred kilobytes of disk.
 """
 
+import contextlib
 import json
 import math
 from pathlib import Path
 
+import torch
+
 from lance_quant.formats import layout
+from lance_quant.storage.tensor_file import TensorFileWriter, TensorSpec
 
 LAYERS, HIDDEN, MLP, KV, HEAD, VOCAB = 36, 2048, 11008, 256, 128, 151936
 POSITIONS = {"Lance_3B": 4096, "Lance_3B_Video": 31 * 4096}
@@ -77,3 +81,30 @@ def write_headers_only(folder: Path, model: str) -> Path:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
     return path
+
+
+def full_size(folder, codec, model):
+    """A sparse packed folder with the headers of the real model; `codec` of formats."""
+    linears = set(layout.linears(36))
+    specs, per_weight = {}, {}
+    for name, shape in shapes(model).items():
+        linear = name.removesuffix(".weight")
+        if name.endswith(".weight") and linear in linears:
+            specs |= {f"{linear}.{suffix}": spec for suffix, spec in codec.specs(shape).items()}
+            per_weight[name] = codec.entry(shape, "plain", None if codec.name == "int4" else 2.0**-10)
+        else:
+            specs[name] = TensorSpec(torch.bfloat16, shape)
+    folder.mkdir()
+    with contextlib.suppress(AssertionError), TensorFileWriter(folder / codec.state_file, specs):
+        pass  # declared and never written: the header, and a hole
+    (folder / codec.meta_file).write_text(json.dumps({**codec.header(), "per_weight": per_weight}))
+    return folder
+
+
+def configured(folder):
+    """Give the llm_config.json of a small model the sizes of the real one."""
+    config = json.loads((folder / "llm_config.json").read_text())
+    config |= {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HIDDEN // HEAD,
+               "num_key_value_heads": KV // HEAD, "intermediate_size": MLP, "vocab_size": VOCAB,
+               "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    (folder / "llm_config.json").write_text(json.dumps(config))

@@ -3,7 +3,6 @@
 Whether vllm-omni loads it is asked in test_vllm_omni.py, where that is installed.
 """
 
-import contextlib
 import json
 import math
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU, GOLDENS
-from real_keys import shapes
+from real_keys import configured, full_size
 from safetensors.torch import load_file, save_file
 
 import export_vllm
@@ -26,7 +25,7 @@ from lance_quant.lance.mot import LatentPositions
 from lance_quant.methods import convert
 from lance_quant.methods.conversion import Conversion
 from lance_quant.serving import omni_folder, omni_names, weight_layouts
-from lance_quant.storage.tensor_file import TensorFileWriter, TensorSpec, write_tensors
+from lance_quant.storage.tensor_file import write_tensors
 
 MODEL = GOLDENS / "checkpoint" / "Lance_3B"
 STATS = GOLDENS / "published" / "act_stats.pt"
@@ -323,34 +322,12 @@ def test_a_dry_run_tells_every_byte(packed, video, tmp_path, parts):
         assert said[-1] == f"output_bytes: {sum(path.lstat().st_size for path in files if not path.is_symlink())}"
 
 
-def full_size(folder, codec, model):
-    """A sparse packed folder with the headers of the real model."""
-    linears = set(layout.linears(36))
-    specs, per_weight = {}, {}
-    for name, shape in shapes(model).items():
-        linear = name.removesuffix(".weight")
-        if name.endswith(".weight") and linear in linears:
-            specs |= {f"{linear}.{suffix}": spec for suffix, spec in codec.specs(shape).items()}
-            per_weight[name] = codec.entry(shape, "plain", None if codec.name == "int4" else 2.0**-10)
-        else:
-            specs[name] = TensorSpec(torch.bfloat16, shape)
-    folder.mkdir()
-    with contextlib.suppress(AssertionError), TensorFileWriter(folder / codec.state_file, specs):
-        pass  # declared and never written: the header, and a hole
-    (folder / codec.meta_file).write_text(json.dumps({**codec.header(), "per_weight": per_weight}))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def real_paths(tmp_path_factory):
     """The real model's configuration, beside stand-ins for its other parts."""
     root = tmp_path_factory.mktemp("real")
     shutil.copytree(MODEL, root / "Lance_3B", ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((root / "Lance_3B" / "llm_config.json").read_text())
-    config |= {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
-               "intermediate_size": 11008, "vocab_size": 151936,
-               "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
-    (root / "Lance_3B" / "llm_config.json").write_text(json.dumps(config))
+    configured(root / "Lance_3B")
     given = LancePaths.find(MODEL)
     return LancePaths.find(root / "Lance_3B", given.vit, given.vae)
 
