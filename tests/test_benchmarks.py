@@ -8,7 +8,7 @@ import torch
 from conftest import CPU
 
 import awq_apply
-from benchmarks import apply_full_size, loader_memory, nano_experiments, synthetic_lance
+from benchmarks import apply_full_size, kill_stages, loader_memory, nano_experiments, synthetic_lance
 from lance_nano.evaluate import Share
 from lance_quant.formats.packed_folder import PackedFolder
 from lance_quant.lance.config import LancePaths
@@ -72,6 +72,33 @@ def test_apply_full_size_measures_both_and_leaves_nothing(tmp_path, capfd, monke
     found = result["int4"]
     assert all(found[row][key] > 0 for row in ("ours", "published") for key in ("seconds", "cpu_seconds", "peak_rss"))
     assert found["times_faster"]["seconds"] == found["published"]["seconds"] / found["ours"]["seconds"]
+
+
+class _Draw:
+    """Moments of kills: before anything is written, in the middle, and at the end."""
+
+    def __init__(self, seed):
+        self.moments = iter([0.1, 0.5, 0.9])
+
+    def random(self):
+        return next(self.moments)
+
+
+@pytest.mark.slow
+def test_killed_stages_are_counted_and_an_output_that_changed_is_seen(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(kill_stages.random, "Random", _Draw)
+    kill_stages.main(["--kills", "3", "--stages", "merge_lora"])
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])["merge_lora"]
+    assert found["kills"] == 3 and found["half"] == found["unequal"] == 0
+
+    script = tmp_path / "a_stage.py"  # publishes at once what is not whole, and takes a second
+    script.write_text("import pathlib, time\ndef main(flags):\n    out = pathlib.Path(flags[-1])\n"
+                      "    out.write_text('half')\n    time.sleep(1)\n    out.write_text('whole')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    test = kill_stages.Test(tmp_path / "runs", kill_stages.Stage("a_stage", (), (("--out", "file"),)))
+    count = kill_stages.Count()
+    test.kill_once(0.5, count)
+    assert (count.kills, count.published, count.half, count.unequal) == (1, 1, 1, 1)
 
 
 def test_rounding_to_8_bits_by_hand():

@@ -262,7 +262,10 @@ def test_samples_of_the_official_code_are_kept_and_a_resumed_run_equals_an_unint
     with pytest.raises(InputError, match="belongs to a job with another dtype"):
         draw("out", "--resume", "--dtype", "bfloat16")
     (stand_in / "fails").unlink()
-    assert draw("out", "--resume") == whole and len(whole) == (5 if task == "t2i" else 2)
+    assert draw("out", "--resume") == whole
+    assert json.loads((places / "out/run.json").read_text())["resumed"] == 2
+    assert "resumed" not in json.loads((places / "whole/run.json").read_text())
+    assert len(whole) == (5 if task == "t2i" else 2)
     assert not (places / "out.work").exists()
 
 
@@ -397,6 +400,26 @@ def test_two_questions_about_one_picture_keep_their_answers(tmp_path):
     run_baseline.main([*flags, "--save_path_gen", str(tmp_path / "native")])
     theirs, ours = (Results(tmp_path / name).answers() for name in ("official", "native"))
     assert theirs == ours and theirs["a"] != theirs["b"]
+
+
+@needs_source
+def test_an_interrupted_run_of_edits_goes_on_to_the_same_results(tmp_path):
+    """Condition latents of an edit come from the global generator."""
+    (entry,) = json.loads((GOLDENS / "inputs" / "image_edit.json").read_text()).values()
+    (tmp_path / "three.json").write_text(json.dumps({f"000{number}": entry for number in range(3)}))
+    shutil.copytree(GOLDENS / "inputs", tmp_path / "inputs")
+    flags = [*how("image_edit", *SIZES), "--example_json", str(tmp_path / "three.json"), "--dtype", "float32",
+             "--save_latents", "--backend", "official", "--save_path_gen"]
+    run_baseline.main([*flags, str(tmp_path / "whole")])
+    done = tmp_path / "out.work/samples/run/000000.done.json"
+    with subprocess.Popen([sys.executable, run_baseline.__file__, *flags, str(tmp_path / "out")]) as process:
+        while not done.is_file():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert not (tmp_path / "out").exists() and not done.with_name("000002.done.json").exists()
+    run_baseline.main([*flags, str(tmp_path / "out"), "--resume"])
+    assert results_of(tmp_path / "out") == results_of(tmp_path / "whole")
 
 
 @needs_source

@@ -294,7 +294,7 @@ class Refused(Exception):
 def run(request: dict[str, Any], inference: types.ModuleType, device: str) -> dict[str, Any]:
     """Run the official main() on the command line, recording; what results.py puts into run.json."""
     recorder, kept = Recorder(Path(request["record"]) if request["record"] else None), Kept(Path(request["kept"]))
-    marks: dict[str, float] = {}
+    marks, resumed = dict[str, float](), set[int]()
     started, names = time.perf_counter(), vars(inference)
     initialise, validate = names["init_from_model_path_if_needed"], names["validate_on_fixed_batch"]
 
@@ -314,6 +314,7 @@ def run(request: dict[str, Any], inference: types.ModuleType, device: str) -> di
         said = arguments["inference_args"].prompt_data_dict
         if kept.has(recorder.count):
             said.update(kept.restore(recorder.count))
+            resumed.add(recorder.count)
             recorder.count += 1
             return
         before = dict(said)
@@ -333,7 +334,7 @@ def run(request: dict[str, Any], inference: types.ModuleType, device: str) -> di
     peak = {"host": _host_peak()}
     if device == "cuda":
         peak["cuda"] = torch.cuda.max_memory_allocated()
-    return {"seconds": marks, "peak": peak, "samples": recorder.count}
+    return {"seconds": marks, "peak": peak, "samples": recorder.count, "resumed": len(resumed)}
 
 
 def _host_peak() -> int | None:

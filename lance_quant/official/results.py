@@ -101,4 +101,5 @@ def _run_json(request: OfficialRequest, model: Mapping[str, Any], reply: dict[st
             "samples": [run_folder.describe(sample) for sample in request.samples], "model": model,
             "device": reply["device"] or run_folder.device_name(torch.device("cpu")), "dtype": reply["dtype"],
             "seconds": {name: round(value, 3) for name, value in reply["seconds"].items()},
+            **({"resumed": reply["resumed"]} if reply["resumed"] else {}),
             "peak_memory_bytes": reply["peak"], "versions": reply["versions"], "arguments": request.arguments}
