@@ -99,6 +99,7 @@ OUTPUTS = {
     "image": ("图像", "图片；批次时为全部图片。"),
     "video": ("视频", "供 Save Video 使用。"),
     "frames": ("帧", "视频的帧，作为批次。"),
+    "latent": ("潜变量", "供 ComfyUI 自带节点使用：用 Wan 2.2 VAE 的 VAE Decode，或 Save Latent。"),
     "answer": ("回答", "每张图片或每段视频一个回答。"),
     "after": ("之后", "原样传出的输入。"),
     "report": ("报告", "文本报告。"),

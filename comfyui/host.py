@@ -135,19 +135,41 @@ def cancellable(modules: Iterable["torch.nn.Module"]) -> Iterator[None]:
             hook.remove()
 
 
-class Progress:
-    """A node's progress bar, and its Cancel button."""
+def previewer(target: "torch.device") -> Callable[["torch.Tensor"], Any] | None:
+    """ComfyUI's live preview of Wan 2.2 latents [1, 48, frames, rows, columns], as its setting says; None: it has none.
 
-    def __init__(self, total: int):
+    The model's latents are normalised per channel as those of ComfyUI's own Wan 2.2, so its colours fit.
+    """
+    try:
+        import comfy.latent_formats
+        import latent_preview
+
+        found = latent_preview.get_previewer(target, comfy.latent_formats.Wan22())
+    except (ImportError, AttributeError):  # older than Wan 2.2
+        return None
+    return None if found is None else lambda latent: found.decode_latent_to_preview_image("JPEG", latent)
+
+
+class Progress:
+    """A node's progress bar, and its Cancel button.
+
+    Args:
+        preview: makes the picture shown on the node from what the runtime's callback is given.
+    """
+
+    def __init__(self, total: int, preview: Callable[[Any], Any] | None = None):
         import comfy.utils
 
-        self._bar, self._total, self._done = comfy.utils.ProgressBar(total), total, 0
+        self._bar, self._total, self._done, self._preview = comfy.utils.ProgressBar(total), total, 0, preview
 
-    def step(self, *_: object) -> None:
-        """One unit is done. Takes and ignores what the runtime's callbacks are given."""
+    def step(self, step: Any = None, *_: object) -> None:
+        """One unit is done; `step` is what the runtime's callback was given."""
         raise_if_cancelled()
         self._done += 1
-        self._bar.update_absolute(self._done, self._total)
+        if self._preview is None:
+            self._bar.update_absolute(self._done, self._total)
+        else:
+            self._bar.update_absolute(self._done, self._total, self._preview(step))
 
     def reach(self, done: int) -> None:
         """So many units are done."""

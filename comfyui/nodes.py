@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from lance_quant.lance.generation import Denoiser, Sampling
+    from lance_quant.lance.generation import Denoiser, Sampling, Step
     from lance_quant.lance.settings import Renorm, Solver
     from lance_quant.lance.understanding import TokenSampling
 
 _NANO_SIDE = 112  # lance-nano's native pictures
 _SIZES = {"image": (768, 768), "video": (848, 480)}  # what size auto means for Lance
 _PRESETS = {"image": "image_768res", "video": "video_480p"}
+Latent = dict[str, "Tensor"]  # ComfyUI's LATENT
 _BLACKWELL = 10  # compute capability from which GPUs multiply NVFP4
 
 
@@ -161,34 +162,34 @@ class Extra(TypedDict, total=False):
 @uses("vae")
 def text_to_image(model: LanceModel, prompt: str, size: str, width: int, height: int, batch: int, steps: int,
                   cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
-                  low_memory: bool, **extra: "Unpack[Extra]") -> tuple["Tensor"]:
+                  low_memory: bool, **extra: "Unpack[Extra]") -> tuple["Tensor", Latent]:
     """Lance Text to Image."""
     sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory, **extra)
     wide, high = _size(model, size, width, height, "image")
     with model.ready("model") as pipeline:
         denoiser = pipeline.denoiser(_text(prompt, "prompt"), high, wide, sampling)
-        latents = _draw(pipeline, denoiser, seed, batch)
-    return (_decode(model, latents),)
+        latents = _draw(model, pipeline, denoiser, seed, batch)
+    return _decode(model, latents), _latent(latents)
 
 
 @uses("vae")
 def text_to_video(model: LanceModel, prompt: str, size: str, width: int, height: int, frames: int, fps: int, steps: int,
                   cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
-                  low_memory: bool, **extra: "Unpack[Extra]") -> tuple[Any, "Tensor"]:
+                  low_memory: bool, **extra: "Unpack[Extra]") -> tuple[Any, "Tensor", Latent]:
     """Lance Text to Video."""
     _require_video(model, "Text to Video")
     sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory, **extra)
     wide, high = _size(model, size, width, height, "video")
     with model.ready("model") as pipeline:
         denoiser = pipeline.denoiser(_text(prompt, "prompt"), high, wide, sampling, frames)
-        latents = _draw(pipeline, denoiser, seed)
-    return _clip(_decode(model, latents), fps)
+        latents = _draw(model, pipeline, denoiser, seed)
+    return *_clip(_decode(model, latents), fps), _latent(latents)
 
 
 @uses("vae")
 def image_to_video(model: LanceModel, image: "Tensor", prompt: str, resolution: str, frames: int, fps: int, steps: int,
                    cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
-                   low_memory: bool, **extra: "Unpack[Extra]") -> tuple[Any, "Tensor"]:
+                   low_memory: bool, **extra: "Unpack[Extra]") -> tuple[Any, "Tensor", Latent]:
     """Lance Image to Video."""
     _require_video(model, "Image to Video")
     sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory, **extra)
@@ -197,30 +198,31 @@ def image_to_video(model: LanceModel, image: "Tensor", prompt: str, resolution: 
         host.say(f"The clip begins with the first of {len(image)} pictures; the others are not looked at.")
     with model.ready("vae", "model", pixels=_pixels(preset)) as pipeline:
         denoiser = pipeline.animator(_text(prompt, "prompt"), _pictures(image)[0], preset, frames, sampling)
-        latents = _draw(pipeline, denoiser, seed)
-    return _clip(_decode(model, latents), fps)
+        latents = _draw(model, pipeline, denoiser, seed)
+    return *_clip(_decode(model, latents), fps), _latent(latents)
 
 
 @uses("vit", "vae")
 def image_edit(model: LanceModel, image: "Tensor", instruction: str, resolution: str, steps: int, cfg: float, seed: int,
                timestep_shift: float, cfg_start: float, cfg_end: float, low_memory: bool,
-               **extra: "Unpack[Extra]") -> tuple["Tensor"]:
+               **extra: "Unpack[Extra]") -> tuple["Tensor", Latent]:
     """Lance Image Edit."""
     sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory, **extra)
     preset, pictures = _preset(model, resolution, "image"), _pictures(image)
-    latents, progress = [], host.Progress(steps * len(pictures))
+    latents, progress = [], None
     for picture in pictures:
         with model.ready("vit", "vae", "model", pixels=_pixels(preset)) as pipeline:
             denoiser = pipeline.editor(_text(instruction, "instruction"), [picture], preset, "image", sampling)
+            progress = progress or _progress(model, denoiser, len(pictures))
             latents.append(pipeline.sample(denoiser, seed, progress.step))
-    return (_decode(model, latents),)
+    return _decode(model, latents), _latent(latents)
 
 
 @uses("vit", "vae")
 def video_edit(model: LanceModel, instruction: str, source_fps: float, max_frames: int, resolution: str, fps: int,
                steps: int, cfg: float, seed: int, timestep_shift: float, cfg_start: float, cfg_end: float,
                low_memory: bool, video: Any = None, frames: "Tensor | None" = None, keep_length: bool = True,
-               **extra: "Unpack[Extra]") -> tuple[Any, "Tensor"]:
+               **extra: "Unpack[Extra]") -> tuple[Any, "Tensor", Latent]:
     """Lance Video Edit."""
     _require_video(model, "Video Edit")
     sampling = _sampling(steps, cfg, timestep_shift, cfg_start, cfg_end, low_memory, **extra)
@@ -230,9 +232,9 @@ def video_edit(model: LanceModel, instruction: str, source_fps: float, max_frame
     preset = _preset(model, resolution, "video")
     with model.ready("vit", "vae", "model", pixels=_pixels(preset)) as pipeline:
         denoiser = pipeline.editor(_text(instruction, "instruction"), watched, preset, "video", sampling)
-        latents = _draw(pipeline, denoiser, seed)
+        latents = _draw(model, pipeline, denoiser, seed)
     edited = _decode(model, latents)
-    return _clip(edited, rate, audio) if keep_length else _clip(edited, fps)
+    return *(_clip(edited, rate, audio) if keep_length else _clip(edited, fps)), _latent(latents)
 
 
 @uses("vit")
@@ -362,11 +364,33 @@ def _require_video(model: LanceModel, node: str) -> None:
                         "loader's flavor to Lance_3B_Video.")
 
 
-def _draw(pipeline: Any, denoiser: "Denoiser", seed: int, count: int = 1) -> list["Tensor"]:
+def _draw(model: LanceModel, pipeline: Any, denoiser: "Denoiser", seed: int, count: int = 1) -> list["Tensor"]:
     """Latents of `count` seeds in a row; the prompt is read once for all of them."""
-    progress = host.Progress(denoiser.sampling.num_timesteps * count)
+    progress = _progress(model, denoiser, count)
     seeds = [(seed + index) % (MAX_SEED + 1) for index in range(count)]
     return [pipeline.sample(denoiser, each, progress.step) for each in seeds]
+
+
+def _progress(model: LanceModel, denoiser: "Denoiser", count: int) -> host.Progress:
+    """Of `count` results, with a live preview; lance-nano's own VAE has latents that nobody else's colours fit."""
+    show = None if model.is_small else host.previewer(host.device(model.spec.device))
+
+    def preview(step: "Step") -> Any:
+        assert show is not None
+        result = (step.x - step.t * step.velocity).reshape(*denoiser.grid, -1)  # where the step's direction leads to
+        return show(result.movedim(-1, 0)[None])
+
+    return host.Progress(denoiser.sampling.num_timesteps * count, None if show is None else preview)
+
+
+def _latent(latents: Sequence["Tensor"]) -> Latent:
+    """ComfyUI's LATENT [n, 48, frames, rows, columns] of normalised latents, as its own Wan 2.2 VAE decodes it."""
+    import torch
+
+    from lance_quant.lance.vae import MEAN, STD
+
+    raw = torch.stack([latent.float() * torch.tensor(STD) + torch.tensor(MEAN) for latent in latents])
+    return {"samples": raw.movedim(-1, 1)}
 
 
 def _decode(model: LanceModel, latents: Sequence["Tensor"]) -> "Tensor":

@@ -82,7 +82,9 @@ class Node:
 
 _MODEL = Input("model", "LANCE_MODEL", "From the Lance Model Loader.")
 _RESULT = Output("image", "IMAGE", "The picture or, for a batch, all pictures.")
-_CLIP = (Output("video", "VIDEO", "The clip, for Save Video."), Output("frames", "IMAGE", "Its frames as a batch."))
+_LATENT = Output("latent", "LATENT", "The latents, for ComfyUI's own VAE Decode (Wan 2.2 VAE) or Save Latent.")
+_CLIP = (Output("video", "VIDEO", "The clip, for Save Video."), Output("frames", "IMAGE", "Its frames as a batch."),
+         _LATENT)
 
 
 def _prompt(name: str, tooltip: str, default: str) -> Input:
@@ -195,7 +197,7 @@ NODES = (
           Input("size", "COMBO", "Width x height. auto: 768x768, or 112x112 for lance-nano.", "auto",
                 choices=("auto", *IMAGE_SIZES, "custom")),
           *_CUSTOM_SIZE, _integer("batch", "How many pictures, with seeds counting up from seed.", 1, 1, 8), *_SAMPLING,
-          *_ADVANCED), (_RESULT,),
+          *_ADVANCED), (_RESULT, _LATENT),
          "The seed of the n-th picture of a batch is seed + n - 1, so that each can be drawn again alone."),
     Node("LanceKitTextToVideo", "Lance Text to Video", "Makes a clip from a text.", "text_to_video",
          (_MODEL, _prompt("prompt", "What happens in the clip.", "a paper boat drifts on a quiet lake"),
@@ -211,7 +213,7 @@ NODES = (
     Node("LanceKitImageEdit", "Lance Image Edit", "Changes a picture as an instruction says.", "image_edit",
          (_MODEL, Input("image", "IMAGE", "What to edit; every picture of a batch is edited."),
           _prompt("instruction", "What to change.", "make the circle green"),
-          _preset("image"), *_SAMPLING, *_ADVANCED), (_RESULT,),
+          _preset("image"), *_SAMPLING, *_ADVANCED), (_RESULT, _LATENT),
          "The result has the size of the preset's bucket that fits the picture best, not the picture's own size."),
     Node("LanceKitVideoEdit", "Lance Video Edit", "Changes a clip as an instruction says.", "video_edit",
          (_MODEL, *_SOURCE, _prompt("instruction", "What to change.", "make the boat red"),

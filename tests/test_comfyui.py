@@ -80,7 +80,7 @@ class Comfy:
             def __init__(self, total):
                 self.total = total
 
-            def update_absolute(self, value, total=None):
+            def update_absolute(self, value, total=None, preview=None):
                 comfy.progress.append((value, total))
 
         made = {
@@ -394,6 +394,42 @@ def test_every_sampling_widget_reaches_the_sampler(tiny):
     torch.testing.assert_close(plain, draw(tiny, low_memory=True), rtol=0, atol=2 / 255)
 
 
+def test_latents_are_those_that_a_wan_vae_decodes(tiny):
+    """As ComfyUI passes them: not normalised, channels in front."""
+    inputs = defaults("LanceKitTextToImage") | {"steps": 2, "size": "custom", "width": 96, "height": 64, "batch": 2}
+    pictures, latent = nodes.text_to_image(tiny, **inputs)
+    assert latent["samples"].shape == (2, 48, 1, 4, 6) and latent["samples"].dtype == torch.float32
+    with tiny.ready("vae") as pipeline:
+        decoded = pipeline.vae.autoencoder.decode(latent["samples"]).sample
+    levels = (decoded[:, :, 0].movedim(1, -1).clamp(-1, 1) + 1) / 2
+    assert (levels - pictures).abs().max() < 1.01 / 255, "rounded to 8 bits alone"
+
+
+def test_a_preview_is_where_the_step_leads(comfy, tiny, monkeypatch):
+    """The last step of a flow leads to the result itself; lance-nano's latents have no colours of ComfyUI's."""
+    shown = []
+    modules = {"latent_preview": {"get_previewer": lambda device, form: types.SimpleNamespace(
+        decode_latent_to_preview_image=lambda kind, latent: shown.append((kind, latent)) or "picture")},
+        "comfy.latent_formats": {"Wan22": object}}
+    for name, content in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(sys.modules["comfy"], "latent_formats", sys.modules["comfy.latent_formats"], raising=False)
+    inputs = defaults("LanceKitTextToImage") | {"steps": 3, "size": "custom", "width": 96, "height": 64}
+    nodes.text_to_image(tiny, **inputs)
+    assert shown == []
+    monkeypatch.setattr(handle.LanceModel, "is_small", False)
+    _, latent = nodes.text_to_image(tiny, **inputs)
+    from lance_quant.lance.vae import MEAN, STD
+
+    assert [kind for kind, _ in shown] == ["JPEG"] * 3 and shown[0][1].shape == (1, 48, 1, 4, 6)
+    last = shown[-1][1] * torch.tensor(STD).view(-1, 1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1, 1)
+    torch.testing.assert_close(last, latent["samples"], rtol=1e-4, atol=1e-4)
+    monkeypatch.setitem(sys.modules, "latent_preview", types.ModuleType("latent_preview"))
+    assert host.previewer(torch.device("cpu")) is None
+
+
 def test_the_largest_seed_wraps_within_a_batch(tiny):
     wrapped = draw(tiny, seed=2**64 - 1, batch=2)
     torch.testing.assert_close(wrapped[1:], draw(tiny, seed=0), rtol=0, atol=0)
@@ -474,23 +510,24 @@ def test_an_answer_can_be_cancelled_between_tokens(comfy, tiny):
 def test_an_edit_keeps_the_batch_and_uses_the_picture(tiny):
     inputs = defaults("LanceKitImageEdit") | {"steps": 2, "resolution": "image_112res"}
     first, second = torch.zeros(1, 64, 64, 3), torch.ones(1, 64, 64, 3)
-    (edited,) = nodes.image_edit(tiny, torch.cat([first, second]), **inputs)
+    edited, latent = nodes.image_edit(tiny, torch.cat([first, second]), **inputs)
     assert edited.shape == (2, 112, 112, 3) and not torch.equal(edited[0], edited[1])
+    assert latent["samples"].shape == (2, 48, 1, 7, 7)
 
 
 def test_clips_have_their_frames_rate_and_sound(tiny):
     inputs = {"steps": 1, "fps": 24}
-    clip, frames = nodes.text_to_video(tiny, **defaults("LanceKitTextToVideo") | inputs | {"frames": 5})
+    clip, frames, latent = nodes.text_to_video(tiny, **defaults("LanceKitTextToVideo") | inputs | {"frames": 5})
     assert frames.shape == (5, 112, 112, 3) and (clip.frame_rate, clip.audio) == (24, None)
-    clip, frames = nodes.image_to_video(tiny, frames[:1], **defaults("LanceKitImageToVideo") | inputs | {
+    clip, frames, latent = nodes.image_to_video(tiny, frames[:1], **defaults("LanceKitImageToVideo") | inputs | {
         "frames": 9, "resolution": "image_112res"})
-    assert frames.shape == (9, 112, 112, 3)
+    assert frames.shape == (9, 112, 112, 3) and latent["samples"].shape == (1, 48, 3, 7, 7)
     clip.audio, clip.frame_rate = "sound", 12.0
     source = types.SimpleNamespace(get_components=lambda: clip)
     edit = defaults("LanceKitVideoEdit") | inputs | {"resolution": "image_112res"}
-    edited, frames = nodes.video_edit(tiny, **edit, video=source)
+    edited, frames, _ = nodes.video_edit(tiny, **edit, video=source)
     assert frames.shape == (9, 112, 112, 3) and edited.audio == "sound"
-    edited, frames = nodes.video_edit(tiny, **edit | {"max_frames": 5}, frames=clip.images)
+    edited, frames, _ = nodes.video_edit(tiny, **edit | {"max_frames": 5}, frames=clip.images)
     assert frames.shape == (5, 112, 112, 3)
     asked = nodes.video_understanding(tiny, **defaults("LanceKitVideoUnderstanding") | {
         "max_new_tokens": 16, "resolution": "image_112res"}, frames=clip.images)
@@ -686,12 +723,12 @@ def test_an_edited_clip_lasts_as_long_as_its_source_and_keeps_its_sound(tiny, sa
     components = types.SimpleNamespace(images=torch.rand(20, 32, 32, 3), frame_rate=24.0, audio="sound")
     source = types.SimpleNamespace(get_components=lambda: components)
     edit = defaults("LanceKitVideoEdit") | {"steps": 1, "resolution": "image_112res", "fps": 30}
-    clip, frames = nodes.video_edit(tiny, **edit, video=source)
+    clip, frames, _ = nodes.video_edit(tiny, **edit, video=source)
     assert len(frames) == 9 and clip.audio == "sound"
     assert float(len(frames) / clip.frame_rate) == pytest.approx(20 / 24, abs=2 / 24) and said == []
-    clip, frames = nodes.video_edit(tiny, **edit | {"max_frames": 5}, video=source)
+    clip, frames, _ = nodes.video_edit(tiny, **edit | {"max_frames": 5}, video=source)
     assert len(frames) == 5 and float(5 / clip.frame_rate) == pytest.approx(20 / 24, abs=5 / 24)
-    clip, _ = nodes.video_edit(tiny, **edit | {"keep_length": False}, video=source)
+    clip, _, _ = nodes.video_edit(tiny, **edit | {"keep_length": False}, video=source)
     assert (clip.frame_rate, clip.audio) == (30, None) and "The sound is left out" in said[0]
 
 
