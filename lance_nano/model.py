@@ -192,12 +192,12 @@ def sincos(width: int, position: Tensor) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), -1).float()
 
 
-def latent_positions(hidden: int, grid: int) -> Tensor:
-    """The fixed embedding [grid * grid, hidden] of one frame of latents in raster order."""
+def latent_positions(hidden: int, grid: int, frames: int = 1) -> Tensor:
+    """The fixed embedding [frames * grid * grid, hidden] of latents in raster order."""
     third = hidden // 3 // 2 * 2
-    cell = torch.arange(grid * grid)
-    parts = (sincos(third, cell * 0), sincos(third, cell // grid), sincos(hidden - 2 * third, cell % grid))
-    return torch.cat(parts, -1)
+    cell = torch.arange(frames * grid * grid)
+    time, row, column = cell // grid**2, cell // grid % grid, cell % grid
+    return torch.cat((sincos(third, time), sincos(third, row), sincos(hidden - 2 * third, column)), -1)
 
 
 class NanoLance(nn.Module):
@@ -249,6 +249,10 @@ class NanoLance(nn.Module):
         for layer in self.language_model.model.layers:
             prefix, und, gen = layer(prefix, und, gen, rope, bias)
         return und, gen
+
+    def places(self, grid: tuple[int, int, int]) -> Tensor:
+        """The fixed embedding [cells, hidden] of a latent grid (frames, rows, columns), a square one."""
+        return latent_positions(self.config.hidden, grid[1], grid[0]).to(self.latent_table.device)
 
     def logits(self, batch, image_tokens: Tensor, wanted: Tensor) -> Tensor:
         """Next-token logits [n, vocab] at the `wanted` [b, u] positions of a `data.QuestionBatch`."""
