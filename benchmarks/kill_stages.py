@@ -5,9 +5,9 @@
 
 Reads   lance_nano/checkpoint, lance_nano/lora
 Writes  nothing that stays; prints a table, and as the last line on stdout JSON: per stage the kills, how often the
-        output was already there (`published`) or in part finished beside it (`resumed`), files under their final names
-        that were not whole (`half`), and runs that ended otherwise than an undisturbed one (`unequal`); exit code 1 if
-        either is not 0
+        stage had begun to write (`begun`), the output was already there (`published`) or in part finished beside it
+        (`resumed`), files under their final names that were not whole (`half`), and runs that ended otherwise than an
+        undisturbed one (`unequal`); exit code 1 if either is not 0
 Needs   2 GB; 20 minutes for 100 kills on one CPU core
 
 A stage is first run twice undisturbed: a file that is the same in both is compared byte for byte, and the others, which
@@ -57,6 +57,7 @@ class Count:
     """What became of the kills of a stage."""
 
     kills: int = 0
+    begun: int = 0
     published: int = 0
     resumed: int = 0
     half: int = 0
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
             name = args.stages[kill % len(args.stages)]
             tests[name].kill_once(draw.random(), counts[name])
             print(f"{kill + 1}: {name} {counts[name]}", file=sys.stderr)
-    print("| stage | kills | published | resumed | half | unequal |\n|---|---|---|---|---|---|")
+    print("| stage | kills | begun | published | resumed | half | unequal |\n|---|---|---|---|---|---|---|")
     for name, count in counts.items():
         print("|", " | ".join(map(str, [name, *asdict(count).values()])), "|")
     print(json.dumps({name: asdict(count) for name, count in counts.items()}))
@@ -155,6 +156,7 @@ class Test:
         while not self._killed(out, moment * self._seconds):
             moment *= 0.9
         count.kills += 1
+        count.begun += any(out.iterdir())
         there = [name for _, name in self._stage.outputs if (out / name).exists()]
         left = self._of(contents(out), there)
         count.half += left != self._of(self._wanted, there)
