@@ -86,13 +86,15 @@ def clip(rng: random.Random) -> Change:
     return _change(rng, _scene(rng, 1), rng.choice(CHANGES), alone=True)
 
 
-def clip_edit(rng: random.Random) -> tuple[Change, str, Change]:
-    """A clip, the instruction that gives it another background, and the clip that results."""
-    source = clip(rng)
+def clip_edit(rng: random.Random, kept_back: bool) -> tuple[Change, str, Change]:
+    """A clip, the instruction that gives it another background, and the clip that results.
+
+    kept_back: whether the source is held out from training (`drawn`).
+    """
+    source = drawn(clip, rng, kept_back)
     background = rng.choice([name for name in BACKGROUNDS if name != source.before.background])
     before, after = (replace(scene, background=background) for scene in (source.before, source.after))
-    instruction = f"Make the background {background}"
-    return source, instruction, Change(source.kind, before, after, source.thing)
+    return source, f"Make the background {background}", Change(source.kind, before, after, source.thing)
 
 
 def _scene(rng: random.Random, count: int) -> Scene:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EXPERTS = ("", "_moe_gen")
+LATENT_TABLE_NAME = "latent_pos_embed.pos_embed"  # in every checkpoint, and ignored by every loader
 TIME_FREQUENCIES = 128
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lance_nano import clips, visual_batch
+from lance_nano import clips, evaluate_clips, train_clips, visual_batch
 from lance_nano.model import NanoConfig, NanoLance
 from lance_nano.recognise import shows_layout
 from lance_quant.lance import tokens
@@ -115,3 +115,31 @@ def test_held_out_changes_never_occur_in_training():
     words = {kept: {change.instruction + change.caption
                     for change in (clips.drawn(clips.clip, rng, kept) for _ in range(100))} for kept in (True, False)}
     assert not words[True] & words[False]
+
+
+def test_true_clips_survive_the_codec_and_a_still_clip_is_not_taken_for_one(runtime):
+    change = clips.clip(random.Random(7))
+    wanted = evaluate_clips.scenes_of(change)
+    decoded = runtime.decode_frames(runtime.encode(clips.pictures(change), RESOLUTION))
+    assert evaluate_clips.judged(decoded, wanted) == (True, True)
+    assert evaluate_clips.judged([decoded[0]] * clips.FRAMES, wanted)[1] is False
+
+
+@pytest.mark.slow
+def test_fine_tuning_is_reproducible_goes_on_and_is_exported_as_a_checkpoint(tmp_path):
+    states = []
+    for name, parts in (("whole", ("2",)), ("parts", ("1", "2"))):
+        for steps in parts:
+            given = ["--model_path", str(MODEL), "--out", str(tmp_path / f"{name}.pt"), "--rows", "1"]
+            train_clips.main([*given, "--steps", steps])
+        states.append(torch.load(tmp_path / f"{name}.pt", weights_only=True))
+    whole, parts = states
+    before = train_clips.trained_weights(MODEL).state_dict()
+    changed = [name for name in before if not torch.equal(before[name], whole["model"][name])]
+    assert len(changed) > 0.9 * len(before)  # both experts and both heads are trained
+    # One schedule, but of one step's length at first: the learning rate of a first step is warm-up's in both.
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in before)
+    train_clips.main([*given, "--export", str(tmp_path / "Lance_nano_Video")])
+    exported = train_clips.trained_weights(tmp_path / "Lance_nano_Video").state_dict()
+    assert all(torch.equal(exported[name], parts["average"][name].bfloat16().float()) for name in before)
+    assert {path.name for path in (tmp_path / "Lance_nano_Video").iterdir()} == {path.name for path in MODEL.iterdir()}
