@@ -8,7 +8,8 @@ Writes  OUT/awq_state_dict.safetensors and OUT/awq_meta.json, 4.31 GB for Lance_
         OUT/quant_report.html
 Needs   2 GB of memory (two layers) and the space for the output; 1.3 CPU seconds per layer of Lance_3B, so a minute or
         two, or as long as the disk takes. With --capture 7 GB and the captured states (down_proj's Gram matrix alone
-        is 0.5 GB), and three minutes per layer on one core, more with many tokens: meant for a GPU
+        is 0.5 GB), and three to seven minutes per layer on one core, more with many tokens: meant for a GPU; with
+        --gptq light 3 GB and three quarters of a minute
 Next    run_quant_eval.py --awq_dir OUT
 """
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 
     conversion_arguments.set_threads(args.threads)
     conversion = Conversion(Int4(args.group_size), args.recipe, args.bits_budget, args.head_bits,
-                            device_of(args.device), args.resume, args.with_parts)
+                            device_of(args.device), args.resume, args.with_parts, gptq=args.gptq)
     print(convert.run(args.src, args.stats, args.capture, args.out, conversion, args.dry_run))
 
 

@@ -8,7 +8,8 @@ Writes  OUT/nvfp4_state_dict.safetensors and OUT/nvfp4_meta.json, for Lance_3B 5
         OUT/quant_report.html
 Needs   2 GB of memory (two layers) and the space for the output; 1.9 CPU seconds per layer of Lance_3B, so a minute or
         two, or as long as the disk takes. With --capture 7 GB and the captured states (down_proj's Gram matrix alone
-        is 0.5 GB), and three minutes per layer on one core, more with many tokens: meant for a GPU
+        is 0.5 GB), and three to seven minutes per layer on one core, more with many tokens: meant for a GPU; with
+        --gptq light 3 GB and three quarters of a minute
 Next    run_quant_eval.py --awq_dir OUT
 """
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.block_size != codec.group_size:
         raise InputError(f"--block_size {args.block_size}: NVFP4 has blocks of {codec.group_size}")
     conversion = Conversion(codec, args.recipe, head_bits=args.head_bits, device=device_of(args.device),
-                            resume=args.resume, with_parts=args.with_parts)
+                            resume=args.resume, with_parts=args.with_parts, gptq=args.gptq)
     print(convert.run(args.src, args.stats, args.capture, args.out, conversion, args.dry_run))
 
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from lance_quant.calibration import gram
+from lance_quant.calibration.layer_inputs import LIGHT_TOKENS
 from lance_quant.cli import script
 from lance_quant.evaluation.run_folder import device_name
 from lance_quant.formats.base import Codec, nearest_levels
@@ -41,13 +42,15 @@ from lance_quant.methods import awq, gptq, published
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 WINDOW = 128  # tokens per passage, [CLS] and [SEP] included
+HIDDEN = 384  # of the model
 SITES = (("attention.self.query", "attention.self.key", "attention.self.value"), ("attention.output.dense",),
          ("intermediate.dense",), ("output.dense",))
 NORM_FED = (SITES[0], SITES[2])
 METHODS: dict[str, list[tuple[str, Codec]]] = {
     "int4": [("rtn_g128", Int4(128)), ("rtn_g64", Int4(64)), ("published", Int4(64)), ("ours_diagonal", Int4(64)),
-             ("ours", Int4(64))],
-    "nvfp4": [("rtn", Nvfp4()), ("published", Nvfp4()), ("ours_diagonal", Nvfp4()), ("ours", Nvfp4())]}
+             ("ours_light", Int4(64)), ("ours", Int4(64))],
+    "nvfp4": [("rtn", Nvfp4()), ("published", Nvfp4()), ("ours_diagonal", Nvfp4()),
+              ("ours_light", Nvfp4()), ("ours", Nvfp4())]}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -120,6 +123,23 @@ def round_diagonal(site: tuple[str, ...], weights: list[Tensor], packed: Tensor,
     return out
 
 
+def round_light(site: tuple[str, ...], weights: list[Tensor], packed: Tensor, exact: Tensor,
+                codec: Codec) -> list[Tensor]:
+    """`--gptq light`: one pass on some of the float model's tokens, blocks as wide as its hidden states."""
+    passages = exact.view(-1, WINDOW, exact.shape[1])
+    count = min(LIGHT_TOKENS // WINDOW, len(passages))
+    some = passages[[index * len(passages) // count for index in range(count)]].flatten(0, 1)
+    m2 = exact.square().mean(0)
+    quantizer = codec.quantizer
+    column = awq.search(weights, torch.ones_like(m2), m2, quantizer).folded.column
+    global_scale = quantizer.global_scale(max(float((w * column).abs().max()) for w in weights))
+    sums = gram.GramAccumulator(len(m2), paired=False, block=HIDDEN)
+    sums.add(some / column, some / column)
+    moments = sums.stats()
+    return [gptq.round_weight((w * column).t().contiguous(), moments, quantizer, global_scale, sweeps=0).values.t()
+            / column for w in weights]
+
+
 def round_ours(site: tuple[str, ...], weights: list[Tensor], packed: Tensor, exact: Tensor,
                codec: Codec) -> list[Tensor]:
     """Ours with layer inputs: scales by second moments, then GPTQ towards the float model's outputs."""
@@ -136,7 +156,8 @@ def round_ours(site: tuple[str, ...], weights: list[Tensor], packed: Tensor, exa
 
 ROUND: dict[str, Callable[..., list[Tensor]]] = {
     "rtn": round_plainly, "rtn_g64": round_plainly, "rtn_g128": round_plainly, "published": round_published,
-    "ours_diagonal": round_diagonal, "ours": round_ours}
+    "ours_diagonal": round_diagonal, "ours_light": round_light,
+    "ours": round_ours}
 
 
 @dataclass

@@ -45,7 +45,7 @@ from lance_quant.formats.weights import Weights
 from lance_quant.lance.cache import CacheRow
 from lance_quant.lance.config import LanceConfig
 from lance_quant.lance.mot import DecoderLayer, Rotary
-from lance_quant.methods import layer, published
+from lance_quant.methods import gptq, layer, published
 
 CPU = torch.device("cpu")
 GROUP = 64  # inputs per group in the published ratios
@@ -56,8 +56,10 @@ RATIOS = {("und", "down_proj"): 13.10, ("und", "o_proj"): 9.08, ("gen", "down_pr
 TYPICAL = 5.35
 METHODS: dict[str, list[tuple[str, Codec]]] = {
     "int4": [("rtn_g128", Int4(128)), ("rtn_g64", Int4(64)), ("published", Int4(64)), ("ours_diagonal", Int4(64)),
-             ("ours", Int4(64))],
-    "nvfp4": [("rtn", Nvfp4()), ("published", Nvfp4()), ("ours_diagonal", Nvfp4()), ("ours", Nvfp4())]}
+             ("ours_light", Int4(64)), ("ours", Int4(64))],
+    "nvfp4": [("rtn", Nvfp4()), ("published", Nvfp4()), ("ours_diagonal", Nvfp4()),
+              ("ours_light", Nvfp4()), ("ours", Nvfp4())]}
+CAPTURED = ("ours_light", "ours")  # those that see the layers' inputs
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,8 @@ def quantize(index: int, weights: Weights, method: str, codec: Codec, stats: Act
         stats = ActStats({}, [], [{"run_id": "none"}], 0)
     target = {name: w.clone() for name, w in weights.items()}
     groups = published.quantize_layer(index, target, stats, codec) if method == "published" else \
-        layer.quantize_layer(index, target, stats, codec, layer_inputs if method == "ours" else None)
+        layer.quantize_layer(index, target, stats, codec, layer_inputs if method in CAPTURED else None,
+                             sweeps=0 if method == "ours_light" else gptq.SWEEPS)
     packed: Weights = {}
     for group, done in groups:
         for name, linear in zip(group.linears, done.linears, strict=True):
@@ -289,7 +292,8 @@ def measure(outliers: str, seed: int, args: argparse.Namespace) -> dict[str, dic
     out: dict[str, dict[str, Any]] = {}
     for format_ in args.formats:
         for method, codec in METHODS[format_]:
-            contender = Contender(method, codec, held_out, LayerInputs(config, calibration, CPU), {})
+            contender = Contender(method, codec, held_out,
+                                  LayerInputs(config, calibration, CPU, light=method == "ours_light"), {})
             exact = held_out
             for index, weights in enumerate(layers):
                 contender.layer(config, index, weights, stats, exact)

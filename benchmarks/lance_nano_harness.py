@@ -53,7 +53,8 @@ VARIANTS: dict[str, list[str]] = {"plain": [], "outliers": [],
                                   "like_lance": ["--factor", "16", "--fed_factor", "0.125", "--share", "0.005"]}
 # rtn: nearest rounding, nothing scaled. published: `--recipe published`. ours_diagonal: ours from statistics alone.
 # ours: with captures. ours_even: the same, but all tokens count alike in GPTQ, with the damping that is for such.
-METHODS = ("rtn", "published", "ours_diagonal", "ours_even", "ours")
+# ours_light: with captures and `--gptq light`.
+METHODS = ("rtn", "published", "ours_diagonal", "ours_light", "ours_even", "ours")
 CPU = torch.device("cpu")
 
 
@@ -185,16 +186,17 @@ def captures_in(work: Path, tasks: Sequence[str] = TASKS) -> list[Path]:
 
 
 def pack(model: Path, out: Path, codec: Codec, method: str, stats: ActStats, captures: Sequence[Path] = ()) -> Path:
-    """Quantize the model with one of the METHODS; the folder. Captures are read by `ours` and `ours_even` only."""
+    """Quantize the model with one of the METHODS; the folder. rtn, published and ours_diagonal read no captures."""
     if method == "rtn":
         stats = ActStats({}, [], [{"run_id": "none"}], 0)
     layer_inputs = None
-    if method == "ours":
-        layer_inputs = layer_inputs_of(model, captures, CPU)
+    if method in ("ours", "ours_light"):
+        layer_inputs = layer_inputs_of(model, captures, CPU, light=method == "ours_light")
     if method == "ours_even":
         config, calls, facts = capture.load_of(model, captures)
         layer_inputs = LayerInputs(config, calls, CPU, facts)
-    conversion = Conversion(codec, "published" if method == "published" else "ours", progress=False)
+    conversion = Conversion(codec, "published" if method == "published" else "ours", progress=False,
+                            gptq="light" if method == "ours_light" else "full")
     with Checkpoint(model) as source:
         convert.quantize_checkpoint(source, stats, out, conversion, layer_inputs)
     return out

@@ -14,8 +14,8 @@ Needs   5 GB of memory; on one CPU core about 15 minutes at 8192 tokens, nearly 
 Every method runs in a process of its own: its peak is nobody else's. rtn: nearest rounding. published: `--recipe
 published`. ours_diagonal: ours from statistics. ours: with --capture, where `inputs_seconds` are what it takes to make
 the layer's inputs and Gram matrices again and `relevance_seconds` what weighing the tokens takes; both grow with the
-tokens, the rest does not. What a run does once (reading, writing, copying what is outside of the layers) is not in
-these figures.
+tokens, the rest does not. ours_light: with `--gptq light` besides, which takes 4096 tokens of each expert at most. What
+a run does once (reading, writing, copying what is outside of the layers) is not in these figures.
 """
 
 import argparse
@@ -47,9 +47,9 @@ from lance_quant.inference.memory import peak_memory
 from lance_quant.lance.config import LATENT_CHANNELS, LanceConfig
 from lance_quant.lance.linear import Linear
 from lance_quant.lance.mot import DecoderLayer, RMSNorm
-from lance_quant.methods import layer, published
+from lance_quant.methods import gptq, layer, published
 
-METHODS = ("rtn", "published", "ours_diagonal", "ours")
+METHODS = ("rtn", "published", "ours_diagonal", "ours_light", "ours")
 CODECS: dict[str, Codec] = {"int4": Int4(64), "nvfp4": Nvfp4()}
 LAYERS = 36  # of Lance_3B
 
@@ -90,7 +90,8 @@ class Timed(LayerInputs):
         return result
 
 
-def timed_layer_inputs(config: LanceConfig, weights: Weights, tokens: int, device: torch.device) -> Timed:
+def timed_layer_inputs(config: LanceConfig, weights: Weights, tokens: int, device: torch.device,
+                       light: bool = False) -> Timed:
     """Of made-up requests to a model of this one layer."""
     norm, velocity = RMSNorm(config.hidden_size, config.rms_norm_eps), Linear(config.hidden_size, LATENT_CHANNELS)
     torch.nn.init.ones_(norm.weight)
@@ -108,7 +109,8 @@ def timed_layer_inputs(config: LanceConfig, weights: Weights, tokens: int, devic
         layer_inputs.relevance_seconds = time.perf_counter() - started
         return found
 
-    layer_inputs = Timed(config, fidelity_synthetic.draw_calls(config, tokens // 2, 0), device, weigh=weigh)
+    layer_inputs = Timed(config, fidelity_synthetic.draw_calls(config, tokens // 2, 0), device,
+                         weigh=None if light else weigh, light=light)
     return layer_inputs
 
 
@@ -147,10 +149,11 @@ def measure(method: str, format_: str, where: str, tokens: int, shrink: int) -> 
     weights = made_up_layer(config, device)
     stats = ActStats({}, [], [{"run_id": "none"}], 0) if method == "rtn" else made_up_stats(config, weights)
     layer_inputs = None
-    if method == "ours":
-        layer_inputs = timed_layer_inputs(config, weights, tokens, device)
+    if method in ("ours", "ours_light"):
+        layer_inputs = timed_layer_inputs(config, weights, tokens, device, light=method == "ours_light")
+    sweeps = 0 if method == "ours_light" else gptq.SWEEPS
     groups = published.quantize_layer(0, weights, stats, codec) if method == "published" else \
-        layer.quantize_layer(0, weights, stats, codec, layer_inputs)
+        layer.quantize_layer(0, weights, stats, codec, layer_inputs, sweeps=sweeps)
     layer_bytes = sum(w.nbytes for w in weights.values())
     started, cpu = time.perf_counter(), cpu_seconds()
     with nullcontext() if method == "published" else block_threads_on(device):  # as a conversion does

@@ -3,7 +3,14 @@ import torch
 from made_up_requests import REQUESTS, answer, draw
 
 from lance_quant.calibration import capture
-from lance_quant.calibration.decoder_calls import DecoderCall, batched, requests, with_outputs, with_what_they_read
+from lance_quant.calibration.decoder_calls import (
+    DecoderCall,
+    batched,
+    requests,
+    thinned,
+    with_outputs,
+    with_what_they_read,
+)
 
 
 def call(rows, length, tokens=2, gen=False, decoded=0):
@@ -71,3 +78,26 @@ def test_every_recorded_request_has_outputs(pipeline):
     outputs = with_outputs(recorder.calls)
     assert list(outputs.values()) == ["gen"] * 3 * REQUESTS + ["und"] * 2
     assert [recorder.calls[place].decoded for place, expert in outputs.items() if expert == "und"] == [5, 1]
+
+
+def places(calls, most):
+    """Of what thinning leaves."""
+    return [index for part in thinned(calls, most) for index, own in enumerate(calls) if own is part]
+
+
+def test_thinned_calls_are_spread_evenly_with_what_they_read():
+    """Steps have 10 tokens on two rows, the two prompts 4; answers 1 with a prompt of 2."""
+    calls = [*drawn(0, 8), *answered(5), *answered(6), call((9,), 0)]
+    assert places(calls, 24) == [0, 1, 2, 6, 10, 11, 12, 13], "two of eight steps, both answers, no idle prompt"
+    assert places(calls, 10**6) == list(range(14))
+
+
+@pytest.mark.parametrize("most", [0, 1, 5])
+def test_one_call_of_each_kind_stays_however_few_tokens_are_wanted(most):
+    calls = [*drawn(0, 8), *answered(5), *answered(6)]
+    assert places(calls, most) == [0, 1, 2, 10, 11]
+
+
+def test_calls_that_nothing_comes_out_of_stay_all():
+    calls = [call((0,), 0), call((1,), 0)]
+    assert places(calls, 1) == [0, 1] and thinned([], 1) == []

@@ -231,6 +231,53 @@ def test_a_gram_matrix_is_summed_by_halves(monkeypatch):
         torch.testing.assert_close(inputs.gram, kept.t() @ kept, rtol=1e-4, atol=1e-3)
 
 
+@quantizers
+def test_blocks_of_the_gram_matrix_are_problems_of_their_own(quantizer):
+    """Their inputs count as uncorrelated with others: the same levels as of three linears with 32 inputs each."""
+    w, x = weight(), correlated(4096)
+    sums = gram.GramAccumulator(IN, paired=False, block=32)
+    sums.add(x, x)
+    inputs = sums.stats()
+    spans, global_scale = [slice(0, 32), slice(32, 64), slice(64, 96)], global_scale_of(quantizer, w)
+    assert inputs.spans == spans
+    whole = gram_stats_of(x).gram
+    for row in spans:
+        for column in spans:
+            assert torch.equal(inputs.gram[row, column], whole[row, column]) if row == column \
+                else not inputs.gram[row, column].any()
+    alone = [dataclasses.replace(gram_stats_of(x[:, span].contiguous()), block=32) for span in spans]  # damped alike
+    parts = [gptq.round_weight(w[span], own, quantizer, global_scale, sweeps=0)
+             for span, own in zip(spans, alone, strict=True)]
+    done = gptq.round_weight(w, inputs, quantizer, global_scale, sweeps=0)
+    assert [part.method for part in parts] == ["gptq"] * 3 and done.method == "gptq"
+    assert torch.equal(done.values, torch.cat([part.values for part in parts]))
+
+
+@pytest.mark.parametrize("width, block", [(32, 64), (64, 64), (96, 64)])
+def test_the_last_block_may_be_smaller(width, block):
+    sums = gram.GramAccumulator(width, paired=False, block=block)
+    sums.add(rand(64, width), rand(64, width))
+    spans = sums.stats().spans
+    assert [span.stop for span in spans][-1] == width and all(span.stop - span.start <= block for span in spans)
+
+
+@quantizers
+def test_one_factorisation_serves_all_linears_of_the_same_inputs(quantizer):
+    w, inputs = weight(), gram_stats_of(correlated(600))
+    global_scale = global_scale_of(quantizer, w)
+    alone = gptq.round_weight(w, inputs, quantizer, global_scale)
+    shared = gptq.round_weight(w, inputs, quantizer, global_scale, factors=gptq.inverse_factors(inputs))
+    assert torch.equal(alone.values, shared.values)
+
+
+def test_a_pass_alone_stays_as_it_is_without_sweeps():
+    w, inputs = weight(), gram_stats_of(correlated(600))
+    quantizer = Int4(32).quantizer
+    grid = quantizer.grid(w, inputs.mean_square, 1.0)
+    values = nearest_levels(quantizer, w, grid)
+    assert gptq.descend(w, values, grid, inputs, quantizer, 1.0, sweeps=0)[0] is values
+
+
 def test_without_a_difference_the_target_is_the_weight():
     inputs = gram_stats_of(correlated(600), correlated(600))
     torch.testing.assert_close(gptq.aim(weight(), inputs), weight())

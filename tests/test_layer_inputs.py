@@ -9,9 +9,9 @@ import nvfp4_apply
 from lance_quant.calibration import capture, hidden_states
 from lance_quant.calibration import layer_inputs as layer_inputs_module
 from lance_quant.calibration.activation_stats import ActStats, merge
-from lance_quant.calibration.decoder_calls import batched
+from lance_quant.calibration.decoder_calls import batched, thinned
 from lance_quant.calibration.gradients import Gradients, inside, layer_around
-from lance_quant.calibration.layer_inputs import LayerInputs, Step, layer_inputs_of
+from lance_quant.calibration.layer_inputs import LIGHT_TOKENS, LayerInputs, Step, layer_inputs_of
 from lance_quant.errors import InputError
 from lance_quant.formats import layout
 from lance_quant.formats.packed_folder import PackedFolder
@@ -53,6 +53,32 @@ def test_layer_inputs_are_what_the_model_saw(captured):
             sums = moments.gram.diagonal() + moments.held.square().sum(0)
             assert relative(sums, seen.sum_sq) < 1e-5, group.name
             assert all(sums is None or not sums.any() for sums in (moments.cross, moments.cross_target))
+
+
+def test_the_light_way_sees_the_float_model_alone(captured):
+    """Whatever is packed changes nothing, and nothing is missing that could be made up for."""
+    config, calls, _ = capture.load_of(SRC, captures_in(captured))
+    found = []
+    for factor in (1.0, 1.5):
+        layer_inputs, seen = LayerInputs(config, calls, CPU, light=True), []
+        layer_inputs.weigh_tokens()
+        for index in range(LAYERS):
+            weights = weights_of(index)
+            packed = {name: w * factor if w.dim() == 2 else w for name, w in weights.items()}
+            layer_inputs.begin_layer(index, weights)
+            for group in in_order(index):
+                if group.place == "mlp_in" and layer_inputs._step is Step.ATTENTION:
+                    layer_inputs.pass_attention(packed)
+                seen += layer_inputs.gram_stats(group, packed)
+            layer_inputs.end_layer(packed)
+        found.append(seen)
+    full = LayerInputs(config, thinned(calls, LIGHT_TOKENS), CPU)
+    wanted = [moments for index in range(LAYERS) for _, own in measured(full, index, weights_of(index))
+              for moments in own]
+    for one, other, even in zip(*found, wanted, strict=True):
+        assert torch.equal(one.gram, other.gram) and one.cross is None and one.cross_target is None
+        assert one.block == config.hidden_size and torch.equal(one.held, one.held_float)
+        assert all(torch.equal(one.gram[span, span], even.gram[span, span]) for span in one.spans)
 
 
 def test_steps_out_of_order_are_refused(captured, tmp_path):
@@ -169,11 +195,12 @@ def test_gptq_on_captured_inputs_is_closer_to_the_float_model(captured, tmp_path
         assert sum(entry["rounding"] == "gptq" for entry in entries) > len(entries) / 2
 
 
+@pytest.mark.parametrize("flags", [[], ["--gptq", "light"]], ids=["full", "light"])
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_from_its_stored_states(captured, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_from_its_stored_states(captured, tmp_path, monkeypatch, flags):
     """The second run ends with the bytes of a run that was not interrupted."""
     common = ["--src", str(SRC), "--stats", str(captured / "t2i.pt"), "--device", "cpu", "--capture",
-              str(captured / "t2i.safetensors")]
+              str(captured / "t2i.safetensors"), *flags]
     awq_apply.main([*common, "--out", str(tmp_path / "whole")])
     monkeypatch.setattr(LayerInputs, "end_layer", failing_in(1))
     with pytest.raises(KeyboardInterrupt):
@@ -182,6 +209,16 @@ def test_an_interrupted_run_goes_on_from_its_stored_states(captured, tmp_path, m
     awq_apply.main([*common, "--out", str(tmp_path / "out"), "--resume"])
     first, second = (load_file(tmp_path / name / "awq_state_dict.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_light_way_is_asked_for_with_captures_and_noted(captured, tmp_path, ended):
+    common = ["--src", str(SRC), "--stats", str(captured / "t2i.pt"), "--device", "cpu", "--gptq", "light"]
+    code, said = ended(awq_apply.main, *common, "--out", str(tmp_path / "out"))
+    assert code == 2 and "give --capture" in said and not (tmp_path / "out").exists()
+    awq_apply.main([*common, "--out", str(tmp_path / "out"), "--capture", *map(str, captures_in(captured))])
+    with PackedFolder(tmp_path / "out") as folder:
+        assert folder.meta["gptq"] == "light" and len(folder.meta["captures"]) == len(TASKS)
+        assert any(entry["rounding"] == "gptq" for entry in folder.meta["per_weight"].values())
 
 
 def test_states_of_another_version_are_refused(captured, tmp_path):

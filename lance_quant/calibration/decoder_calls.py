@@ -150,6 +150,34 @@ def with_what_they_read(calls: Sequence[DecoderCall], wanted: Collection[int]) -
     return kept[::-1]
 
 
+def thinned(calls: Sequence[DecoderCall], most: int) -> list[DecoderCall]:
+    """Fewer calls, evenly chosen among those that something comes out of, with all that these read.
+
+    Args:
+        most: tokens of the calls that answers come out of and what they read, and of those of latents; a single one may
+            have more.
+    """
+    outputs = with_outputs(calls)
+    if not outputs:
+        return list(calls)
+    kept: set[int] = set()
+    for expert in sorted(set(outputs.values())):
+        places = [place for place, other in outputs.items() if other == expert]
+        kept.update(_some(calls, places, most))
+    return [calls[place] for place in sorted(kept)]
+
+
+def _some(calls: Sequence[DecoderCall], places: Sequence[int], most: int) -> list[int]:
+    """As many of some places, evenly spread, as have at most so many tokens with what they read; at least one."""
+    count = len(places)
+    while True:
+        chosen = with_what_they_read(calls, [places[index * len(places) // count] for index in range(count)])
+        tokens = sum(calls[place].tokens for place in chosen)
+        if tokens <= most or count == 1:
+            return chosen
+        count = max(1, min(count - 1, count * most // tokens))
+
+
 def _is_read(call: DecoderCall, read: dict[int, int]) -> bool:
     return any(read.get(row, 0) > length for row, length in zip(call.rows, call.lengths, strict=True))
 

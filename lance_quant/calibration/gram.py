@@ -15,7 +15,7 @@ from lance_quant.cpu.threads import map_threads
 
 FEW_TOKENS = 2048  # below, the Gram matrix is noisy and a stronger damping is better
 # Noisy? -> fraction of the mean diagonal that is added to it. Noisy as well: tokens that count differently, since few
-# make up most of the sums.
+# make up most of the sums, and those of few requests, which a Gram matrix in blocks is made of.
 DAMPING = {False: 0.01, True: 0.1}
 HELD_BACK = 2048  # most tokens that are kept for the comparison with nearest rounding
 _RUN, _EVERY = 16, 8  # one in 8 runs of 16 consecutive tokens is held back, or fewer
@@ -38,6 +38,7 @@ class GramStats:
         residual stream; then no cross
     held_missing: float32 [t, out], r - rq of the held-back tokens, likewise, with `cross_target`
     weighed: whether they count differently
+    block: inputs that are summed with one another; others count as uncorrelated, and `gram` is block-diagonal
     """
 
     gram: Tensor
@@ -49,6 +50,12 @@ class GramStats:
     cross_target: Tensor | None = None
     held_missing: Tensor | None = None
     weighed: bool = False
+    block: int | None = None
+
+    @property
+    def spans(self) -> list[slice]:
+        """The blocks of the Gram matrix, one where it is whole."""
+        return _spans(len(self.gram), self.block)
 
     @property
     def mean_square(self) -> Tensor:
@@ -58,7 +65,7 @@ class GramStats:
     @property
     def damping(self) -> float:
         """Fraction of the mean diagonal that makes the Gram matrix safe to invert."""
-        return DAMPING[self.weighed or self.n_tokens < FEW_TOKENS]
+        return DAMPING[self.weighed or self.block is not None or self.n_tokens < FEW_TOKENS]
 
 
 class GramAccumulator:
@@ -71,11 +78,14 @@ class GramAccumulator:
         weight: float32 [out, in] of a linear that alone reads these inputs and adds to the residual stream; None where
             several read them.
         counts: float32 [tokens] as how many each token counts, in the order in which they will arrive; None: as one.
+        block: inputs that are summed with one another, of inputs that are not paired; None: all.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu", paired: bool = True,
-                 weight: Tensor | None = None, counts: Tensor | None = None):
-        self._gram = torch.zeros(width, width, device=device)
+                 weight: Tensor | None = None, counts: Tensor | None = None, block: int | None = None):
+        assert block is None or not paired
+        self._gram = torch.zeros(width, width, device=device)  # pages that nothing is summed in take no memory
+        self._block, self._spans = block, _spans(width, block)
         self._weight = weight if paired else None
         self._cross = torch.zeros(width, width, device=device) if paired and weight is None else None
         self._cross_target = torch.zeros(width, len(weight), device=device) if paired and weight is not None else None
@@ -114,7 +124,8 @@ class GramAccumulator:
         self._add_products(*parts)
 
     def _add_products(self, packed: Tensor, exact: Tensor, missing: Tensor | None = None) -> None:
-        _add_product(self._gram, packed, packed, above=True)  # what lies below the diagonal follows by symmetry
+        for span in self._spans:  # what lies below the diagonal follows by symmetry
+            _add_product(self._gram[span, span], packed[:, span], packed[:, span], above=True)
         if self._cross_target is not None and self._weight is not None and missing is not None:
             _add_product(self._cross_target, packed, matmul.linear(exact - packed, self._weight).add_(missing))
         elif self._cross is not None:
@@ -131,19 +142,30 @@ class GramAccumulator:
     def stats(self) -> GramStats:
         """What was collected. The sums are handed over: nothing can be added afterwards."""
         assert self._counts is None or self._seen == len(self._counts), "a count for every token"
-        for start in range(0, len(self._gram), _TILE):
-            end = start + _TILE
-            self._gram[end:, start:end] = self._gram[start:end, end:].t()
-            square = self._gram[start:end, start:end]
-            square.copy_(torch.triu(square) + torch.triu(square, 1).t())
+        for span in self._spans:
+            _mirror(self._gram[span, span])
         held = [torch.cat(parts) for parts in zip(*self._held, strict=True)]
         if not held:
             held = [self._gram.new_empty(0, len(self._gram))] * 2
         return GramStats(self._gram, self._kept, self._counted, held[0], held[1], self._cross, self._cross_target,
-                         held[2] if held[2:] else None, self._weighed())
+                         held[2] if held[2:] else None, self._weighed(), self._block)
 
     def _weighed(self) -> bool:
         return self._counts is not None and bool((self._counts != self._counts[:1]).any())
+
+
+def _spans(width: int, block: int | None) -> list[slice]:
+    step = block or width
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
+
+
+def _mirror(square: Tensor) -> None:
+    """Copy what lies above the diagonal below it, in place."""
+    for start in range(0, len(square), _TILE):
+        end = start + _TILE
+        square[end:, start:end] = square[start:end, end:].t()
+        tile = square[start:end, start:end]
+        tile.copy_(torch.triu(tile) + torch.triu(tile, 1).t())
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, above: bool = False) -> None:

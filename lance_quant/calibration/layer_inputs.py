@@ -5,6 +5,9 @@ layer 0 are stored (capture.py) and every layer's are made again when its turn c
 through the float layer and once through the layer as it is packed so far, as GPTAQ does (arXiv:2504.02692). Two layers'
 weights and one down_proj's Gram matrix are in memory at a time. Tokens count by token_weights.py.
 
+The light way runs the float layer alone, on few tokens that count the same, and takes down_proj's inputs as correlated
+in blocks only: an eighth of the time, most of the gain (docs/experiments.md).
+
 A job takes these steps:
 
     weigh_tokens()                    once, before the first layer; reads all layers twice
@@ -26,7 +29,7 @@ import torch
 
 from lance_quant.calibration import token_weights
 from lance_quant.calibration.capture import load_of
-from lance_quant.calibration.decoder_calls import DecoderCall, batched
+from lance_quant.calibration.decoder_calls import DecoderCall, batched, thinned
 from lance_quant.calibration.gram import GramAccumulator, GramStats
 from lance_quant.calibration.hidden_states import Fed, HiddenStates, Piece
 from lance_quant.calibration.token_weights import TokenWeights
@@ -38,6 +41,7 @@ from lance_quant.storage.atomic import whole_file
 from lance_quant.storage.tensor_file import Checkpoint, TensorFile, write_tensors
 
 BATCH = 4096  # tokens of calls that run as one
+LIGHT_TOKENS = 4096  # of the light way, of answers and of latents each; half as many lose 9 %, twice as many gain 5 %
 _STORED = "token_weights."  # in front of a linear's name, in a stored state
 
 
@@ -59,16 +63,20 @@ class LayerInputs:
         device: where layers run and Gram matrices are summed; hidden states wait on the CPU.
         facts: which captures these are, plain values for the meta.
         weigh: gives the weight of every token in calls as they are run; None: all count the same.
+        light: see the module docstring; tokens are not weighed then.
 
     A step out of order is a bug: RuntimeError.
     """
 
     def __init__(self, config: LanceConfig, calls: Sequence[DecoderCall], device: torch.device,
                  facts: Sequence[dict[str, Any]] = (),
-                 weigh: Callable[[Sequence[DecoderCall]], TokenWeights] | None = None):
+                 weigh: Callable[[Sequence[DecoderCall]], TokenWeights] | None = None, light: bool = False):
+        assert weigh is None or not light
         self._device, self.facts = device, facts
-        together = batched(calls, BATCH)
-        self._exact, self._packed = (HiddenStates(config, together, device) for _ in range(2))
+        together = batched(thinned(calls, LIGHT_TOKENS) if light else calls, BATCH)
+        self._exact = HiddenStates(config, together, device)
+        self._packed = None if light else HiddenStates(config, together, device)
+        self._block = config.hidden_size  # of the light way: one but for down_proj, of which Lance has six
         self._weigh = weigh
         self._token_weights: TokenWeights | None = None
         self._step = Step.BETWEEN if weigh is None else Step.UNWEIGHED
@@ -130,8 +138,9 @@ class LayerInputs:
 
     def _measure(self, groups: Sequence[layout.Group], current: Weights) -> dict[str, list[GramStats]]:
         # What is packed so far shows in the inputs only behind the first packed linear of the model.
-        paired = any(a is not b for a, b in zip(self._exact.calls, self._packed.calls, strict=True)) \
-            or any(current[name] is not self._target[name] for name in self._target)
+        paired = self._packed is not None and (
+            any(a is not b for a, b in zip(self._exact.calls, self._packed.calls, strict=True))
+            or any(current[name] is not self._target[name] for name in self._target))
         grams = {group.expert: self._accumulators(group, paired) for group in groups}
         for exact, packed in self._pieces(groups, current):
             for accumulator in dict.fromkeys(grams[packed.expert]):
@@ -140,27 +149,30 @@ class LayerInputs:
         return {group.name: [done[one] for one in grams[group.expert]] for group in groups}
 
     def _pieces(self, groups: Sequence[layout.Group], current: Weights) -> Iterator[tuple[Piece, Piece]]:
-        """What linears of one place read in the float and in the packed model. Where it leads to the next step, the
-        float model takes that, and the packed one keeps what it can."""
-        place = groups[0].place
+        """What linears of one place read in the float and in the packed model, which is the float one in the light
+        way. Where it leads to the next step, the float model takes that, and the packed one keeps what it can."""
+        place, packed_model = groups[0].place, self._packed
         if place == "attn_in" or place == "mlp_in":
-            yield from zip(self._exact.normed(groups[0], self._target), self._packed.normed(groups[0], current),
-                           strict=True)
+            yield from _pairs(self._exact.normed(groups[0], self._target),
+                              None if packed_model is None else packed_model.normed(groups[0], current))
             return
         fed, experts = cast(Fed, place), {group.expert for group in groups}
         linears = {group.expert: self._target[f"{group.linears[0]}.weight"] for group in groups}
-        keeps = self._packed.room_for(experts, linears[groups[0].expert].shape[1])
-        for exact, packed in zip(self._exact.fed(fed, self._index, experts, self._target),
-                                 self._packed.fed(fed, self._index, experts, current), strict=True):
+        keeps = packed_model is not None and packed_model.room_for(experts, linears[groups[0].expert].shape[1])
+        followed = None if packed_model is None else packed_model.fed(fed, self._index, experts, current)
+        for exact, packed in _pairs(self._exact.fed(fed, self._index, experts, self._target), followed):
             yield exact, packed
             self._exact.pass_by(exact, linears[exact.expert])
-            if keeps:
-                self._packed.keep(packed)
+            if packed_model is not None and keeps:
+                packed_model.keep(packed)
 
     def _accumulators(self, group: layout.Group, paired: bool) -> list[GramAccumulator]:
         """One for each linear; the same one where tokens count the same."""
         weight = self._target[f"{group.linears[0]}.weight"]
         fed = weight if group.norm is None else None
+        if self._packed is None:
+            one = GramAccumulator(weight.shape[1], self._device, paired=False, block=self._block)
+            return [one] * len(group.linears)
         if self._token_weights is None:
             return [GramAccumulator(weight.shape[1], self._device, paired, fed)] * len(group.linears)
         return [GramAccumulator(weight.shape[1], self._device, paired, fed, self._token_weights[name])
@@ -168,10 +180,15 @@ class LayerInputs:
 
     def _go_on(self, place: Fed, current: Weights) -> None:
         self._exact.go_on(place, self._index, self._target)
-        self._packed.go_on(place, self._index, current)
+        if self._packed is not None:
+            self._packed.go_on(place, self._index, current)
 
     def hidden(self) -> Iterator[tuple[DecoderCall, DecoderCall]]:
-        """The calls as they stand, in the float model and in the packed one: after the last layer, its outputs."""
+        """The calls as they stand, in the float model and in the packed one: after the last layer, its outputs.
+
+        Not in the light way, where the packed model is not run.
+        """
+        assert self._packed is not None
         return zip(self._exact.calls, self._packed.calls, strict=True)
 
     def save(self, path: Path) -> None:
@@ -198,19 +215,28 @@ class LayerInputs:
                     or bool(kept) != (self._weigh is not None):
                 raise InputError(f"{path} was left by another version of lance-quant: delete {path.parent} and start "
                                  "again")
-            self._exact.calls, self._packed.calls = (
-                [replace(call, streams={expert: file.read(f"{which}.{index}.{expert}") for expert in call.streams})
-                 for index, call in enumerate(calls)]
-                for which, calls in self._states())
+            for which, model in self._models():
+                model.calls = [replace(call, streams={expert: file.read(f"{which}.{index}.{expert}")
+                                                      for expert in call.streams})
+                               for index, call in enumerate(model.calls)]
             self._token_weights = {name.removeprefix(_STORED): file.read(name) for name in kept} or None
         self._step = Step.BETWEEN
 
+    def _models(self) -> list[tuple[str, HiddenStates]]:
+        return [(name, model) for name, model in (("exact", self._exact), ("packed", self._packed))
+                if model is not None]
+
     def _states(self) -> list[tuple[str, list[DecoderCall]]]:
-        return [("exact", self._exact.calls), ("packed", self._packed.calls)]
+        return [(name, model.calls) for name, model in self._models()]
 
 
-def layer_inputs_of(src: Path, paths: Sequence[Path], device: torch.device) -> LayerInputs:
-    """The layer inputs of some captures of a checkpoint, with tokens weighed by its gradients.
+def _pairs(exact: Iterator[Piece], packed: Iterator[Piece] | None) -> Iterator[tuple[Piece, Piece]]:
+    """Pieces side by side; each with itself where there is one model."""
+    return ((piece, piece) for piece in exact) if packed is None else zip(exact, packed, strict=True)
+
+
+def layer_inputs_of(src: Path, paths: Sequence[Path], device: torch.device, light: bool = False) -> LayerInputs:
+    """The layer inputs of some captures of a checkpoint, with tokens weighed by its gradients, or the `light` way.
 
     Raises:
         InputError: a capture that is none, of another format or of another model; a checkpoint that is none.
@@ -221,4 +247,4 @@ def layer_inputs_of(src: Path, paths: Sequence[Path], device: torch.device) -> L
         with Checkpoint(src) as source:
             return token_weights.of_checkpoint(source, config, running, device)
 
-    return LayerInputs(config, calls, device, facts, weigh)
+    return LayerInputs(config, calls, device, facts, None if light else weigh, light)

@@ -16,6 +16,9 @@ def add_conversion(to: argparse.ArgumentParser) -> None:
     to.add_argument("--stats", type=Path, help="activation statistics (awq_merge_stats.py); not read by --dry_run")
     to.add_argument("--capture", type=Path, nargs="+", default=[],
                     help="layer inputs (awq_calibrate_single.py --capture): with them GPTQ rounds; one file per task")
+    to.add_argument("--gptq", choices=["full", "light"], default="full",
+                    help="what is done with captures: light is one pass on the float model's inputs, most of the gain "
+                         "in an eighth of the time")
     to.add_argument("--resume", action="store_true",
                     help="keep finished layers in OUT.work, so that the same command goes on after a kill")
     to.add_argument("--out", type=Path, help="folder to create; never overwritten; not written by --dry_run")

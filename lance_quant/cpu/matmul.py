@@ -50,17 +50,26 @@ def _linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     if not (in_block_threads() and x.device.type == "cpu" and x.numel() * len(w) >= _LARGE):
         return _product(x, w, bias)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = flat.new_empty(len(flat), len(w))
     if len(flat) >= len(w):
-        y = torch.cat(map_threads(lambda rows: _product(flat[rows], w, bias), _pieces(len(flat))))
+        map_threads(lambda rows: _into(y[rows], flat[rows], w, bias), _pieces(len(flat)))
     else:
-        y = torch.cat(map_threads(lambda rows: _product(flat, w[rows], None if bias is None else bias[rows]),
-                                  _pieces(len(w))), 1)
+        map_threads(lambda rows: _into(y[:, rows], flat, w[rows], None if bias is None else bias[rows]),
+                    _pieces(len(w)))
     return y if x.dim() == 2 else y.view(*x.shape[:-1], len(w))
 
 
 def _pieces(length: int) -> list[slice]:
     size = max(_PIECE, -(-length // _MOST_PIECES // 64) * 64)  # multiples of a register block
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _into(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
+    """Put `_product` of two matrices into `y`, without a copy where the library can."""
+    if bias is None and x.dtype == torch.float32 and not _onednn_is_faster():
+        torch.mm(x, w.t(), out=y)
+    else:
+        y.copy_(_product(x, w, bias))
 
 
 def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

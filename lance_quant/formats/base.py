@@ -34,7 +34,7 @@ class Grid(NamedTuple):
     scale: Tensor
     zero: Tensor | None
 
-    def at(self, group: int | Tensor) -> "Grid":
+    def at(self, group: int | slice | Tensor) -> "Grid":
         """One group's grid [out], or that of several groups [n, out]."""
         return Grid(self.scale[group], None if self.zero is None else self.zero[group])
 

@@ -14,6 +14,7 @@ from lance_quant.formats.nvfp4 import Nvfp4
 CPU = torch.device("cpu")
 Recipe = Literal["ours", "published"]  # "ours" is layer.py; metas of packed folders hold this word
 HeadBits = Literal[8, 16]
+Gptq = Literal["full", "light"]  # what is done with captures (calibration/layer_inputs.py)
 Allocation = Mapping[str, Codec | None]  # linears that a budget gave a format of their own; None: bfloat16
 
 
@@ -29,6 +30,7 @@ class Conversion:
     resume: keep finished layers beside the output (storage/resume.py), and go on from those that are there
     with_parts: also put ViT and VAE into the folder, as hard links where the disk allows, else as copies
     progress: show a bar where stderr is a terminal
+    gptq: "light" is one pass on the float model's inputs
 
     Raises:
         InputError: the published recipe with something that was never published, or a budget for a format of one size.
@@ -42,6 +44,7 @@ class Conversion:
     resume: bool = False
     with_parts: bool = False
     progress: bool = True
+    gptq: Gptq = "full"
 
     def __post_init__(self) -> None:
         if self.bits_budget is not None and not isinstance(self.codec, Int4):

@@ -25,7 +25,7 @@ from lance_quant.errors import InputError
 from lance_quant.formats import channel_scales, int8, layout, packed_folder
 from lance_quant.formats.base import Scaling
 from lance_quant.formats.weights import Weights
-from lance_quant.methods import bit_allocation, layer, model_card, plan, published, quant_report
+from lance_quant.methods import bit_allocation, gptq, layer, model_card, plan, published, quant_report
 from lance_quant.methods.bars import bar
 from lance_quant.methods.conversion import Allocation, Conversion
 from lance_quant.methods.layer import Activations
@@ -194,7 +194,9 @@ def _merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def _facts(source: Checkpoint, stats: ActStats, conversion: Conversion,
            activations: Activations | None) -> dict[str, Any]:
     """What decides the result: part of the meta, and what a resumed job is checked against."""
-    captured = {} if activations is None else {"captures": list(activations.facts)}
+    captured: dict[str, Any] = {} if activations is None else {"captures": list(activations.facts)}
+    if captured and conversion.gptq != "full":
+        captured["gptq"] = conversion.gptq
     return {"tool": f"lance-quant {__version__}", "codec": str(conversion.codec), "recipe": conversion.recipe,
             "source_fingerprint": model_fingerprint(source), "tasks_calibrated": stats.tasks,
             "calibration_runs": stats.runs, **captured}
@@ -308,7 +310,8 @@ class _Job:
         codec = self.conversion.codec
         if self.conversion.recipe == "published":
             return published.quantize_layer(index, weights, self.stats, codec)
-        return layer.quantize_layer(index, weights, self.stats, codec, self.activations, self.allocation, moved)
+        sweeps = 0 if self.conversion.gptq == "light" else gptq.SWEEPS
+        return layer.quantize_layer(index, weights, self.stats, codec, self.activations, self.allocation, moved, sweeps)
 
     def _note(self, record: LayerRecord, group: layout.Group, done: QuantizedGroup) -> None:
         names = [f"{name}.weight" for name in group.linears]
@@ -426,5 +429,9 @@ def run(src: Path, stats_path: Path | None, captures: Sequence[Path], out: Path 
         raise InputError("--stats and --out are needed unless --dry_run is given")
     if captures and conversion.recipe == "published":
         raise InputError("--capture has no place in the published recipe: leave it out, or use --recipe ours")
-    activations = layer_inputs_of(src, captures, device) if captures else None
+    light = conversion.gptq == "light"
+    if light and not captures:
+        raise InputError("--gptq light says what is done with captures, and there is none: give --capture, or leave it "
+                         "out")
+    activations = layer_inputs_of(src, captures, device, light) if captures else None
     return str(convert(src, stats_path, out, conversion, activations, sensitivity).out)

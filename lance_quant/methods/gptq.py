@@ -11,12 +11,14 @@ correlated. With the Gram matrix (Hessian) H = sum x x^T the error of one column
   agree: W* = W + f (sum (W (x - xq) + r - rq) xq^T)(H + lam I)^-1, and H is that of xq.
 - Tokens have weights, by what an error there does to the outputs (token_weights.py), in H and in the target.
 - Tokens are held back from H. Where nearest rounding is better on them, it is kept.
+- Where H is block-diagonal (GramStats.block), every block of inputs is a problem of its own.
 
 Measured on trained linears (36 of all-MiniLM-L6-v2, output error of the whole model, docs/experiments.md).
 What goes column by column runs in C where it can (cpu/rounding.py), to the same bits.
 Weights are [in, out] here: a step of the loop then works on rows, which are contiguous. Suffixes: i in, o out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -35,6 +37,7 @@ OUTPUTS = 512  # that a worker rounds at a time
 SWEEPS = 2  # of coordinate descent; two more gain 2 %
 ASYMMETRY = 0.75  # f; a trained two-expert model loses 9 % at 0.5 and 2 % at 1
 ASYMMETRY_DAMPING = 0.05  # lam / mean diagonal
+Factors = Sequence[tuple[slice, Tensor, Tensor]]  # see inverse_factors
 
 
 @dataclass(frozen=True)
@@ -57,30 +60,33 @@ class GptqResult:
 
 
 @torch.no_grad()
-def round_weight(w_io: Tensor, inputs: GramStats, quantizer: Quantizer, global_scale: float) -> GptqResult:
+def round_weight(w_io: Tensor, inputs: GramStats, quantizer: Quantizer, global_scale: float,
+                 sweeps: int = SWEEPS, factors: Factors | None = None) -> GptqResult:
     """Round a weight [in, out] for inputs of some statistics, by the steps of the module docstring.
 
     Args:
         w_io: float32 [in, out], finite.
         inputs: what is known of the linear's inputs.
         quantizer, global_scale: of the format.
+        sweeps: of coordinate descent, after GPTQ's one pass.
+        factors: inverse_factors of the inputs, where another linear has needed them already.
     """
     importance = inputs.mean_square.clamp(min=1e-8 * float(inputs.mean_square.max()))
-    if not torch.isfinite(inputs.gram).all() or inputs.n_tokens == 0 or not importance.max() > 0:
+    if not torch.isfinite(importance).all() or inputs.n_tokens == 0 or not importance.max() > 0:
         grid = quantizer.grid(w_io, torch.ones_like(importance), global_scale)
         return GptqResult(nearest_levels(quantizer, w_io, grid), grid, "nearest", "no usable Gram matrix")
     plain = _grid(w_io, importance, quantizer, global_scale)
     nearest = nearest_levels(quantizer, w_io, plain)
     before = _held_error(w_io, nearest, inputs)
     target = aim(w_io, inputs)
-    order = torch.argsort(inputs.gram.diagonal(), descending=True)
-    factor = None if target is None else inverse_factor(inputs.gram, inputs.damping, order)
-    if target is None or factor is None:
+    grid = plain if target is w_io or target is None else _grid(target, importance, quantizer, global_scale)
+    if factors is None and target is not None:
+        factors = inverse_factors(inputs)
+    if target is None or factors is None:
         return GptqResult(nearest, plain, "nearest", "singular Gram matrix", before, before)
-    grid = _grid(target, importance, quantizer, global_scale)
-    values = propagate(target, order, factor, grid, quantizer)
-    del factor  # as large as the Gram matrix, 0.5 GB for a real down_proj
-    values, grid = descend(target, values, grid, inputs, quantizer, global_scale)
+    values = _compensated(target, factors, grid, quantizer)
+    del factors  # as large as the Gram matrix, 0.5 GB for a real down_proj
+    values, grid = descend(target, values, grid, inputs, quantizer, global_scale, sweeps)
     after = _held_error(w_io, values, inputs)
     if before is not None and after is not None and not after <= before:
         return GptqResult(nearest, plain, "nearest", "better on held-back tokens", before, before)
@@ -124,6 +130,29 @@ def aim(w_io: Tensor, inputs: GramStats) -> Tensor | None:
     cholesky.solve_lower_(factor, moved)
     cholesky.solve_lower_(factor, moved, transposed=True)
     return moved.mul_(ASYMMETRY).add_(w_io)
+
+
+def inverse_factors(inputs: GramStats) -> Factors | None:
+    """By block of the Gram matrix, the order in which its inputs are rounded and `inverse_factor` in it; None where one
+    is singular."""
+    found = []
+    for span in inputs.spans:
+        gram = inputs.gram[span, span]
+        order = torch.argsort(gram.diagonal(), descending=True)
+        factor = inverse_factor(gram, inputs.damping, order)
+        if factor is None:
+            return None
+        found.append((span, order, factor))
+    return found
+
+
+def _compensated(target: Tensor, factors: Factors, grid: Grid, quantizer: Quantizer) -> Tensor:
+    """GPTQ's pass over the blocks of the Gram matrix: levels [in, out]."""
+    values, size = torch.empty_like(target), quantizer.group_size
+    for span, order, factor in factors:
+        own = grid.at(slice(span.start // size, span.stop // size))
+        values[span] = propagate(target[span], order, factor, own, quantizer)
+    return values
 
 
 def inverse_factor(gram: Tensor, damping: float, order: Tensor) -> Tensor | None:
@@ -193,8 +222,8 @@ def _propagate_block(block: Tensor, errors: Tensor, factor: Tensor, grid: Grid, 
 
 
 def descend(target: Tensor, values: Tensor, grid: Grid, inputs: GramStats, quantizer: Quantizer,
-            global_scale: float) -> tuple[Tensor, Grid]:
-    """Revisit every code and every scale SWEEPS times, each time taking what is best while all others are fixed.
+            global_scale: float, sweeps: int = SWEEPS) -> tuple[Tensor, Grid]:
+    """Revisit every code and every scale some times, each time taking what is best while all others are fixed.
 
     Args:
         target: [in, out] weight that is approximated.
@@ -203,11 +232,13 @@ def descend(target: Tensor, values: Tensor, grid: Grid, inputs: GramStats, quant
     Returns:
         Levels and grid; tr (values - target)^T H (values - target), H damped, never rises.
     """
+    if not sweeps:
+        return values, grid
     gram, values = inputs.gram, values.clone()
     damping = inputs.damping * float(gram.diagonal().mean())
     grid, size = Grid(grid.scale.clone(), grid.zero), quantizer.group_size
     span, off = size * max(1, BLOCK // size), values - target
-    for _ in range(SWEEPS):
+    for _ in range(sweeps):
         for start in range(0, len(target), span):
             end = min(start + span, len(target))
             gradient = matmul.linear(gram[start:end], off.t()).add_(off[start:end], alpha=damping)

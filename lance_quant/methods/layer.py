@@ -88,6 +88,7 @@ class _LayerState:
     weights: Weights
     stats: ActStats
     codec: TensorCodec
+    sweeps: int = gptq.SWEEPS
     allocation: Mapping[str, TensorCodec | None] = field(default_factory=dict)
     scaled: dict[str, _Scaled] = field(default_factory=dict)
     moved: dict[str, Tensor] = field(default_factory=dict)
@@ -109,7 +110,8 @@ class _LayerState:
 
 def quantize_layer(index: int, weights: Weights, stats: ActStats, codec: TensorCodec,
                    activations: Activations | None = None, allocation: Mapping[str, TensorCodec | None] | None = None,
-                   moved: dict[str, Tensor] | None = None) -> Iterator[tuple[layout.Group, QuantizedGroup]]:
+                   moved: dict[str, Tensor] | None = None,
+                   sweeps: int = gptq.SWEEPS) -> Iterator[tuple[layout.Group, QuantizedGroup]]:
     """Quantize one layer; yields its eight groups (four where one expert is alone) as they are finished.
 
     Args:
@@ -121,11 +123,12 @@ def quantize_layer(index: int, weights: Weights, stats: ActStats, codec: TensorC
         activations: inputs for GPTQ; None rounds to the nearest level.
         allocation: linears that are rounded to another format than `codec`, with which scales are searched.
         moved: gets the scales [in] or [out] between two linears, as formats/channel_scales.py names them.
+        sweeps: of coordinate descent behind GPTQ.
 
     Raises:
         InputError: the head geometry of the layer does not fit.
     """
-    state = _LayerState(index, weights, stats, codec, allocation or {}, moved={} if moved is None else moved)
+    state = _LayerState(index, weights, stats, codec, sweeps, allocation or {}, moved={} if moved is None else moved)
     _scale(state)
     current = dict(weights)
     if activations is not None:
@@ -286,15 +289,19 @@ def _stored(state: _LayerState, group: layout.Group, inputs: Sequence[GramStats]
     for codec in dict.fromkeys(codec for codec in codecs if codec is not None):
         own = [index for index, other in enumerate(codecs) if other == codec]
         known = None if inputs is None else [inputs[index] for index in own]
-        stored |= zip(own, _round([weights[index] for index in own], m2, known, codec, global_scale), strict=True)
+        done = _round([weights[index] for index in own], m2, known, codec, global_scale, state.sweeps)
+        stored |= zip(own, done, strict=True)
     return [stored[index] for index in range(len(weights))]
 
 
 def _round(weights: Sequence[Tensor], m2: Tensor | None, inputs: Sequence[GramStats] | None, codec: TensorCodec,
-           global_scale: float) -> list[_Stored]:
+           global_scale: float, sweeps: int) -> list[_Stored]:
     """Linears [out, in] of a group that get the same format; `m2` [in] is None without statistics."""
     if inputs is not None:
-        return [_with_gptq(w, own, codec, global_scale) for w, own in zip(weights, inputs, strict=True)]
+        shared = len(inputs) > 1 and all(own is inputs[0] for own in inputs)
+        factors = gptq.inverse_factors(inputs[0]) if shared else None
+        return [_with_gptq(w, own, codec, global_scale, sweeps, factors)
+                for w, own in zip(weights, inputs, strict=True)]
     if m2 is None:
         return [_Stored(codec, q, RoundingFacts("nearest"))
                 for q in quantize_scaled(codec.quantizer, weights, None, global_scale)]
@@ -306,7 +313,8 @@ def _outlier_ratio(m2: Tensor) -> float:
     return float((m2.max() / m2.median().clamp(min=torch.finfo(m2.dtype).tiny)).sqrt())
 
 
-def _with_gptq(w: Tensor, inputs: GramStats, codec: TensorCodec, global_scale: float) -> _Stored:
-    done = gptq.round_weight(w.t().contiguous(), inputs, codec.quantizer, global_scale)
+def _with_gptq(w: Tensor, inputs: GramStats, codec: TensorCodec, global_scale: float, sweeps: int,
+               factors: gptq.Factors | None) -> _Stored:
+    done = gptq.round_weight(w.t().contiguous(), inputs, codec.quantizer, global_scale, sweeps, factors)
     facts = RoundingFacts(done.method, inputs.n_tokens, done.reason, done.before, done.after)
     return _Stored(codec, codec.quantizer.encode(done.values.t().contiguous(), done.grid, global_scale), facts)
