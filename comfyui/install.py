@@ -2,6 +2,7 @@
 
     python -m comfyui.install --comfyui_path ~/ComfyUI
     python -m comfyui.install --comfyui_path ~/ComfyUI --link
+    python -m comfyui.install --zip lance-quant-nodes.zip
 
 Reads   this checkout: comfyui/, lance_quant/, quantized_linear.py, lance_nano/checkpoint
 Writes  COMFYUI_PATH/custom_nodes/lance-quant, whole or not at all; nothing else
@@ -12,6 +13,8 @@ Next    the pip command it prints, if ComfyUI's Python lacks a package; then res
 import argparse
 import shutil
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 from lance_quant.errors import InputError
@@ -23,6 +26,7 @@ from .toolkit import NANO, NEEDED, PACK
 NAME = "lance-quant"
 _DEVELOPMENT = ("build.py", "chinese.py", "install.py", "runtime", "__pycache__")
 MARK = ".installed-by-lance-quant"
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip can hold
 _PARTS = ("lance_quant", "quantized_linear.py", str(Path(NANO).parent), "LICENSE")  # the checkpoint with its neighbours
 
 
@@ -33,6 +37,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--comfyui_path", type=Path, help="folder of a ComfyUI: it holds custom_nodes")
     where.add_argument("--out", type=Path, help="only assemble the pack into this new folder, as it is published")
+    where.add_argument("--zip", type=Path, help="the same as one zip file, which a user unpacks into custom_nodes")
     parser.add_argument("--link", action="store_true", help="link to this checkout instead of copying it")
     parser.add_argument("--update", action="store_true", help="replace an earlier installation of this pack")
     return parser.parse_args(argv)
@@ -41,8 +46,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Install, and print where."""
     args = parse_args(argv)
-    if args.out and args.link:
-        raise InputError("--out assembles files, --link makes none: give one of them")
+    if args.link and not args.comfyui_path:
+        raise InputError("--out and --zip assemble files, --link makes none: give one of them")
+    if args.zip:
+        _release(args.zip)
+        print(args.zip)
+        return
     target = args.out or _target(args.comfyui_path)
     if args.update and _is_ours(target):
         _remove(target)
@@ -74,9 +83,24 @@ def assemble(folder: Path) -> None:
     for entry in PACK.iterdir():
         if entry.name not in _DEVELOPMENT:
             _copy(entry, folder / entry.name, ignored)
+    _copy(root / "LICENSE", folder / "LICENSE", ignored)  # where registries look for it
     for name in _PARTS:
         if (root / name).exists():
             _copy(root / name, folder / "runtime" / name, ignored)
+
+
+def _release(file: Path) -> None:
+    """The pack as a zip, one folder inside; the same bytes whenever it is made from the same files."""
+    require_free(file)
+    with atomic.whole_file(file) as partial, tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / NAME
+        folder.mkdir()
+        assemble(folder)
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                entry = zipfile.ZipInfo(path.relative_to(work).as_posix(), _EPOCH)
+                entry.external_attr = 0o644 << 16
+                archive.writestr(entry, path.read_bytes(), zipfile.ZIP_DEFLATED)
 
 
 def _copy(source: Path, target: Path, ignored: object) -> None:

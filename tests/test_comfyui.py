@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -965,6 +966,23 @@ def test_installing_never_overwrites_unless_told_to(comfyui_folder):
     assert (target / "table.py").read_text("utf-8") == "mine"
     with pytest.raises(InputError, match="has no custom_nodes"):
         install.main(["--comfyui_path", str(target)])
+
+
+def test_a_release_is_one_folder_with_its_licence_and_the_same_bytes_every_time(tmp_path):
+    for name in ("one.zip", "two.zip"):
+        install.main(["--zip", str(tmp_path / name)])
+    assert (tmp_path / "one.zip").read_bytes() == (tmp_path / "two.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "one.zip") as archive:
+        names = set(archive.namelist())
+    needed = {"LICENSE", "__init__.py", "pyproject.toml", "example_workflows/lance_text_to_image.json",
+              "runtime/quantized_linear.py", "runtime/lance_quant/__init__.py",
+              f"runtime/{toolkit.NANO}/model.safetensors"}
+    assert {f"lance-quant/{name}" for name in needed} <= names
+    assert not [name for name in names if not name.startswith("lance-quant/") or "__pycache__" in name]
+    with pytest.raises(InputError, match="exists"):
+        install.main(["--zip", str(tmp_path / "one.zip")])
+    with pytest.raises(InputError, match="--link makes none"):
+        install.main(["--zip", str(tmp_path / "x.zip"), "--link"])
 
 
 def test_the_documented_install_commands_parse():
