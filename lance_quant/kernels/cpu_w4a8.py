@@ -27,7 +27,7 @@ from lance_quant.kernels.base import CALLS
 from lance_quant.kernels.ops import Derived, define, parts_of
 
 _SOURCE = Path(__file__).with_name("int8_products.c")
-FEW_ROWS = 48  # measured, benchmarks/RESULTS.md
+FEW_ROWS = 48  # up to about here memory decides, not arithmetic; with VNNI it has not been measured
 _BLOCK_ROWS = 512  # weight rows that are unpacked at a time for oneDNN: 1 MB at 2048 inputs
 
 
