@@ -17,11 +17,11 @@ from triton.compiler import ASTSource
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from test_kernels import CODECS, random_weight  # noqa: E402
-
-from lance_quant.formats.int4 import Int4  # noqa: E402
+# First: conftest, which test_kernels imports, turns Triton's interpreter on for kernels that are defined after it.
+from lance_quant.formats.int4 import Int4  # noqa: E402, I001
 from lance_quant.kernels import triton_kernels  # noqa: E402
 from lance_quant.kernels.ops import parts_of  # noqa: E402
+from test_kernels import CODECS, random_weight  # noqa: E402
 
 SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # CUDA's programming guide, bytes per block
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int8: "*i8"}
