@@ -108,18 +108,22 @@ def round_published(site: tuple[str, ...], weights: list[Tensor], packed: Tensor
     return [codec.dequantize(codec.weight(published.pack(w.bfloat16().float() * s, codec), None)) / s for w in weights]
 
 
+def scaled(weights: list[Tensor], exact: Tensor, codec: Codec) -> tuple[Tensor, Tensor, float]:
+    """Second moments [in], the scale [in] of ours by them, and the global scale of the scaled weights."""
+    m2 = exact.square().mean(0)
+    column = awq.search(weights, torch.ones_like(m2), m2, codec.quantizer).folded.column
+    return m2, column, codec.quantizer.global_scale(max(float((w * column).abs().max()) for w in weights))
+
+
 def round_diagonal(site: tuple[str, ...], weights: list[Tensor], packed: Tensor, exact: Tensor,
                    codec: Codec) -> list[Tensor]:
     """Ours without layer inputs: scales and grids by second moments."""
-    m2 = exact.square().mean(0)
-    quantizer = codec.quantizer
-    column = awq.search(weights, torch.ones_like(m2), m2, quantizer).folded.column
-    global_scale = quantizer.global_scale(max(float((w * column).abs().max()) for w in weights))
+    m2, column, global_scale = scaled(weights, exact, codec)
     out = []
     for w in weights:
-        scaled = (w * column).t().contiguous()
-        grid = quantizer.grid(scaled, awq.importance(m2 / column**2), global_scale)
-        out.append(nearest_levels(quantizer, scaled, grid).t() / column)
+        w_io = (w * column).t().contiguous()
+        grid = codec.quantizer.grid(w_io, awq.importance(m2 / column**2), global_scale)
+        out.append(nearest_levels(codec.quantizer, w_io, grid).t() / column)
     return out
 
 
@@ -129,28 +133,23 @@ def round_light(site: tuple[str, ...], weights: list[Tensor], packed: Tensor, ex
     passages = exact.view(-1, WINDOW, exact.shape[1])
     count = min(LIGHT_TOKENS // WINDOW, len(passages))
     some = passages[[index * len(passages) // count for index in range(count)]].flatten(0, 1)
-    m2 = exact.square().mean(0)
-    quantizer = codec.quantizer
-    column = awq.search(weights, torch.ones_like(m2), m2, quantizer).folded.column
-    global_scale = quantizer.global_scale(max(float((w * column).abs().max()) for w in weights))
+    m2, column, global_scale = scaled(weights, exact, codec)
     sums = gram.GramAccumulator(len(m2), paired=False, block=HIDDEN)
     sums.add(some / column, some / column)
     moments = sums.stats()
-    return [gptq.round_weight((w * column).t().contiguous(), moments, quantizer, global_scale, sweeps=0).values.t()
-            / column for w in weights]
+    rounded = (gptq.round_weight((w * column).t().contiguous(), moments, codec.quantizer, global_scale, sweeps=0)
+               for w in weights)
+    return [one.values.t() / column for one in rounded]
 
 
 def round_ours(site: tuple[str, ...], weights: list[Tensor], packed: Tensor, exact: Tensor,
                codec: Codec) -> list[Tensor]:
     """Ours with layer inputs: scales by second moments, then GPTQ towards the float model's outputs."""
-    m2 = exact.square().mean(0)
-    quantizer = codec.quantizer
-    column = awq.search(weights, torch.ones_like(m2), m2, quantizer).folded.column
-    global_scale = quantizer.global_scale(max(float((w * column).abs().max()) for w in weights))
+    m2, column, global_scale = scaled(weights, exact, codec)
     sums = gram.GramAccumulator(len(m2))
     sums.add(packed / column, exact / column)
     moments = sums.stats()
-    return [gptq.round_weight((w * column).t().contiguous(), moments, quantizer, global_scale).values.t() / column
+    return [gptq.round_weight((w * column).t().contiguous(), moments, codec.quantizer, global_scale).values.t() / column
             for w in weights]
 
 

@@ -150,6 +150,16 @@ class MuonAdamW:
             optimiser.load_state_dict(state)
 
 
+def follow(average: nn.Module, model: nn.Module, step: int, most: float) -> None:
+    """Move an exponential moving average of a model's weights on by a step; of the first steps it forgets faster.
+
+    Args:
+        most: share of the average that a step keeps in the long run.
+    """
+    kept = min(most, (1 + step) / (20 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - kept)
+
+
 def schedule(step: int, fraction: float, warmup: int, hold: float) -> float:
     """Linear warm-up over `warmup` steps, constant to `hold` of the time, linear to 2 %."""
     decay = 1.0 if fraction < hold else max(0.02, (1.0 - fraction) / (1.0 - hold))

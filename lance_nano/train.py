@@ -197,8 +197,7 @@ class Run:
         (answer + flow).backward()
         norm = self.optimiser.step(optim.schedule(self.step, fraction, WARMUP, HOLD))
         self.step += 1
-        decay = min(AVERAGE, (1 + self.step) / (20 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.nano.parameters()), 1 - decay)
+        optim.follow(self.average, self.nano, self.step, AVERAGE)
         self.means.add(answer=answer.item(), right=right.item(), flow=flow.item(), norm=norm)
 
     def save(self) -> None:

@@ -204,8 +204,7 @@ class Run:
             losses[task].backward()
         norm = self.optimiser.step(optim.schedule(self.step, fraction, WARMUP, HOLD))
         self.step += 1
-        decay = min(AVERAGE, (1 + self.step) / (20 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.lance.parameters()), 1 - decay)
+        optim.follow(self.average, self.lance, self.step, AVERAGE)
         self.means.add(norm=norm, **{task: loss.item() for task, loss in losses.items()})
 
     def save(self) -> None:
